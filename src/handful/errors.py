@@ -1,0 +1,54 @@
+"""The errors that handful raises on purpose, and what the command line makes of each.
+
+A `RequestError` is said before any work starts (exit code 2), a `RunError` is a failure at work (exit code 1). Errors
+of the operating system (a full disk, a lost network folder) are passed on as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+# Values are shown to recognise them, not to reproduce them: a prompt list or a tensor must not fill the terminal.
+_LONGEST_VALUE = 200
+
+
+class HandfulError(Exception):
+    """Whatever handful raises on purpose: catch this to catch both kinds."""
+
+
+class RequestError(HandfulError, ValueError):
+    """Something was asked that cannot be done; nothing has been started. The command line exits with 2.
+
+    Reads as `field: value: problem. remedy`, for instance
+    `exemplars: '/x/y': the folder is empty. Put 2 to 32 images into a folder per class.`
+
+    Args:
+        field: what was asked for, as the user named it (a recipe's key, an option, an argument).
+        value: what was given. Paths and texts are quoted, bytes only counted, and long values shortened.
+        problem: what is wrong with it; without a full stop.
+        remedy: what to do; one or more sentences, with their full stops.
+    """
+
+    def __init__(self, field: str, value: object, problem: str, remedy: str) -> None:
+        # All four go to `args`, so that the error survives pickling on its way back from a worker process.
+        super().__init__(field, value, problem, remedy)
+        self.field = field
+        self.value = value
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_shown(self.value)}: {self.problem}. {self.remedy}"
+
+
+class RunError(HandfulError, RuntimeError):
+    """Something failed at work, after a valid request. The command line exits with 1."""
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return f"<{len(value)} bytes>"
+    shown = repr(str(value)) if isinstance(value, PurePath) else repr(value)
+    if isinstance(value, (PurePath, str)) and len(shown) <= 5 * _LONGEST_VALUE:
+        return shown  # half a path helps nobody
+    return shown if len(shown) <= _LONGEST_VALUE else shown[: _LONGEST_VALUE - 3] + "..."

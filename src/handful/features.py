@@ -1,0 +1,184 @@
+"""Feature extractors: images (n, c, h, w) in [-1, 1] -> features (n, D), differentiable.
+
+One contract for guidance, evaluation and copying checks: resizing and normalisation happen in torch, inside, so that a
+gradient flows through and guide and judge see what they were trained on. A number is only as good as its extractor:
+`digest` identifies weights and preprocessing and is written beside every feature and every result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from handful.errors import RequestError
+
+
+class FeatureExtractor(nn.Module):
+    """Any torch module as an extractor.
+
+    Args:
+        name: What to call it in tables and recipes.
+        network: Called on normalised images (n, channels, *size), returns features (n, ...), flattened to (n, D).
+        channels: 1 or 3, what the network takes; gray images are repeated, colour ones are brought to luma.
+        size: (h, w) that the network takes; None takes images as they come.
+        mean, std: Of the network's training images in [0, 1], one number a channel; None feeds [-1, 1] as it is.
+        classify: The network's logits (n, classes) from the same input, where it is a classifier.
+    """
+
+    def __init__(
+        self, name: str, network: nn.Module, *, channels: int = 3, size: tuple[int, int] | None = None,
+        mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
+        features: Callable[[Tensor], Tensor] | None = None, classify: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if (mean is None) != (std is None):
+            raise ValueError("give mean and std together, or neither")
+        self.name, self.channels, self.size = name, channels, size
+        self.network = network.eval().requires_grad_(False)
+        self._features, self._classify = features or network, classify
+        self.mean, self.std = mean, std
+        self.digest = self._digest()
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) in [-1, 1] -> what the network takes; float32 or the images' float64."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise RequestError("images", tuple(images.shape), "features are taken of (n, 1 or 3, h, w)",
+                               "Pass a batch of gray or RGB images in [-1, 1].")  # fmt: skip
+        if images.dtype in (torch.float16, torch.bfloat16):
+            images = images.float()
+        if images.shape[1] < self.channels:
+            images = images.expand(-1, self.channels, -1, -1)
+        elif images.shape[1] > self.channels:
+            luma = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+            images = (images * luma).sum(1, keepdim=True)
+        if self.size and images.shape[-2:] != torch.Size(self.size):
+            images = interpolate(images, self.size, mode="bicubic", antialias=True, align_corners=False)
+        if self.mean is None or self.std is None:
+            return images
+        mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return ((images + 1) / 2 - mean) / std
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) in [-1, 1] -> features (n, D)."""
+        return self._features(self.prepare(images)).flatten(1)
+
+    @property
+    def is_classifier(self) -> bool:
+        return self._classify is not None
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Images (n, c, h, w) in [-1, 1] -> logits (n, classes).
+
+        Raises:
+            RequestError: If this extractor is not a classifier.
+        """
+        if self._classify is None:
+            raise RequestError("features", self.name, "this extractor has no class logits",
+                               "Use a classifier, such as digits-judge.")  # fmt: skip
+        return self._classify(self.prepare(images))
+
+    def _digest(self) -> str:
+        state = hashlib.sha256()
+        state.update(json.dumps([type(self.network).__name__, self.channels, self.size, self.mean, self.std]).encode())
+        for key, value in sorted(self.network.state_dict().items()):
+            state.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
+            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return state.hexdigest()
+
+
+class _Pooled(nn.Module):
+    """A transformers model that answers with its pooled output."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.model(pixel_values=pixel_values).pooler_output
+
+
+def pixels() -> FeatureExtractor:
+    """The images themselves, flattened: the plainest features, and the identity of every test."""
+    return FeatureExtractor("pixels", nn.Identity(), channels=1)
+
+
+def from_transformers(name: str) -> FeatureExtractor:
+    """DINOv2, CLIP vision or any transformers vision model with a pooled output, by directory or hub name.
+
+    Size, mean and std come from its preprocessor_config.json; the resizing is ours (differentiable), so values differ
+    slightly from those of the model's own image processor.
+
+    Raises:
+        RequestError: If it can't be loaded, or says no size.
+    """
+    from transformers import AutoConfig, AutoModel, CLIPVisionModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")
+        model = (CLIPVisionModel if clip else AutoModel).from_pretrained(name, use_safetensors=True)
+        said, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise RequestError("features", name, f"transformers can't load it ({str(error).splitlines()[0]})",
+                           "Give a directory saved by save_pretrained, or a hub name already in the hub's cache.") from error  # fmt: skip
+    size = said.get("crop_size") or said.get("size") or {}
+    side = size if isinstance(size, int) else size.get("shortest_edge")
+    height, width = (side, side) if side else (size.get("height"), size.get("width"))
+    if not height or not width:
+        raise RequestError("features", name, "its preprocessor_config.json says no size",
+                           "Wrap it in a handful.features.FeatureExtractor that states one.")  # fmt: skip
+    mean, std = said.get("image_mean", [0.5] * 3), said.get("image_std", [0.5] * 3)
+    return FeatureExtractor(name, _Pooled(model), size=(height, width), mean=tuple(mean), std=tuple(std))
+
+
+def from_file(path: Path, attribute: str) -> FeatureExtractor:
+    """Runs a Python file of the user's and calls `attribute` in it, which must return a `FeatureExtractor`."""
+    spec = importlib.util.spec_from_file_location(f"handful_user_{path.stem}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise RequestError("features", f"{path}:{attribute}", "there is no such Python file",
+                           "Write FILE.py:FUNCTION with the path of an existing file.")  # fmt: skip
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    made = getattr(module, attribute, None)
+    made = made() if callable(made) and not isinstance(made, nn.Module) else made
+    if not isinstance(made, FeatureExtractor):
+        raise RequestError("features", f"{path}:{attribute}", "it gives no handful.features.FeatureExtractor",
+                           "Name a function of that file without arguments that returns one.")  # fmt: skip
+    return made
+
+
+def load_extractor(name: str) -> FeatureExtractor:
+    """Loads an extractor by name.
+
+    Args:
+        name: `digits-guide` or `digits-judge` (packaged), `pixels`, `dinov2` (ViT-B/14), `dinov2-large`, `clip`, a
+            directory or hub name for transformers, or `FILE.py:FUNCTION` (runs that file) for one's own.
+
+    Raises:
+        RequestError: If there is no such extractor.
+    """
+    if name == "pixels":
+        return pixels()
+    if name in ("digits-guide", "digits-judge"):
+        from handful.zoo.digits import load_digits_classifier
+
+        network = load_digits_classifier("guide" if name == "digits-guide" else "judge")
+        return FeatureExtractor(name, network, channels=1, size=(8, 8), features=network.features, classify=network)
+    path, _, attribute = name.rpartition(":")
+    if path.endswith(".py"):
+        return from_file(Path(path), attribute)
+    return from_transformers(TRANSFORMERS.get(name, name))
+
+
+TRANSFORMERS = {
+    "dinov2": "facebook/dinov2-base",
+    "dinov2-large": "facebook/dinov2-large",
+    "clip": "openai/clip-vit-large-patch14",
+}

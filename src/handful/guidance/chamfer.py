@@ -1,0 +1,77 @@
+"""Chamfer guidance (Dall'Asen et al., NeurIPS 2025, arXiv 2508.10631, equation 4).
+
+    CD(X, Y) = w_c * 1/k sum_i min_j d(phi(x_i), phi(y_j))      coverage: every exemplar has a generated image near it
+             + w_f * 1/n sum_j min_i d(phi(y_j), phi(x_i))      fidelity: every generated image has an exemplar near it
+
+with exemplars X = {x_1 .. x_k} of one class, the cohort Y = {y_1 .. y_n} generated for it, features phi and d the squared
+Euclidean distance. It needs no unconditional model.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from handful.errors import RequestError
+from handful.features import FeatureExtractor
+from handful.guidance.base import Potential, Pull, Timing
+
+
+def squared_distances(a: Tensor, b: Tensor) -> Tensor:
+    """Squared Euclidean distances between rows: (k, D), (n, D) -> (k, n), differentiable everywhere."""
+    # the common shift takes the large part off features that share an offset, which the expansion would cancel badly
+    shift = b.detach().mean(0)
+    a, b = a - shift, b - shift
+    return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
+
+
+def chamfer_distance(
+    exemplars: Tensor, generated: Tensor, coverage_weight: float = 1.0, fidelity_weight: float = 1.0
+) -> Tensor:
+    """The Chamfer distance of features.
+
+    Args:
+        exemplars: (k, D), k >= 1.
+        generated: (n, D), n >= 1.
+        coverage_weight, fidelity_weight: w_c and w_f; the paper's are 1.
+
+    Returns:
+        Shape ().
+    """
+    d = squared_distances(exemplars, generated)
+    return coverage_weight * d.amin(1).mean() + fidelity_weight * d.amin(0).mean()
+
+
+class Chamfer(Potential):
+    """Chamfer guidance of a cohort of one class by that class's exemplars.
+
+    Args:
+        extractor: phi.
+        exemplars: phi of the exemplars, (k, D).
+        scale, timing, pull: See `Potential`.
+        coverage_weight, fidelity_weight: w_c and w_f.
+
+    Raises:
+        RequestError: If there is no exemplar, or a weight is negative or both are 0.
+    """
+
+    name = "chamfer"
+    per = "set"
+
+    def __init__(
+        self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
+        coverage_weight: float = 1.0, fidelity_weight: float = 1.0,
+        timing: Timing | None = None, pull: Pull | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(extractor, scale, timing, pull)
+        if exemplars.ndim != 2 or not len(exemplars):
+            raise RequestError("exemplars", tuple(exemplars.shape), "Chamfer guidance needs features (k, D), k >= 1",
+                               "Give at least one exemplar of the class.")  # fmt: skip
+        weights = (coverage_weight, fidelity_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise RequestError("coverage_weight, fidelity_weight", weights, "weights are 0 or more, and not both 0",
+                               "Use 1 and 1 for the paper's.")  # fmt: skip
+        self.exemplars = exemplars.detach()
+        self.coverage_weight, self.fidelity_weight = weights
+
+    def energy(self, features: Tensor) -> Tensor:
+        return chamfer_distance(self.exemplars.to(features), features, self.coverage_weight, self.fidelity_weight)

@@ -1,0 +1,192 @@
+"""The seam: a denoiser and guidance terms make a denoiser again. The only place where terms meet autograd.
+
+Each potential U of the decoded images gives its gradient with respect to the images; the gradients are weighted, added, and
+pulled back once through decoder and denoiser. So however many potentials there are, a step decodes once and goes back once.
+
+A cohort too large for memory is guided exactly all the same, in chunks: features of all chunks without a graph, the set
+energy's gradient with respect to the features, then each chunk again with its graph (gradient caching: Gao et al. 2021,
+arXiv 2101.06983). That costs one more forward pass; the result is the same but for rounding.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from handful.denoiser import Condition, Denoiser
+from handful.errors import RunError
+from handful.guidance.base import Guidance, Potential, Pull, Step
+from handful.noise import Level
+
+TINY = 1e-30  # a gradient smaller than this is none
+
+
+class Guided(Denoiser):
+    """A guided denoiser.
+
+    With no active term it returns the denoiser's own output, to the bit. Where x_t carries a graph of the caller's, the
+    output is differentiable through x0_hat, with the shift as a constant.
+
+    Args:
+        denoiser: Any denoiser, a guided one too.
+        terms: Guidance terms; their shifts add up.
+        chunk: At most so many images at once through the networks; None takes the whole cohort and halves it for as
+            long as the device is out of memory.
+    """
+
+    def __init__(self, denoiser: Denoiser, terms: Sequence[Guidance], chunk: int | None = None) -> None:
+        super().__init__()
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk must be 1 or more, not {chunk}")
+        self.denoiser, self.terms, self.chunk = denoiser, tuple(terms), chunk
+        self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
+        self._held: dict[Pull, Tensor] = {}
+
+    def condition(self, labels: Sequence[int] | Tensor) -> Condition:
+        return self.denoiser.condition(labels)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.denoiser.decode(x0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.denoiser.encode(images)
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        while True:
+            try:
+                return self._guided(x_t, level, condition)
+            except torch.OutOfMemoryError:
+                now = min(self.chunk or len(x_t), len(x_t))
+                if now == 1:
+                    raise
+                self.chunk = (now + 1) // 2
+                warnings.warn(f"out of memory with {now} images at once; going on with {self.chunk}", stacklevel=2)
+
+    def _guided(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        if not level.index:
+            self._held.clear()  # off a path, or at the start of one: nothing to go on from
+        active = [term for term in self.terms if term.strength(level) > 0]
+        due: dict[Pull, list[Potential]] = {}
+        for term in active:
+            if isinstance(term, Potential):
+                due.setdefault(term.pull, []).append(term)
+        shifts = [-_radius(level) * direction for pull, direction in self._held.items()
+                  if pull not in due and self._holds(pull, level)]  # fmt: skip
+        if not active and not shifts:
+            return self._plain(x_t, level, condition)
+
+        outside = torch.is_grad_enabled() and x_t.requires_grad
+        backward = any(pull.jacobian == "exact" for pull in due)
+        whole = self.chunk is None or len(x_t) <= self.chunk  # then one graph serves forward and backward
+        x = x_t if outside else x_t.detach().requires_grad_(backward)
+        with torch.set_grad_enabled(outside or (backward and whole)):
+            x0_hat = self._plain(x, level, condition)
+        with torch.no_grad():
+            step = Step(self.denoiser, x_t.detach(), level, condition, x0_hat.detach())
+            shifts += [term.shift(step) for term in active if not isinstance(term, Potential)]
+        if due:
+            estimate = x0_hat if x0_hat.requires_grad else x0_hat.detach().requires_grad_()
+            with torch.set_grad_enabled(whole):
+                images = self._chunked(lambda part: self.denoiser.decode(estimate[part]), len(x))
+        for pull, terms in due.items():
+            cotangent, weight = self._image_cotangent(terms, pull, images.detach(), level)
+            if whole:
+                of = x if pull.jacobian == "exact" else estimate
+                (gradient,) = torch.autograd.grad(images, of, cotangent, retain_graph=outside or len(due) > 1)
+            else:
+                gradient = self._replayed_gradient(pull, step, cotangent)
+            if not gradient.isfinite().all():
+                names = " and ".join(term.name for term in terms)
+                raise RunError(f"guidance {names}: the gradient is not finite at sigma / alpha = {level.ratio:.4g}; "
+                               "the model's or the extractor's output overflows: use float32, or a smaller scale")  # fmt: skip
+            if pull.normalize == "none":
+                shifts.append(-_absolute_factor(pull, level) * gradient)
+                continue
+            direction = weight * gradient / _rms(gradient, terms).clamp_min(TINY)
+            if pull.hold:
+                self._held[pull] = direction
+            shifts.append(-_radius(level) * direction)
+        return (x0_hat if outside else x0_hat.detach()) + torch.stack(shifts).sum(0)
+
+    def _holds(self, pull: Pull, level: Level) -> bool:
+        """Whether a potential that holds its direction is inside its intervals here."""
+        return any(isinstance(t, Potential) and t.pull == pull and t.timing.covers(level) for t in self.terms)
+
+    def _plain(self, x: Tensor, level: Level, condition: Condition) -> Tensor:
+        return self._chunked(lambda part: self.denoiser(x[part], level, condition[part]), len(x))
+
+    def _chunked(self, call: Callable[[slice], Tensor], n: int) -> Tensor:
+        size = self.chunk or n
+        if n <= size:
+            return call(slice(None))
+        return torch.cat([call(slice(i, i + size)) for i in range(0, n, size)])
+
+    def _image_cotangent(
+        self, terms: list[Potential], pull: Pull, images: Tensor, level: Level
+    ) -> tuple[Tensor, Tensor]:
+        """The terms' weighted gradients with respect to the images, added; and that sum's rms.
+
+        For one term normalised by rms this is `strength * g / rms(g)` and the strength; several keep their proportions,
+        and cancel where they disagree.
+        """
+        total = torch.zeros_like(images)
+        for term in terms:
+            gradient = self._image_gradient(term, images)
+            if pull.normalize == "rms":
+                gradient = gradient / _rms(gradient, [term]).clamp_min(TINY)
+            total = total + term.strength(level) * gradient
+        return total, _rms(total, terms)
+
+    def _image_gradient(self, term: Potential, images: Tensor) -> Tensor:
+        """dU / d images (n, c, h, w), chunk by chunk through the extractor."""
+        leaf = images.detach().requires_grad_()
+        whole = self.chunk is None or len(images) <= self.chunk
+        with torch.set_grad_enabled(whole):
+            features = self._chunked(lambda part: term.extractor(leaf[part]), len(leaf))
+        with torch.enable_grad():
+            given = features if whole else features.detach().requires_grad_()
+            energy = term.energy(given).sum()
+            if whole:
+                return torch.autograd.grad(energy, leaf)[0]
+            (cotangent,) = torch.autograd.grad(energy, given)
+        return self._replayed(lambda image, part: term.extractor(image), images, cotangent)
+
+    def _replayed_gradient(self, pull: Pull, step: Step, cotangent: Tensor) -> Tensor:
+        """The images' cotangent pulled back to x_t, or only to x0_hat, with a graph of one chunk at a time."""
+        decode = self.denoiser.decode
+        if pull.jacobian != "exact":
+            return self._replayed(lambda x0, part: decode(x0), step.x0_hat, cotangent)
+        return self._replayed(lambda x, part: decode(self.denoiser(x, step.level, step.condition[part])),
+                              step.x_t, cotangent)  # fmt: skip
+
+    def _replayed(self, call: Callable[[Tensor, slice], Tensor], at: Tensor, cotangent: Tensor) -> Tensor:
+        """The vector-Jacobian product of `call` at `at`, chunk by chunk."""
+
+        def product(part: slice) -> Tensor:
+            leaf = at[part].detach().requires_grad_()
+            with torch.enable_grad():
+                return torch.autograd.grad(call(leaf, part), leaf, cotangent[part])[0]
+
+        return self._chunked(product, len(at))
+
+
+def _rms(gradient: Tensor, terms: Sequence[Potential]) -> Tensor:
+    """Root mean square (1 or n, 1, 1, 1): over the cohort if any term couples its images, so that covering and
+    non-covering images keep their ratio; else over each image, which then does not depend on its neighbours."""
+    over = (0, 1, 2, 3) if any(term.per == "set" for term in terms) else (1, 2, 3)
+    return gradient.square().mean(over, keepdim=True).sqrt()
+
+
+def _radius(level: Level) -> float:
+    """r = sigma / n: how far x0_hat of unit-variance data is off, in standard deviations."""
+    return float(level.sigma / level.total)
+
+
+def _absolute_factor(pull: Pull, level: Level) -> float:
+    """What multiplies an unnormalised gradient; at alpha = 0 x_t says nothing of the image, and no potential acts."""
+    if pull.jacobian == "gaussian":
+        return _radius(level) ** 2
+    return float(level.sigma**2 / level.alpha) if level.alpha > 0 else 0.0

@@ -1,0 +1,19 @@
+"""Measurements of a generated set against a real one, from their features; numpy only, torch is never imported here."""
+
+from handful.metrics.frechet import frechet, frechet_from_moments
+from handful.metrics.neighbours import nearest, neighbour_radii
+from handful.metrics.prdc import PRDC, prdc
+from handful.metrics.summary import Summary, summarize
+from handful.metrics.vendi import vendi
+
+__all__ = [
+    "PRDC",
+    "Summary",
+    "frechet",
+    "frechet_from_moments",
+    "nearest",
+    "neighbour_radii",
+    "prdc",
+    "summarize",
+    "vendi",
+]

@@ -1,0 +1,123 @@
+"""diffusers' `UNet2DModel`: DDPM-style networks in pixel space, unconditional or with class labels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from handful.denoiser import Condition, NetworkDenoiser, Prediction
+from handful.errors import RequestError
+from handful.noise import EDM, VP, Flow, Schedule
+
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+
+
+class UNet2DDenoiser(NetworkDenoiser):
+    """A `UNet2DModel` as a denoiser.
+
+    Args:
+        network: The model; in_channels = out_channels (no learned variance).
+        prediction, levels: As its scheduler says; see `schedule_of`.
+        classes: Names of its classes by label; empty where unknown.
+        null_class: The label that stands for "no class"; None where there is none.
+    """
+
+    def __init__(
+        self, network: nn.Module, prediction: Prediction, levels: Schedule, *,
+        classes: Sequence[str] = (), null_class: int | None = None,
+    ) -> None:  # fmt: skip
+        config: Any = network.config
+        side = config.sample_size
+        if side is None:
+            raise RequestError("model", "sample_size", "the UNet's config does not say its resolution",
+                               "Write sample_size into its config.json.")  # fmt: skip
+        if config.in_channels != config.out_channels:
+            raise RequestError("model", f"out_channels {config.out_channels}", "the UNet predicts more than the image",
+                               "Use a UNet2DModel with as many output as input channels.")  # fmt: skip
+        height, width = (side, side) if isinstance(side, int) else side
+        super().__init__(network, prediction, (config.in_channels, height, width), levels)
+        self.label_count: int = config.num_class_embeds or 0
+        if null_class is not None and not 0 <= null_class < self.label_count:
+            raise RequestError("null_class", null_class, f"the model's labels are 0 to {self.label_count - 1}"
+                               if self.label_count else "the model takes no labels",
+                               "Name the label that it was trained on for images without a class, or leave it out.")  # fmt: skip
+        known = self.label_count - (null_class is not None)
+        if classes and len(classes) != known:
+            raise RequestError("classes", f"{len(classes)} names", f"the model has {known} classes",
+                               "Give one name a class, in the order of the labels, without the null class.")  # fmt: skip
+        self.classes, self.null_class = tuple(classes), null_class
+
+    def condition(self, labels: Sequence[int] | Tensor) -> Condition:
+        labels = torch.as_tensor(labels, dtype=torch.int64)
+        if not self.label_count:
+            return Condition(None)
+        if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < self.label_count):
+            raise RequestError("labels", labels.unique().tolist(), f"the model's labels are 0 to {self.label_count - 1}",
+                               "Ask for classes that the model was trained on.")  # fmt: skip
+        device = next(self.network.parameters()).device
+        return Condition(labels.to(device), self.null_class)
+
+    def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return self.network(scaled, time, class_labels=condition.labels, return_dict=False)[0]
+
+
+def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
+    """A diffusers scheduler's config -> the levels that the network was trained on, and what it predicts.
+
+    Raises:
+        RequestError: If the scheduler is of a kind that is not known here.
+    """
+    kind = config.get("_class_name", "DDPMScheduler")
+    if kind.startswith("FlowMatch"):
+        return Flow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000)), "flow"
+    if kind.startswith("EDM"):
+        return EDM(config["sigma_min"], config["sigma_max"], config.get("rho", 7.0)), "edm"
+    predicts = config.get("prediction_type", "epsilon")
+    if predicts not in PREDICTIONS or "beta_schedule" not in config:
+        raise RequestError("model", f"{kind} with prediction_type {predicts}", "this scheduler is not known",
+                           "Save the model with a DDPMScheduler or DDIMScheduler.")  # fmt: skip
+    from diffusers import DDPMScheduler
+
+    # diffusers builds the betas, so that every beta_schedule it knows is right by construction
+    return VP(DDPMScheduler.from_config(config).alphas_cumprod), PREDICTIONS[predicts]
+
+
+def load_unet2d(folder: Path, *, null_class: int | None = None, classes: Sequence[str] | None = None) -> UNet2DDenoiser:
+    """Loads a directory with `unet/` and `scheduler/`, or a UNet's own with its `scheduler_config.json` beside.
+
+    A `handful.json` beside them may say `{"classes": [names], "null_class": label}`.
+
+    Raises:
+        RequestError: If a file is missing, damaged, or does not fit the others.
+    """
+    from diffusers import UNet2DModel
+
+    inside = folder / "unet" if (folder / "unet").is_dir() else folder
+    scheduler = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
+    if scheduler is None:
+        raise RequestError("model", str(folder), "there is no scheduler_config.json, so its noise levels are unknown",
+                           "Copy the pipeline's scheduler/ folder beside unet/.")  # fmt: skip
+    try:
+        config = json.loads((scheduler / "scheduler_config.json").read_text())
+        network, info = UNet2DModel.from_pretrained(
+            inside, use_safetensors=any(inside.glob("*.safetensors")) or None, output_loading_info=True
+        )
+        notes_file = folder / "handful.json"
+        notes = json.loads(notes_file.read_text()) if notes_file.is_file() else {}
+    except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
+        raise RequestError("model", str(folder), f"it can't be loaded ({str(error).splitlines()[0]})",
+                           "Copy the model again, with its safetensors weights.") from error  # fmt: skip
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        raise RequestError("model", str(inside), f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
+                           "Copy config.json and weights from the same checkpoint.")  # fmt: skip
+    levels, prediction = schedule_of(config)
+    if null_class is None:
+        null_class = notes.get("null_class")
+    return UNet2DDenoiser(network, prediction, levels, null_class=null_class,
+                          classes=notes.get("classes", ()) if classes is None else classes)  # fmt: skip

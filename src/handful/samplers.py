@@ -1,0 +1,143 @@
+"""Samplers: from noise to x0, for any denoiser (so for any guided one) and any path of levels.
+
+Each walks `levels` from its first level to its last, and reads like its paper. With x_t = alpha x0 + sigma eps, the
+denoised estimate splits x_t into x0_hat and eps_hat = (x_t - alpha x0_hat) / sigma; a step re-mixes the two at the next
+level. Written so, the start of a flow (alpha = 0) and the clean end (sigma = 0) need no special case.
+
+`x` is the start, (n, c, h, w), in the precision to sample in: `sigma_0 * noise` (see `start`). `condition` holds n
+conditions. `each(index, x0_hat)` is called after every step. All return x at the last level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from handful.denoiser import Condition, Denoiser
+from handful.noise import Level, Levels
+
+Noise = Callable[[], Tensor]  # fresh standard normal noise of x's shape
+Each = Callable[[int, Tensor], None]
+
+
+def start(noise: Tensor, levels: Levels) -> Tensor:
+    """Standard normal noise (n, c, h, w) -> the state at the first level of the path, as if x0 were 0.
+
+    Variance-preserving models are used to unit variance at their start, so their noise is taken as it is.
+    """
+    first = levels[0]
+    variance_preserving = torch.isclose(first.total, torch.ones_like(first.total), atol=1e-6)
+    return noise if variance_preserving else first.sigma * noise
+
+
+def _split(denoiser: Denoiser, x: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor]:
+    """x_t -> (x0_hat, eps_hat)."""
+    x0 = denoiser(x, level, condition)
+    return x0, (x - level.alpha * x0) / level.sigma
+
+
+def ddim(
+    denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *,
+    eta: float = 0.0, noise: Noise | None = None, each: Each | None = None,
+) -> Tensor:  # fmt: skip
+    """DDIM (Song et al. 2021, arXiv 2010.02502, equation 12); eta = 0 is the Euler method on the probability-flow ODE.
+
+    Args:
+        eta: Share of the ancestral noise, 0 (none) to 1 (DDPM).
+        noise: Draws fresh noise; needed where eta > 0.
+    """
+    for index, (t, s) in enumerate(levels.pairs()):
+        x0, eps = _split(denoiser, x, t, condition)
+        fresh = eta * posterior_deviation(t, s)
+        x = s.alpha * x0 + (s.sigma**2 - fresh**2).clamp_min(0).sqrt() * eps
+        if fresh > 0:
+            x = x + fresh * _drawn(noise)
+        if each:
+            each(index, x0)
+    return x
+
+
+def ddpm(
+    denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *,
+    noise: Noise, variance: Literal["small", "large"] = "small", each: Each | None = None,
+) -> Tensor:  # fmt: skip
+    """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the levels.
+
+    Args:
+        noise: Draws fresh noise.
+        variance: Of the reverse step: "small", the posterior's, or "large", the forward step's (their two choices of
+            sigma_t^2). The last step, to sigma = 0, adds no noise in either case.
+    """
+    for index, (t, s) in enumerate(levels.pairs()):
+        x0, eps = _split(denoiser, x, t, condition)
+        posterior = posterior_deviation(t, s)
+        x = s.alpha * x0 + (s.sigma**2 - posterior**2).clamp_min(0).sqrt() * eps  # the posterior's mean
+        if s.sigma > 0:
+            # forward step t|s: variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2; the posterior's is that times (sigma_s / sigma_t)^2
+            x = x + (posterior if variance == "small" else posterior * t.sigma / s.sigma) * _drawn(noise)
+        if each:
+            each(index, x0)
+    return x
+
+
+def heun(
+    denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *, each: Each | None = None,
+) -> Tensor:  # fmt: skip
+    """Heun's second-order method (Karras et al. 2022, algorithm 1, without churn): two evaluations a step.
+
+    dx = x0 dalpha + eps dsigma along any path; the trapezoid of x0 and eps over a step is EDM's own rule where alpha = 1
+    and the flow's where alpha = 1 - sigma. A step to sigma = 0 is Euler's, as there.
+    """
+    for index, (t, s) in enumerate(levels.pairs()):
+        x0, eps = _split(denoiser, x, t, condition)
+        euler = s.alpha * x0 + s.sigma * eps
+        if s.sigma > 0:
+            x0_s, eps_s = _split(denoiser, euler, s, condition)
+            x = x + (s.alpha - t.alpha) * (x0 + x0_s) / 2 + (s.sigma - t.sigma) * (eps + eps_s) / 2
+        else:
+            x = euler
+        if each:
+            each(index, x0)
+    return x
+
+
+def dpmpp_2m(
+    denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *, each: Each | None = None,
+) -> Tensor:  # fmt: skip
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2): second order, one evaluation a step.
+
+    Its steps live in lambda = log(alpha / sigma), which is infinite at either end of a path; a step from alpha = 0 or to
+    sigma = 0 is first order, as is the first.
+    """
+    lam = torch.log(levels.alpha / levels.sigma)
+    before = None
+    for index, (t, s) in enumerate(levels.pairs()):
+        x0 = denoiser(x, t, condition)
+        blend = x0
+        width, width_before = lam[index + 1] - lam[index], lam[index] - lam[index - 1] if index else lam.new_tensor(0.0)
+        if before is not None and width.isfinite() and width_before.isfinite():
+            blend = x0 + (width / (2 * width_before)) * (x0 - before)
+        x = (s.sigma / t.sigma) * x + (s.alpha - t.alpha * s.sigma / t.sigma) * blend
+        before = x0
+        if each:
+            each(index, x0)
+    return x
+
+
+def posterior_deviation(t: Level, s: Level) -> Tensor:
+    """Standard deviation of x_s given x_t and x0, for any process: the noise an ancestral step adds; shape ()."""
+    forward = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
+    return forward.clamp_min(0).sqrt() * s.sigma / t.sigma
+
+
+def _drawn(noise: Noise | None) -> Tensor:
+    if noise is None:
+        raise ValueError("noise: this sampler adds noise at every step; pass a function that draws it")
+    return noise()
+
+
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpmpp_2m": dpmpp_2m}
+STOCHASTIC = ("ddim", "ddpm")  # those that take `noise`
