@@ -143,3 +143,22 @@ class NetworkDenoiser(Denoiser):
         parameter = next(self.network.parameters(), x_t)
         out = self.call(scaled.to(parameter.dtype), time, condition).to(x_t.dtype)
         return denoised_from(self.prediction, x_t, out, level)
+
+
+class Clamped(Denoiser):
+    """A pixel denoiser whose estimate is kept inside the images' range [-1, 1].
+
+    Outermost: guidance lies inside, so that the clamp follows the shift and zeroes no gradient. Without it a strong shift
+    pushes pixels out of range, and every later step starts from an image that the network never saw.
+    """
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        return self.denoiser(x_t, level, condition).clamp(-1, 1)
+
+    def condition(self, labels: Sequence[int] | Tensor) -> Condition:
+        return self.denoiser.condition(labels)

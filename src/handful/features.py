@@ -26,14 +26,16 @@ class FeatureExtractor(nn.Module):
     Args:
         name: What to call it in tables and recipes.
         network: Called on normalised images (n, channels, *size), returns features (n, ...), flattened to (n, D).
-        channels: 1 or 3, what the network takes; gray images are repeated, colour ones are brought to luma.
+        channels: 1 or 3, what the network takes; gray images are repeated, colour ones are brought to luma. None takes
+            images as they come.
         size: (h, w) that the network takes; None takes images as they come.
         mean, std: Of the network's training images in [0, 1], one number a channel; None feeds [-1, 1] as it is.
+        features: Called instead of the network itself, where its own answer is not the features.
         classify: The network's logits (n, classes) from the same input, where it is a classifier.
     """
 
     def __init__(
-        self, name: str, network: nn.Module, *, channels: int = 3, size: tuple[int, int] | None = None,
+        self, name: str, network: nn.Module, *, channels: int | None = 3, size: tuple[int, int] | None = None,
         mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None,
         features: Callable[[Tensor], Tensor] | None = None, classify: Callable[[Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
@@ -53,9 +55,10 @@ class FeatureExtractor(nn.Module):
                                "Pass a batch of gray or RGB images in [-1, 1].")  # fmt: skip
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()
-        if images.shape[1] < self.channels:
-            images = images.expand(-1, self.channels, -1, -1)
-        elif images.shape[1] > self.channels:
+        channels = self.channels or images.shape[1]
+        if images.shape[1] < channels:
+            images = images.expand(-1, channels, -1, -1)
+        elif images.shape[1] > channels:
             luma = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
             images = (images * luma).sum(1, keepdim=True)
         if self.size and images.shape[-2:] != torch.Size(self.size):
@@ -106,7 +109,7 @@ class _Pooled(nn.Module):
 
 def pixels() -> FeatureExtractor:
     """The images themselves, flattened: the plainest features, and the identity of every test."""
-    return FeatureExtractor("pixels", nn.Identity(), channels=1)
+    return FeatureExtractor("pixels", nn.Identity(), channels=None)
 
 
 def from_transformers(name: str) -> FeatureExtractor:

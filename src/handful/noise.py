@@ -209,8 +209,8 @@ class VP(Schedule):
             t = self.steps_of(steps, kind)
             return self.alpha[t], self.sigma[t]
         # uniform in log-SNR between the first and the last training step that still has signal to speak of
-        ratio = torch.linspace(min(float(self._log_ratio[-1]), math.log(1e3)), float(self._log_ratio[0]), steps)
-        ratio = ratio.double().exp()
+        ends = min(float(self._log_ratio[-1]), math.log(1e3)), float(self._log_ratio[0])
+        ratio = torch.linspace(*ends, steps, dtype=torch.float64).exp()
         return 1 / torch.hypot(torch.ones_like(ratio), ratio), ratio / torch.hypot(torch.ones_like(ratio), ratio)
 
 

@@ -35,7 +35,7 @@ class SmallClassifier(nn.Module):
 
 def train_classifier(
     images: Tensor, labels: Tensor, classes: int, *, steps: int = 400, batch: int = 64, rate: float = 3e-3,
-    flip: bool = False, width: int = 32, seed: int = 0,
+    augment: bool = True, flip: bool = False, width: int = 32, seed: int = 0,
 ) -> SmallClassifier:  # fmt: skip
     """Trains a classifier from scratch; deterministic on CPU for a seed.
 
@@ -45,7 +45,8 @@ def train_classifier(
         steps: Optimizer steps, the same for every set that is compared, whatever its size.
         batch: Images a step.
         rate: Highest learning rate.
-        flip: Mirror images at random: for photographs, not for digits. They are shifted by up to an eighth in any case.
+        augment: Shift images at random by up to an eighth of their side. Without it, only the set's own diversity counts.
+        flip: Mirror images at random: for photographs, not for digits.
         width: Channels of the first stage.
         seed: Of weights, batches and augmentation.
 
@@ -63,7 +64,9 @@ def train_classifier(
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
         for _ in range(steps):
             pick = torch.randint(len(images), (batch,), generator=draw).to(images.device)
-            loss = cross_entropy(network(_augmented(images[pick], flip, draw)), labels[pick], label_smoothing=0.05)
+            batch_images = _mirrored(images[pick], draw) if flip else images[pick]
+            batch_images = _shifted(batch_images, draw) if augment else batch_images
+            loss = cross_entropy(network(batch_images), labels[pick], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -71,15 +74,16 @@ def train_classifier(
     return network.eval()
 
 
-def _augmented(images: Tensor, flip: bool, draw: torch.Generator) -> Tensor:
+def _shifted(images: Tensor, draw: torch.Generator) -> Tensor:
     reach = max(1, images.shape[-1] // 8)
     padded = pad(images, (reach,) * 4, mode="replicate")
     dy, dx = torch.randint(2 * reach + 1, (2,), generator=draw).tolist()  # one shift a batch: enough, and no gather
-    images = padded[..., dy : dy + images.shape[-2], dx : dx + images.shape[-1]]
-    if flip:
-        mirrored = (torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5).to(images.device)
-        images = torch.where(mirrored, images.flip(-1), images)
-    return images
+    return padded[..., dy : dy + images.shape[-2], dx : dx + images.shape[-1]]
+
+
+def _mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
+    mirror = torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5
+    return torch.where(mirror.to(images.device), images.flip(-1), images)
 
 
 @torch.no_grad()
@@ -91,9 +95,9 @@ def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def downstream_accuracy(
     images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, *,
-    steps: int = 400, flip: bool = False, width: int = 32, seed: int = 0,
+    steps: int = 400, augment: bool = True, flip: bool = False, width: int = 32, seed: int = 0,
 ) -> float:  # fmt: skip
     """Accuracy on real test images of a classifier trained on `images` alone. Arguments as for `train_classifier`."""
     classes = int(test_labels.max()) + 1
-    network = train_classifier(images, labels, classes, steps=steps, flip=flip, width=width, seed=seed)
+    network = train_classifier(images, labels, classes, steps=steps, augment=augment, flip=flip, width=width, seed=seed)
     return accuracy(network, test_images, test_labels)

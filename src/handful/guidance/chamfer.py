@@ -5,10 +5,19 @@
 
 with exemplars X = {x_1 .. x_k} of one class, the cohort Y = {y_1 .. y_n} generated for it, features phi and d the squared
 Euclidean distance. It needs no unconditional model.
+
+With a margin m > 0 (ours, not the paper's) a pair closer than m times the exemplar's own spacing counts as touching:
+
+    d'(x_i, y_j) = max(0, d(x_i, y_j) - m^2 s_i),   s_i = min_{l != i} d(x_i, x_l)
+
+An exemplar then stands for its neighbourhood, not for a point. Nothing pulls a generated image nearer to an exemplar than
+real images of the class lie to each other: it is not copied, and with few exemplars the fidelity term does not gather the
+cohort in k spots (docs/findings.md).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from handful.errors import RequestError
@@ -24,20 +33,32 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
 
 
+def spacing(exemplars: Tensor) -> Tensor:
+    """s_i, each exemplar's squared distance to its nearest other one: (k, D) -> (k,); 0 for a single exemplar."""
+    if len(exemplars) < 2:
+        return exemplars.new_zeros(len(exemplars))
+    d = squared_distances(exemplars, exemplars)
+    return d.fill_diagonal_(torch.inf).amin(1)
+
+
 def chamfer_distance(
-    exemplars: Tensor, generated: Tensor, coverage_weight: float = 1.0, fidelity_weight: float = 1.0
-) -> Tensor:
+    exemplars: Tensor, generated: Tensor, coverage_weight: float = 1.0, fidelity_weight: float = 1.0,
+    slack: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The Chamfer distance of features.
 
     Args:
         exemplars: (k, D), k >= 1.
         generated: (n, D), n >= 1.
         coverage_weight, fidelity_weight: w_c and w_f; the paper's are 1.
+        slack: (k,), the squared distance to each exemplar that counts as touching, m^2 s_i; None is the paper's 0.
 
     Returns:
         Shape ().
     """
     d = squared_distances(exemplars, generated)
+    if slack is not None:
+        d = (d - slack[:, None]).clamp_min(0)
     return coverage_weight * d.amin(1).mean() + fidelity_weight * d.amin(0).mean()
 
 
@@ -49,9 +70,11 @@ class Chamfer(Potential):
         exemplars: phi of the exemplars, (k, D).
         scale, timing, pull: See `Potential`.
         coverage_weight, fidelity_weight: w_c and w_f.
+        margin: m; 0 is the paper's formula.
 
     Raises:
-        RequestError: If there is no exemplar, or a weight is negative or both are 0.
+        RequestError: If there is no exemplar, a weight is negative or both are 0, or the margin is negative or stands
+            on a single exemplar, which has no spacing.
     """
 
     name = "chamfer"
@@ -59,7 +82,7 @@ class Chamfer(Potential):
 
     def __init__(
         self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
-        coverage_weight: float = 1.0, fidelity_weight: float = 1.0,
+        coverage_weight: float = 1.0, fidelity_weight: float = 1.0, margin: float = 0.0,
         timing: Timing | None = None, pull: Pull | None = None,
     ) -> None:  # fmt: skip
         super().__init__(extractor, scale, timing, pull)
@@ -70,8 +93,14 @@ class Chamfer(Potential):
         if min(weights) < 0 or max(weights) == 0:
             raise RequestError("coverage_weight, fidelity_weight", weights, "weights are 0 or more, and not both 0",
                                "Use 1 and 1 for the paper's.")  # fmt: skip
+        if margin < 0 or (margin and len(exemplars) < 2):
+            raise RequestError("margin", margin, f"a margin is 0 or more, and needs the spacing of 2 exemplars (here {len(exemplars)})",
+                               "Use 0 for the paper's formula, or give more exemplars.")  # fmt: skip
         self.exemplars = exemplars.detach()
-        self.coverage_weight, self.fidelity_weight = weights
+        self.coverage_weight, self.fidelity_weight, self.margin = *weights, margin
+        self.slack = margin**2 * spacing(self.exemplars) if margin else None
 
     def energy(self, features: Tensor) -> Tensor:
-        return chamfer_distance(self.exemplars.to(features), features, self.coverage_weight, self.fidelity_weight)
+        slack = None if self.slack is None else self.slack.to(features)
+        weights = self.coverage_weight, self.fidelity_weight
+        return chamfer_distance(self.exemplars.to(features), features, *weights, slack)

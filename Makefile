@@ -1,0 +1,38 @@
+# `make demo` and `make test` set everything up in .venv the first time. ARGS passes options: make demo ARGS="--seeds 1"
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.handful-ready
+# Threads that spin while they wait make two busy cores ten times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help setup demo test test-quick lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with handful and its development tools
+
+# pip itself is upgraded too: those of older Pythons do not read every wheel's metadata.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## the main job on the packaged digits: exemplars, baselines, guided sets, table, pictures
+	$(BIN)/handful demo $(ARGS)
+
+test: lint  ## format, lint, types and every test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-quick: $(READY)  ## the tests that take less than ten seconds each
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+lint: $(READY)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:  ## remove .venv and caches; nothing that a run wrote
+	rm -rf $(VENV) .pytest_cache .ruff_cache build src/*.egg-info

@@ -1,0 +1,166 @@
+"""The command line's commands. Each imports what it needs when it runs, so that `handful --help` answers at once.
+
+Results go to stdout (with --json one object, alone), everything else to stderr. A command raises; `console.py` turns what
+it raises into one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from handful import __version__, console
+from handful.errors import RequestError
+
+if TYPE_CHECKING:
+    from handful.generate.job import Job
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"handful {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _handful(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+) -> None:
+    """Turn a handful of real images into a training set.
+
+    Guides pretrained diffusion models by a few real images of each class, without training them, and measures whether
+    what comes out has the quality and the diversity of real data.
+    """
+
+
+@app.command(short_help="Generate a labelled image set from exemplars.")
+def generate(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe; the options below override it.", metavar="RECIPE.yaml")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="A packaged model (digits) or a directory that diffusers wrote.")] = None,
+    exemplars: Annotated[str | None, typer.Option(metavar="DIR", help="Real images, a folder per class.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run directory; an interrupted run goes on there.")
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images to generate of each class.  [64]")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Exemplars drawn of each class.  [all]")] = None,
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(help="chamfer, cfg or none; may be repeated.  [chamfer if there are exemplars]", metavar="METHOD"),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Of the guidance; 0 is none.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="What chamfer compares images by: digits-guide, dinov2, clip, pixels, a directory, FILE.py:FUNCTION.",
+            metavar="NAME",
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Images guided together.  [64]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
+    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
+    ] = None,
+    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    allow_version_change: Annotated[
+        bool, typer.Option("--allow-version-change", help="Go on with a run begun by other library versions.")
+    ] = False,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    order: Annotated[str, typer.Option(hidden=True)] = "plan",
+) -> None:
+    """Generate a labelled image set from exemplars and a pretrained model.
+
+    \b
+    Examples:
+      handful generate --model digits --exemplars digits/ --out out
+      handful generate --model ./cifar10-unet --exemplars photos/ --k 32 --features dinov2 --out out
+      handful generate --model digits --guidance cfg --scale 1 --per-class 256 --out baseline
+      handful generate recipe.yaml --out out --set guidance.chamfer.every=1
+      handful generate out/recipe.yaml --out again
+
+    The same command goes on where an interrupted run stopped, and ends with the same files.
+    """
+    from handful.generate.recipe import did_you_mean, recipe_from
+    from handful.generate.recipe_file import overridden, read_mapping
+
+    flags: dict[str, Any] = {
+        "model.name": model, "model.null_class": null_class, "model.classes": _listed(class_names),
+        "model.device": device, "exemplars.path": exemplars, "exemplars.per_class": k, "classes": _listed(classes),
+        "per_class": per_class, "cohort": cohort, "seed": seed, "sampler.name": sampler, "sampler.steps": steps,
+    }  # fmt: skip
+    asked = recipe_from(
+        overridden(
+            {} if recipe is None else read_mapping(recipe), flags,
+            guidance=guidance, scale=scale, features=features, settings=settings or (),
+        )
+    )  # fmt: skip
+    if out is None:
+        raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
+    if order not in ("plan", "reversed"):
+        raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
+
+    from handful.generate.job import prepare
+    from handful.generate.run import run
+    from handful.progress import progress_for
+
+    job = prepare(asked, out, allow_version_change=allow_version_change)
+    if not quiet:
+        for note in [*job.notes, *job.changes]:
+            print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        from handful.generate.describe import plan_as_dict, plan_as_text
+
+        print(json.dumps(plan_as_dict(job)) if json_wanted else plan_as_text(job))
+        return
+    summary = run(job, progress_for(quiet), order=_places(job, order))
+    failed = f"{summary.cohorts_failed} of {len(job.cohorts)} cohorts failed" if summary.failures else None
+    if json_wanted:
+        print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
+    elif not quiet:
+        rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
+        print(f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made, {summary.cohorts_resumed} "
+              f"were there, {summary.cohorts_failed} failed; {summary.seconds:.1f} s of sampling{rate})")  # fmt: skip
+    if failed:
+        for failure in summary.failures:
+            print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {failed}; the same command tries them again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _listed(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def _places(job: Job, order: str) -> list[int]:
+    places = list(range(len(job.cohorts)))
+    return places[::-1] if order == "reversed" else places
+
+
+def main() -> NoReturn:
+    """The console script: runs a command and exits with its code."""
+    console.main(app)
+
+
+if __name__ == "__main__":
+    main()

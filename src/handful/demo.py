@@ -1,0 +1,191 @@
+"""`handful demo`: the main job on the embedded default, end to end, with the numbers that say whether it was worth it.
+
+Exemplars are drawn from the real training digits; 64 images of each class are generated without guidance, with
+classifier-free guidance and with Chamfer guidance; each set is judged by the packaged judge, which no guide knows, on the
+held-out digits; and a small classifier trained on each set alone is tested on them. Every set is an ordinary run directory
+that `handful generate` could have written, so an interrupted demo goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from handful import __version__
+from handful.contact_sheet import contact_sheet
+from handful.errors import RequestError, RunError
+from handful.evaluate import Judge
+from handful.features import load_extractor
+from handful.generate import generate
+from handful.generate.recipe import CFGRequest, ChamferRequest, ExemplarsRequest, ModelRequest, Recipe
+from handful.images import LabelledImages, read_folder, write_atomically, write_png
+from handful.utility import downstream_accuracy
+from handful.zoo.digits import CLASSES, load_digits_split
+
+CFG_SCALES = (0.5, 1.0, 2.0)
+CHAMFER_K = (2, 4, 8, 16, 32)
+HEADLINE_K = 32
+COLUMNS = (
+    "precision", "recall", "density", "coverage", "f1", "frechet", "vendi", "judge_accuracy",
+    "robust_precision", "robust_coverage", "utility", "seconds",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the demo's table: a method at a scale, with k exemplars a class (0: none)."""
+
+    method: str
+    scale: float
+    k: int
+    guidance: tuple[ChamferRequest | CFGRequest, ...]
+
+    @property
+    def folder(self) -> str:
+        parts = [self.method] + ([f"w{self.scale:g}"] if self.method == "cfg" else []) + ([f"k{self.k}"] if self.k else [])
+        return "-".join(parts)
+
+
+def entries() -> list[Entry]:
+    """The methods that the demo compares, at the defaults that `handful generate` has."""
+    chamfer = ChamferRequest.for_model("digits")
+    few = ChamferRequest.for_model("digits", method="chamfer-few")
+    return [
+        Entry("none", 0.0, 0, ()),
+        *(Entry("cfg", scale, 0, (CFGRequest(scale=scale),)) for scale in CFG_SCALES),
+        *(Entry("chamfer", chamfer.scale, k, (chamfer,)) for k in CHAMFER_K),
+        *(Entry("chamfer-few", few.scale, k, (few,)) for k in CHAMFER_K[:2]),
+    ]
+
+
+def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Callable[[str], None] = lambda text: None) -> list[Row]:
+    """Runs the demo, or goes on with one that was interrupted.
+
+    Args:
+        out: A new or empty directory, or one with a demo of the same settings.
+        seeds: How often everything is repeated, exemplars drawn anew each time.
+        per_class: Images generated of each class, and guided together.
+        say: Told, in a line, what is done.
+
+    Returns:
+        A row for each method, scale, k and seed, as in `results.json`.
+
+    Raises:
+        RequestError: If `out` holds something else, or the settings make no sense.
+        RunError: If a set can't be generated.
+    """
+    if seeds < 1:
+        raise RequestError("seeds", seeds, "the demo needs at least one", "Give 1 or more; 3 tell the spread.")
+    if per_class < 8:
+        raise RequestError("per_class", per_class, "too few to measure precision and coverage of",
+                           "Give 8 or more; 64 is the default.")  # fmt: skip
+    out = Path(out)
+    rows = _begin(out, {"handful": __version__, "demo": "digits", "per_class": per_class})
+    exemplars, real = _real_images(out)
+    judge = Judge(real.images, real.labels, load_extractor("digits-judge"), ceiling=False, classes=CLASSES)
+    for seed in range(seeds):
+        for entry in entries():
+            known = (entry.method, entry.scale, entry.k, seed)
+            if any((r["method"], r["scale"], r["k"], r["seed"]) == known for r in rows):
+                continue
+            rows.append(_row(entry, seed, per_class, out, exemplars, judge, real))
+            write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
+            say("  ".join([f"seed {seed}  {entry.folder:14}", *(f"{c} {rows[-1][c]:.3f}" for c in COLUMNS[3:4] + COLUMNS[-2:])]))
+    _picture(out, seed=0)
+    return rows
+
+
+def _begin(out: Path, settings: Row) -> list[Row]:
+    """Claims the directory; returns the rows that an earlier, interrupted demo left."""
+    mark, results = out / "demo.json", out / "results.json"
+    settings = {**settings, "machine": platform.machine()}
+    if mark.is_file():
+        if json.loads(mark.read_text()) != settings:
+            raise RequestError("out", str(out), f"it holds a demo of other settings ({mark.read_text().strip()})",
+                               "Choose another directory, or remove this one.")  # fmt: skip
+        return json.loads(results.read_text()) if results.is_file() else []
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError("out", str(out), "it is not empty and holds no demo", "Choose a new or empty directory.")
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(mark, (json.dumps(settings) + "\n").encode())
+    return []
+
+
+def _real_images(out: Path) -> tuple[Path, LabelledImages]:
+    """Writes the real digits as any user has them, a folder per class: those to draw exemplars from, and those held out."""
+    split = load_digits_split()
+    for name, images, labels in (
+        ("real-train", split.train_images, split.train_labels), ("real-held-out", split.test_images, split.test_labels),
+    ):  # fmt: skip
+        counts = dict.fromkeys(CLASSES, 0)
+        for image, label in zip(images, labels.tolist(), strict=True):
+            file = out / name / CLASSES[label] / f"{counts[CLASSES[label]]:03d}.png"
+            counts[CLASSES[label]] += 1
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_png(file, image, sync=False)
+    return out / "real-train", read_folder(out / "real-held-out", channels=1, size=(8, 8))
+
+
+def _row(
+    entry: Entry, seed: int, per_class: int, out: Path, exemplars: Path, judge: Judge, real: LabelledImages
+) -> Row:
+    recipe = Recipe(
+        model=ModelRequest(name="digits"), seed=seed, per_class=per_class, cohort=per_class, guidance=entry.guidance,
+        exemplars=ExemplarsRequest(path=str(exemplars.resolve()), per_class=entry.k, seed=seed) if entry.k else ExemplarsRequest(),
+    )  # fmt: skip
+    folder = out / f"seed-{seed}" / entry.folder
+    summary = generate(recipe, folder)
+    if summary.failures:
+        raise RunError(summary.failures[0])
+    made = read_folder(folder, channels=1, size=(8, 8))
+    found = judge(made.images, made.labels)
+    train, test = (_labels(images) for images in (made, real))
+    utility = downstream_accuracy(made.images, train, real.images, test, steps=200, augment=False, seed=seed)
+    return {
+        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **found.row(),
+        "utility": utility, "seconds": summary.seconds, "images": len(made),
+    }  # fmt: skip
+
+
+def _labels(images: LabelledImages) -> Any:
+    import torch
+
+    return torch.tensor([CLASSES.index(name) for name in images.labels])
+
+
+def _picture(out: Path, seed: int) -> None:
+    """Exemplars above generated images, class by class."""
+    folder = out / f"seed-{seed}" / f"chamfer-k{HEADLINE_K}"
+    made = read_folder(folder, channels=1, size=(8, 8))
+    from handful.exemplars import Exemplars
+
+    exemplars = Exemplars.from_folder(out / "real-train", channels=1, size=(8, 8), k=HEADLINE_K, seed=seed)
+    of = {name: made.images[[i for i, label in enumerate(made.labels) if label == name]] for name in CLASSES}
+    contact_sheet(exemplars.images, of, out / "contact_sheet.png")
+
+
+def means(rows: Sequence[Row]) -> list[Row]:
+    """One row a method, scale and k: each number's mean over the seeds, and its spread as `NAME_spread`.
+
+    The spread is the standard deviation between seeds; None for a single seed.
+    """
+    groups: dict[tuple[str, float, int], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["scale"], row["k"]), []).append(row)
+    out = []
+    for (method, scale, k), members in groups.items():
+        mean: Row = {"method": method, "scale": scale, "k": k, "seeds": len(members)}
+        for column in COLUMNS:
+            values = [member[column] for member in members]
+            mean[column] = fmean(values)
+            mean[f"{column}_spread"] = stdev(values) if len(values) > 1 else None
+        out.append(mean)
+    return out

@@ -1,0 +1,55 @@
+"""What a job would do, in words and as data, for `--dry-run`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from handful.generate.job import Job, megabytes
+
+
+def plan_as_dict(job: Job) -> dict[str, Any]:
+    """Plain data, for JSON."""
+    done = [cohort for cohort in job.cohorts if cohort.key in job.done]
+    return {
+        "out": str(job.directory.path),
+        "classes": {cohort.class_name: cohort.label for cohort in job.cohorts},
+        "cohorts": len(job.cohorts),
+        "cohorts_done": len(done),
+        "images": job.images,
+        "images_done": sum(cohort.count for cohort in done),
+        "disk_bytes_needed": job.bytes_needed,
+        "disk_bytes_free": job.directory.free_bytes(),
+        "recipe": job.recipe.as_dict(),
+        "notes": [*job.notes, *job.changes],
+    }
+
+
+def plan_as_text(job: Job) -> str:
+    """Lines for people."""
+    plan, recipe = plan_as_dict(job), job.recipe
+    channels, height, width = job.image_shape
+    names = list(plan["classes"])
+    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    counts = job.exemplars.counts if job.exemplars else {}
+    each = (
+        f"{min(counts.values())} to {max(counts.values())}"
+        if len(set(counts.values())) > 1
+        else str(max(counts.values(), default=0))
+    )
+    told = ("scale", "features", "jacobian", "every")
+    terms = [
+        ", ".join([term.method, *(f"{key} {value}" for key, value in term.model_dump().items() if key in told)])
+        for term in recipe.guidance or ()
+    ]
+    lines = {
+        "model": f"{recipe.model.name}, {height} x {width} x {channels}, {recipe.model.dtype} on {job.provenance['device']}",
+        "exemplars": f"{recipe.exemplars.path}, {each} of each class" if counts else "none",
+        "guidance": "; ".join(terms) or "none",
+        "sampler": f"{recipe.sampler.name}, {recipe.sampler.steps} steps, {recipe.sampler.spacing}",
+        "classes": f"{len(names)}: {listed}",
+        "cohorts": f"{plan['cohorts']} of up to {recipe.cohort} images; {plan['cohorts_done']} are done",
+        "images": f"{plan['images']}; {plan['images_done']} are done",
+        "disk": f"up to {megabytes(plan['disk_bytes_needed'])} needed, {megabytes(plan['disk_bytes_free'])} free",
+        "out": plan["out"],
+    }
+    return "\n".join(f"{name:<10} {text}" for name, text in lines.items())

@@ -1,0 +1,285 @@
+"""Everything that can be checked before the long work: a recipe and a directory become a job, or a refusal.
+
+What needs no model is checked first, then what needs it; nothing is written, so `--dry-run` is this and no more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from handful.denoiser import Denoiser
+from handful.errors import HandfulError, RequestError
+from handful.exemplars import Exemplars
+from handful.features import FeatureExtractor, load_extractor
+from handful.generate.directory import RunDirectory, differences
+from handful.generate.manifest import manifest_schema
+from handful.generate.plan import Cohort, Labels, assign_labels, plan_cohorts
+from handful.generate.provenance import CONTENTS, DECIDING, choose_device, provenance_of
+from handful.generate.recipe import CFGRequest, ChamferRequest, Recipe, did_you_mean, with_defaults
+from handful.generate.recipe_file import PROVENANCE
+from handful.generate.terms import check_terms, energy_columns, feature_names, needs_exemplars
+from handful.generate.writers import check_class_names
+from handful.images import image_folder
+from handful.models import load
+from handful.noise import Levels
+
+_BLOCK = 4096  # bytes a small file takes on a disk
+_ROW = 1024  # more than a row of the manifest and of metadata.jsonl take, in the marker and in the final files
+
+
+@dataclass
+class Job:
+    """A checked run, ready to start.
+
+    Attributes:
+        recipe: With every automatic choice replaced by what it became.
+        directory: Where it goes.
+        denoiser: On its device, in its precision.
+        device: Where it computes.
+        levels: The path of the sampler.
+        exemplars: Of the classes to generate; None without.
+        extractors: By name, on the device.
+        cohorts: All of them, in the plan's order.
+        schema: Of the manifest.
+        image_shape: (c, h, w) of one image.
+        provenance: For recipe.yaml.
+        notes: What was concluded, in words for the user.
+        threads: Of the CPU; as many as the run was begun with, since another number adds up in another order.
+        changes: What is not as it was when the run began, where cohorts of then are kept and others made now.
+        done: Keys of the cohorts that lie finished in the directory.
+        bytes_needed: Estimate of the disk space that the others take; the upper bound, as if nothing compressed.
+    """
+
+    recipe: Recipe
+    directory: RunDirectory
+    denoiser: Denoiser
+    device: torch.device
+    levels: Levels
+    exemplars: Exemplars | None
+    extractors: dict[str, FeatureExtractor]
+    cohorts: list[Cohort]
+    schema: pa.Schema
+    image_shape: tuple[int, int, int]
+    provenance: dict[str, Any]
+    notes: list[str]
+    allow_version_change: bool = False
+    threads: int | None = None
+    changes: list[str] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
+    bytes_needed: int = 0
+
+    @property
+    def images(self) -> int:
+        """How many images the finished run has."""
+        return sum(cohort.count for cohort in self.cohorts)
+
+
+def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = False) -> Job:
+    """Checks a request against the world; writes nothing.
+
+    Args:
+        recipe: What is asked for.
+        out: The run directory: new, empty, or with an unfinished (or finished) run of this same recipe.
+        allow_version_change: Go on with a run that other versions of the libraries began. Its bytes are then no longer
+            those of either version alone.
+
+    Raises:
+        RequestError: Naming what can't be done, and the remedy.
+    """
+    recipe, notes = with_defaults(recipe)
+    guidance = recipe.guidance or ()
+    check_terms(guidance)
+    if needs_exemplars(guidance) and recipe.exemplars.path is None:
+        remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
+        raise RequestError("exemplars.path", None, "chamfer guidance needs exemplars", remedy)
+    if recipe.sampler.eta and recipe.sampler.name != "ddim":
+        raise RequestError("sampler.eta", recipe.sampler.eta, f"the sampler {recipe.sampler.name} has none",
+                           "Use the sampler ddim, or leave eta out.")  # fmt: skip
+    directory = RunDirectory(out)
+    directory.stored()
+    found = _exemplar_classes(recipe, directory.path)
+    device = choose_device(recipe.model.device)
+
+    denoiser, labels = _model(recipe, found)
+    notes += labels.notes
+    check_class_names(labels.of, "classes")
+    for index, term in enumerate(guidance):
+        if isinstance(term, CFGRequest) and labels.null_class is None:
+            remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
+            raise RequestError(f"guidance[{index}]", "cfg", "this model has no null class to compare with", remedy)
+    if recipe.sampler.clamp and type(denoiser).decode is not Denoiser.decode:
+        raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
+    levels = denoiser.levels.spacing(recipe.sampler.steps, recipe.sampler.spacing)
+    image_shape = _image_shape(denoiser)
+    exemplars = _exemplars(recipe, image_shape, list(labels.of))
+    notes += exemplars.warnings if exemplars else []
+    for index, term in enumerate(guidance):
+        if isinstance(term, ChamferRequest) and term.margin and exemplars and min(exemplars.counts.values()) < 2:
+            raise RequestError(f"guidance[{index}].margin", term.margin, "a single exemplar has no neighbour to measure it by",
+                               "Use 0, or 2 or more exemplars of each class.")  # fmt: skip
+    extractors = {name: _extractor(name, image_shape, device) for name in feature_names(guidance)}
+
+    asked = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(
+                update={"null_class": labels.null_class, "classes": labels.model_classes, "device": str(device)}
+            ),
+            "classes": tuple(labels.of),
+            "sampler": recipe.sampler.model_copy(update={"spacing": recipe.sampler.spacing or denoiser.levels.spacings[0]}),
+        }
+    )
+    provenance = provenance_of(denoiser, device, levels, exemplars, extractors, notes)
+    denoiser.to(device, getattr(torch, recipe.model.dtype))
+    energies = [column for column in energy_columns(guidance) if column]
+    job = Job(
+        asked, directory, denoiser, device, levels, exemplars, extractors,
+        plan_cohorts(labels.of, recipe.per_class, recipe.cohort), manifest_schema(energies), image_shape, provenance,
+        notes, allow_version_change,
+    )  # fmt: skip
+    check_against_stored(job)
+    return job
+
+
+def check_against_stored(job: Job) -> None:
+    """Compares a job with what lies in its directory, and counts what is done and what space the rest takes.
+
+    Raises:
+        RequestError: If another recipe's run lies there, one of other versions, or the disk is too small.
+    """
+    stored = job.directory.stored()
+    if stored is not None:
+        before, now = stored.pop(PROVENANCE), job.provenance
+        contents = [f"{key}: {before.get(key)} there, {now[key]} now" for key in CONTENTS if before.get(key) != now[key]]
+        # What lies at another path but is the same, to the byte, is the same.
+        moved = {"model": "name"} if before.get("model_sha256") == now["model_sha256"] else {}
+        moved |= {"exemplars": "path"} if before.get("exemplars_sha256") == now["exemplars_sha256"] else {}
+        there, here = stored, job.recipe.as_dict()
+        for part, key in moved.items():
+            for data in (there, here):
+                if isinstance(data.get(part), dict) and data[part].get(key) is not None:
+                    data[part][key] = "..."
+        unlike = differences(there, here) + contents
+        if unlike:
+            raise RequestError("out", job.directory.path, "it holds the run of another recipe:\n  " + "\n  ".join(unlike),
+                               "Choose another --out, or ask for what was asked then.")  # fmt: skip
+    job.done = {cohort.key for cohort in job.cohorts if stored is not None and job.directory.finished(cohort, job.schema)}
+    left = [cohort for cohort in job.cohorts if cohort.key not in job.done]
+    job.threads, job.changes = job.provenance["threads"], []
+    if stored is not None and job.done and left:
+        job.changes = _changes(job, before)
+        job.threads = before.get("threads", job.threads)
+    _check_space(job, sum(cohort.count for cohort in left))
+
+
+def _changes(job: Job, before: dict[str, Any]) -> list[str]:
+    changed = [f"{name} {before.get(name)} then, {job.provenance[name]} now"
+               for name in DECIDING if before.get(name) != job.provenance[name]]  # fmt: skip
+    if changed and not job.allow_version_change:
+        problem = f"its run was begun with other versions ({'; '.join(changed)}), whose images may differ from these ones'"
+        remedy = "Install the former versions, choose another --out, or accept it with --allow-version-change."
+        raise RequestError("out", job.directory.path, problem, remedy)
+    told = [f"versions: {'; '.join(changed)}: images of both may lie here"] if changed else []
+    if before.get("device") != job.provenance["device"]:
+        told.append(f"device: {before.get('device')} then, {job.provenance['device']} now; the last bits may differ")
+    return told
+
+
+def _check_space(job: Job, images: int) -> None:
+    channels, height, width = job.image_shape
+    raw = channels * height * width + height + 200  # uncompressed, a filter byte a row, the format's own headers
+    job.bytes_needed = images * (-(-raw // _BLOCK) * _BLOCK + _ROW)
+    free = job.directory.free_bytes()
+    if job.bytes_needed > free:
+        problem = f"the disk has {megabytes(free)} free, and {images} images take up to {megabytes(job.bytes_needed)}"
+        raise RequestError("out", job.directory.path, problem, "Free some space, or choose another --out.")
+
+
+def megabytes(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 1e6:,.{0 if count >= 1e8 else 2}f} MB"
+
+
+def _exemplar_classes(recipe: Recipe, out: Path) -> list[str] | None:
+    """The exemplars' class names, from the folder's listing alone; also refuses too few images."""
+    if recipe.exemplars.path is None:
+        return None
+    root = Path(recipe.exemplars.path).expanduser().resolve()
+    if root in (resolved := out.resolve(), *resolved.parents):
+        raise RequestError("out", out, f"it lies in the folder of exemplars '{recipe.exemplars.path}', and would be taken "
+                           "for a class of it", "Choose an --out beside it.")  # fmt: skip
+    files = image_folder(recipe.exemplars.path, field="exemplars")
+    for name in recipe.classes or ():
+        if name not in files:
+            raise RequestError("classes", name, "there are no exemplars of this class",
+                               did_you_mean(name, files, "The exemplars' classes"))  # fmt: skip
+    wanted = recipe.exemplars.per_class or 1
+    few = [f"'{name}' has {len(files[name])}" for name in recipe.classes or files if len(files[name]) < wanted]
+    if few:
+        fewest = min(len(files[name]) for name in recipe.classes or files)
+        listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        raise RequestError("exemplars.per_class", wanted, f"there are fewer in '{recipe.exemplars.path}': {listed}",
+                           f"Ask for {fewest} (--k), or add images.")  # fmt: skip
+    return list(files)
+
+
+def _model(recipe: Recipe, found: list[str] | None) -> tuple[Denoiser, Labels]:
+    """Loads the model and matches its labels to the classes; tells it its null class where that was concluded."""
+    denoiser: Any = load(recipe.model.name, null_class=recipe.model.null_class)
+    labels = assign_labels(
+        recipe.classes,
+        found,
+        label_count=getattr(denoiser, "label_count", 0),
+        names=denoiser.classes if recipe.model.classes is None else recipe.model.classes,
+        null_class=getattr(denoiser, "null_class", None),
+    )
+    denoiser.null_class = labels.null_class
+    return denoiser, labels
+
+
+@torch.no_grad()
+def _image_shape(denoiser: Denoiser) -> tuple[int, int, int]:
+    channels, height, width = denoiser.decode(torch.zeros(1, *denoiser.shape)).shape[1:]
+    if channels not in (1, 3):
+        raise RequestError("model", channels, "its images are neither gray nor RGB", "Use a model of 1 or 3 channels.")
+    return channels, height, width
+
+
+def _exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: list[str]) -> Exemplars | None:
+    if recipe.exemplars.path is None:
+        return None
+    asked = recipe.exemplars
+    drawn = Exemplars.from_folder(
+        recipe.exemplars.path, channels=image_shape[0], size=image_shape[1:], k=asked.per_class, seed=asked.seed,
+        minimum=1 if asked.per_class == 1 else 2,
+    )  # fmt: skip
+    if set(classes) == set(drawn.classes):
+        return drawn
+    told = [text for text in drawn.warnings if any(text.startswith(f"class '{name}':") for name in classes)]
+    pick = {name: name for name in classes}
+    return Exemplars(
+        {name: drawn.images[name] for name in pick},
+        {name: drawn.files[name] for name in pick},
+        {name: drawn.hashes[name] for name in pick},
+        told,
+    )
+
+
+@torch.no_grad()
+def _extractor(name: str, image_shape: tuple[int, int, int], device: torch.device) -> FeatureExtractor:
+    """Loads an extractor and tries it on one gray image, so that what it can't take is known now."""
+    extractor = load_extractor(name).to(device)
+    try:
+        features = extractor(torch.zeros(1, *image_shape, device=device))
+    except HandfulError:
+        raise
+    except Exception as error:  # a network of the user's own may raise anything
+        raise RequestError("features", name, f"it can't take images of {image_shape} ({str(error).splitlines()[0]})",
+                           "State its size and channels (handful.features.FeatureExtractor).") from error  # fmt: skip
+    if not bool(torch.isfinite(features).all()):
+        raise RequestError("features", name, "its features hold NaN or infinite values", "Use another extractor.")
+    return extractor

@@ -1,0 +1,91 @@
+"""Where a run's bytes come from, beyond its recipe: versions, device, and the digests of all that was read."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import nn
+
+from handful.errors import RequestError
+from handful.exemplars import Exemplars
+from handful.features import FeatureExtractor
+from handful.noise import Levels
+
+# Another version of these may give other bytes: of the images (pillow: of the files), of the markers and the manifest.
+DECIDING = ("handful", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
+CONTENTS = ("model_sha256", "exemplars_sha256", "features_sha256")
+
+
+def provenance_of(
+    network: nn.Module, device: torch.device, levels: Levels, exemplars: Exemplars | None,
+    extractors: Mapping[str, FeatureExtractor], notes: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """Plain data for recipe.yaml. No time, host or user is in it: the same run is the same text everywhere.
+
+    Args:
+        network: With its weights as they were loaded, before any change of precision.
+    """
+    return {
+        **{name: _version(name) for name in DECIDING},
+        "python": platform.python_version(),
+        "device": describe_device(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "model_sha256": weights_digest(network),
+        "exemplars_sha256": exemplars.digest if exemplars else None,
+        "features_sha256": {name: extractor.digest for name, extractor in extractors.items()},
+        "levels": {"alpha": levels.alpha.tolist(), "sigma": levels.sigma.tolist()},
+        "notes": notes,
+    }
+
+
+def _version(name: str) -> str | None:
+    if name == "handful":
+        from handful import __version__
+
+        return __version__
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def describe_device(device: torch.device) -> str:
+    """What computes: processors of another kind may round otherwise."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({platform.machine()} {torch.backends.cpu.get_cpu_capability()})"
+    return device.type
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device of a recipe; `auto` is the first CUDA device, else the CPU.
+
+    Raises:
+        RequestError: It is not there.
+    """
+    if asked == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(asked)
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there[device.type]:
+        raise RequestError("model.device", asked, "this machine has no such device", "Use auto, or cpu.")
+    return device
+
+
+def weights_digest(network: nn.Module) -> str:
+    """SHA-256 over the names, shapes, types and bytes of all weights."""
+    state = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        state.update(f"{key} {tuple(value.shape)} {value.dtype} ".encode())
+        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

@@ -1,0 +1,279 @@
+"""What is asked for: the recipe of a data set, with every default written out.
+
+A recipe is data: it loads no model and opens no file (`recipe_file.py` reads and writes it as YAML, `job.py` checks it
+against the world). Together with the device it decides every byte of a run directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from handful.errors import RequestError
+
+Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
+
+# Only what differs from the defaults of `ChamferRequest`, by model; what a user states himself always wins.
+CHAMFER_BY_MODEL: dict[str, dict[str, Any]] = {
+    "digits": {"features": "digits-guide"},
+}
+CHAMFER_FEATURES = "dinov2"  # what `features: auto` becomes for every other model
+
+
+def _names(value: object) -> object:
+    """Class names: `classes: [0, 1]` in YAML are numbers, and mean the folders "0" and "1"."""
+    if isinstance(value, (list, tuple)):
+        return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value)
+    return value
+
+
+ClassNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names)]
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class _Request(BaseModel):
+    """A misspelt key is refused, never ignored; no number is infinite or NaN."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelRequest(_Request):
+    """Which pretrained model, and how it is run.
+
+    Attributes:
+        name: A name of the zoo (`digits`) or a directory.
+        null_class: The label that stands for "no class"; None takes what the model says.
+        classes: Names of the model's classes, by label; None takes what the model says.
+        device: `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: The precision of the network. The sample itself is kept in float32.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    null_class: Annotated[int, Field(ge=0)] | None = None
+    classes: ClassNames | None = None
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class ExemplarsRequest(_Request):
+    """Which real images guide.
+
+    Attributes:
+        path: A folder with a folder of images per class; None guides without exemplars.
+        per_class: k, how many of each class are drawn; None takes all.
+        seed: Of the draw.
+    """
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    per_class: Positive | None = None
+    seed: int = 0
+
+
+class SamplerRequest(_Request):
+    """How noise becomes images.
+
+    Attributes:
+        name: See `handful.samplers`.
+        steps: Denoiser steps.
+        spacing: How the levels are spaced; None takes the schedule's own default.
+        eta: Share of the ancestral noise, ddim only.
+        clamp: Keep every denoised estimate inside the images' range; pixel models only.
+    """
+
+    name: Sampler = "dpmpp_2m"
+    steps: Positive = 18
+    spacing: str | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    clamp: bool = False
+
+
+Gain = Literal["constant", "linear", "sine"]
+Interval = tuple[Weight, Weight]
+NoiseInterval = tuple[Weight, Weight | None]  # None: no upper end
+
+
+class ChamferRequest(_Request):
+    """Chamfer guidance by the exemplars; see `handful.guidance.Chamfer`. These defaults are handful's own."""
+
+    method: Literal["chamfer"] = "chamfer"
+    scale: Weight = 0.4
+    coverage_weight: Weight = 4.0
+    fidelity_weight: Weight = 1.0
+    margin: Weight = 0.0
+    features: Annotated[str, Field(min_length=1)] = "auto"
+    jacobian: Literal["exact", "gaussian", "identity"] = "exact"
+    normalize: Literal["rms", "none"] = "rms"
+    hold: bool = False
+    every: Positive = 2
+    interval: Interval = (0.0, 1.0)
+    noise: NoiseInterval = (0.0, None)
+    gain: Gain = "constant"
+
+
+class CFGRequest(_Request):
+    """Classifier-free guidance; scale 0 is the conditional model (diffusers' `guidance_scale` is `scale + 1`)."""
+
+    method: Literal["cfg"] = "cfg"
+    scale: Weight = 1.0
+    every: Positive = 1
+    interval: Interval = (0.0, 1.0)
+    noise: NoiseInterval = (0.0, None)
+    gain: Gain = "constant"
+
+
+GuidanceRequest = Annotated[ChamferRequest | CFGRequest, Field(discriminator="method")]
+
+
+class Recipe(_Request):
+    """A data set to generate.
+
+    Attributes:
+        format: Of the recipe itself, for later versions.
+        model: Which pretrained model.
+        exemplars: Which real images guide.
+        classes: Names of the classes to generate; None: those of the exemplars, else all that the model knows.
+        per_class: Images to generate of each class.
+        cohort: How many images are guided together; a class's last cohort may be smaller.
+        seed: Of all noise.
+        sampler: How noise becomes images.
+        guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
+        chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
+    """
+
+    format: Literal[1] = 1
+    model: ModelRequest
+    exemplars: ExemplarsRequest = ExemplarsRequest()
+    classes: ClassNames | None = None
+    per_class: Positive = 64
+    cohort: Positive = 64
+    seed: int = 0
+    sampler: SamplerRequest = SamplerRequest()
+    guidance: tuple[GuidanceRequest, ...] | None = None
+    chunk: Positive | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, numbers and texts, in the order of the fields."""
+        return self.model_dump(mode="json")
+
+
+METHODS: dict[str, type[_Request]] = {"chamfer": ChamferRequest, "cfg": CFGRequest}
+_PARTS: dict[tuple[str, ...], type[_Request]] = {
+    (): Recipe,
+    ("model",): ModelRequest,
+    ("exemplars",): ExemplarsRequest,
+    ("sampler",): SamplerRequest,
+    **{("guidance", method): part for method, part in METHODS.items()},
+}
+
+
+def recipe_from(data: Mapping[str, Any]) -> Recipe:
+    """Checks plain data, such as YAML gives, and makes a recipe of it. No type is guessed: `steps: "18"` is refused.
+
+    Raises:
+        RequestError: Naming the dotted field, its value and what to do; several faults are told together.
+    """
+    try:
+        # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
+        return Recipe.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise _request_error(error.errors(include_url=False)) from None
+    except TypeError as error:  # a date, a set: YAML knows more types than a recipe does
+        raise RequestError("recipe", dict(data), f"it holds a value that no field takes ({error})",
+                           "Put quotes around dates and other special values.") from None  # fmt: skip
+
+
+def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """Replaces what is automatic and needs no model to decide: guidance, and each term's `features: auto`.
+
+    Returns:
+        The recipe, and a sentence for each choice that was made.
+    """
+    notes: list[str] = []
+    guidance = recipe.guidance
+    if guidance is None:
+        guidance = (ChamferRequest(),) if recipe.exemplars.path else ()
+        notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
+    chosen: list[ChamferRequest | CFGRequest] = []
+    for index, term in enumerate(guidance):
+        if isinstance(term, ChamferRequest):
+            own = CHAMFER_BY_MODEL.get(recipe.model.name, {})
+            term = term.model_copy(update={key: value for key, value in own.items() if key not in term.model_fields_set})
+            if term.features == "auto":
+                term = term.model_copy(update={"features": own.get("features", CHAMFER_FEATURES)})
+            if "features" not in guidance[index].model_fields_set or guidance[index].model_dump()["features"] == "auto":
+                notes.append(f"guidance[{index}].features: auto became {term.features}")
+        chosen.append(term)
+    return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
+
+
+def _request_error(faults: list[ErrorDetails]) -> RequestError:
+    first, *others = [_told(fault) for fault in faults]
+    also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
+    more = f" And {len(others) - 5} more." if len(others) > 5 else ""
+    return RequestError(first[0], first[1], first[2], first[3] + also + more)
+
+
+def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
+    """A fault of pydantic's in our words: field, value, problem, remedy."""
+    place = [part for part in fault["loc"] if part not in METHODS]  # the union's tag is no key of the recipe
+    field, value, kind = dotted(place), fault["input"], fault["type"]
+    if kind == "extra_forbidden":
+        part = tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int))
+        keys = list(_PARTS[part].model_fields) if part in _PARTS else []
+        return field, value, "there is no such key", did_you_mean(str(place[-1]), keys, "Keys here")
+    if kind == "missing":
+        model = "Name a model of the zoo, such as digits, or a model's directory (--model)."
+        return field, None, "it is missing", model if field.startswith("model") else "State it."
+    if kind.startswith("union_tag"):
+        given = value.get("method") if isinstance(value, Mapping) else value
+        return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
+    if kind == "model_type" or kind == "model_attributes_type":
+        part = _PARTS.get(tuple(str(p) for p in fault["loc"] if not isinstance(p, int)))
+        keys = ", ".join(part.model_fields) if part else ""
+        return field, value, "this takes several keys, not one value", f"Write keys below it: {keys}."
+    if kind == "literal_error":
+        choices = _choices(fault)
+        return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
+    problem = fault["msg"].replace("Input should", "it should").replace("valid array", "list").replace("valid string", "text")
+    remedy = "Correct it."
+    if isinstance(value, str) and ("_type" in kind or "_parsing" in kind):
+        remedy = "Write a plain number, without quotes." if kind.startswith(("int", "float")) else "Write it without quotes."
+    elif kind == "finite_number":
+        problem, remedy = "it is not finite", "Write null where there shall be no limit."
+    elif kind == "string_type":
+        remedy = "Put quotes around it."
+    elif kind == "string_pattern_mismatch":
+        problem, remedy = "there is no such device", "Choose auto, cpu, cuda, cuda:N or mps."
+    elif kind.startswith(("greater_than", "less_than")):
+        remedy = "Choose a number in that range."
+    elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list", "list": "a list"}
+        remedy = f"Give {wanted[kind.partition('_')[0]]}."
+    return field, value, problem, remedy
+
+
+def _choices(fault: ErrorDetails) -> list[str]:
+    part = _PARTS.get(tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int)), Recipe)
+    return [str(choice) for choice in get_args(part.model_fields[str(fault["loc"][-1])].annotation)]
+
+
+def dotted(place: Iterable[str | int]) -> str:
+    """("guidance", 0, "scale") -> "guidance[0].scale"."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "recipe"
+
+
+def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:
+    """A remedy for a name that does not exist: the nearest one that does, and all of them while they are few."""
+    known = list(known)
+    near = difflib.get_close_matches(given, known, n=1)
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return (f"Did you mean '{near[0]}'? " if near else "") + f"{kind}: {listed or 'none'}."

@@ -1,0 +1,100 @@
+"""Guidance terms from what a recipe says of them: the one place that knows both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from handful.errors import RequestError
+from handful.features import FeatureExtractor
+from handful.generate.recipe import CFGRequest, ChamferRequest
+from handful.guidance import CFG, Chamfer, Guidance, Pull, Timing
+
+Requests = Sequence[ChamferRequest | CFGRequest]
+
+
+def check_terms(requests: Requests) -> None:
+    """Refuses settings that contradict each other, before anything is loaded.
+
+    Raises:
+        RequestError: Naming the dotted field.
+    """
+    for index, request in enumerate(requests):
+        with _named(index):
+            _timing(request)
+            if isinstance(request, ChamferRequest):
+                _pull(request)
+                if not (request.coverage_weight or request.fidelity_weight):
+                    raise RequestError("coverage_weight", 0.0, "both weights are 0", "Make one of them positive.")
+
+
+def needs_exemplars(requests: Requests) -> bool:
+    """Whether a term is guided by exemplars."""
+    return any(isinstance(request, ChamferRequest) for request in requests)
+
+
+def feature_names(requests: Requests) -> list[str]:
+    """The extractors that the terms use, each once, in the terms' order."""
+    return list(dict.fromkeys(request.features for request in requests if isinstance(request, ChamferRequest)))
+
+
+def make_terms(
+    requests: Requests, extractors: Mapping[str, FeatureExtractor], features: Mapping[str, Tensor]
+) -> list[Guidance]:
+    """The terms for the cohorts of one class.
+
+    Args:
+        requests: What the recipe says.
+        extractors: By name, on the device to guide on.
+        features: The class's exemplars by extractor name, (k, D) each.
+    """
+    terms: list[Guidance] = []
+    for request in requests:
+        timing = _timing(request)
+        if isinstance(request, CFGRequest):
+            terms.append(CFG(request.scale, timing))
+            continue
+        terms.append(
+            Chamfer(
+                extractors[request.features],
+                features[request.features],
+                request.scale,
+                coverage_weight=request.coverage_weight,
+                fidelity_weight=request.fidelity_weight,
+                margin=request.margin,
+                timing=timing,
+                pull=_pull(request),
+            )
+        )
+    return terms
+
+
+def energy_columns(requests: Requests) -> list[str | None]:
+    """For each term the manifest's column of its energy; None for a term that has none."""
+    columns: list[str | None] = []
+    for request in requests:
+        name = f"energy_{request.method}" if isinstance(request, ChamferRequest) else None
+        taken = sum(column is not None and column.startswith(name) for column in columns) if name else 0
+        columns.append(f"{name}_{taken + 1}" if taken else name)
+    return columns
+
+
+def _timing(request: ChamferRequest | CFGRequest) -> Timing:
+    low, high = request.noise
+    return Timing(request.every, request.interval, (low, math.inf if high is None else high), request.gain)
+
+
+def _pull(request: ChamferRequest) -> Pull:
+    return Pull(request.jacobian, request.normalize, request.hold)
+
+
+@contextmanager
+def _named(index: int) -> Iterator[None]:
+    """Puts the term's place before the field that an error names."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(f"guidance[{index}].{error.field}", error.value, error.problem, error.remedy) from None
