@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from handful.denoiser import Condition, Denoiser
@@ -65,6 +67,13 @@ class Timing:
         return {"constant": 1.0, "linear": 1.0 - p, "sine": math.sin(math.pi * p)}[self.gain]
 
 
+def in_chunks(call: Callable[[slice], Tensor], n: int, chunk: int | None) -> Tensor:
+    """`call` on slices of at most `chunk` of n images, joined; on all at once where chunk is None."""
+    if chunk is None or n <= chunk:
+        return call(slice(None))
+    return torch.cat([call(slice(i, i + chunk)) for i in range(0, n, chunk)])
+
+
 @dataclass
 class Step:
     """One evaluation of a guided denoiser: what its terms share.
@@ -74,6 +83,7 @@ class Step:
         x_t: (n, c, h, w).
         level, condition: As given.
         x0_hat: The unguided estimate, the shape of x_t.
+        chunk: At most so many images at once through the denoiser; None for all.
     """
 
     denoiser: Denoiser
@@ -81,11 +91,13 @@ class Step:
     level: Level
     condition: Condition
     x0_hat: Tensor
+    chunk: int | None = None
 
     @cached_property
     def x0_hat_null(self) -> Tensor:
         """The estimate under the null condition: a second evaluation, computed once however many terms ask."""
-        return self.denoiser(self.x_t, self.level, self.condition.null())
+        null = self.condition.null()
+        return in_chunks(lambda part: self.denoiser(self.x_t[part], self.level, null[part]), len(self.x_t), self.chunk)
 
 
 class Guidance(ABC):

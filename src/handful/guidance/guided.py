@@ -18,10 +18,8 @@ from torch import Tensor
 
 from handful.denoiser import Condition, Denoiser
 from handful.errors import RunError
-from handful.guidance.base import Guidance, Potential, Pull, Step
+from handful.guidance.base import Guidance, Potential, Pull, Step, in_chunks
 from handful.noise import Level
-
-TINY = 1e-30  # a gradient smaller than this is none
 
 
 class Guided(Denoiser):
@@ -34,13 +32,15 @@ class Guided(Denoiser):
         denoiser: Any denoiser, a guided one too.
         terms: Guidance terms; their shifts add up.
         chunk: At most so many images at once through the networks; None takes the whole cohort and halves it for as
-            long as the device is out of memory.
+            long as the device is out of memory. A guided denoiser inside takes whole cohorts: chunk it, not this.
     """
 
     def __init__(self, denoiser: Denoiser, terms: Sequence[Guidance], chunk: int | None = None) -> None:
         super().__init__()
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {chunk}")
+        if chunk is not None and isinstance(denoiser, Guided):
+            raise ValueError("chunk: the guided denoiser inside couples its cohort; give the chunk to that one")
         self.denoiser, self.terms, self.chunk = denoiser, tuple(terms), chunk
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
         self._held: dict[Pull, Tensor] = {}
@@ -60,7 +60,7 @@ class Guided(Denoiser):
                 return self._guided(x_t, level, condition)
             except torch.OutOfMemoryError:
                 now = min(self.chunk or len(x_t), len(x_t))
-                if now == 1:
+                if now == 1 or isinstance(self.denoiser, Guided):
                     raise
                 self.chunk = (now + 1) // 2
                 warnings.warn(f"out of memory with {now} images at once; going on with {self.chunk}", stacklevel=2)
@@ -85,7 +85,7 @@ class Guided(Denoiser):
         with torch.set_grad_enabled(outside or (backward and whole)):
             x0_hat = self._plain(x, level, condition)
         with torch.no_grad():
-            step = Step(self.denoiser, x_t.detach(), level, condition, x0_hat.detach())
+            step = Step(self.denoiser, x_t.detach(), level, condition, x0_hat.detach(), self.chunk)
             shifts += [term.shift(step) for term in active if not isinstance(term, Potential)]
         if due:
             estimate = x0_hat if x0_hat.requires_grad else x0_hat.detach().requires_grad_()
@@ -105,7 +105,7 @@ class Guided(Denoiser):
             if pull.normalize == "none":
                 shifts.append(-_absolute_factor(pull, level) * gradient)
                 continue
-            direction = weight * gradient / _rms(gradient, terms).clamp_min(TINY)
+            direction = weight * _unit(gradient, terms)
             if pull.hold:
                 self._held[pull] = direction
             shifts.append(-_radius(level) * direction)
@@ -119,10 +119,7 @@ class Guided(Denoiser):
         return self._chunked(lambda part: self.denoiser(x[part], level, condition[part]), len(x))
 
     def _chunked(self, call: Callable[[slice], Tensor], n: int) -> Tensor:
-        size = self.chunk or n
-        if n <= size:
-            return call(slice(None))
-        return torch.cat([call(slice(i, i + size)) for i in range(0, n, size)])
+        return in_chunks(call, n, self.chunk)
 
     def _image_cotangent(
         self, terms: list[Potential], pull: Pull, images: Tensor, level: Level
@@ -136,7 +133,7 @@ class Guided(Denoiser):
         for term in terms:
             gradient = self._image_gradient(term, images)
             if pull.normalize == "rms":
-                gradient = gradient / _rms(gradient, [term]).clamp_min(TINY)
+                gradient = _unit(gradient, [term])
             total = total + term.strength(level) * gradient
         return total, _rms(total, terms)
 
@@ -177,7 +174,14 @@ def _rms(gradient: Tensor, terms: Sequence[Potential]) -> Tensor:
     """Root mean square (1 or n, 1, 1, 1): over the cohort if any term couples its images, so that covering and
     non-covering images keep their ratio; else over each image, which then does not depend on its neighbours."""
     over = (0, 1, 2, 3) if any(term.per == "set" for term in terms) else (1, 2, 3)
-    return gradient.square().mean(over, keepdim=True).sqrt()
+    peak = gradient.abs().amax(over, keepdim=True)  # taken out, because the square of a small gradient underflows
+    return peak * (gradient / peak.where(peak > 0, 1)).square().mean(over, keepdim=True).sqrt()
+
+
+def _unit(gradient: Tensor, terms: Sequence[Potential]) -> Tensor:
+    """The gradient over its rms; 0 where it is 0."""
+    rms = _rms(gradient, terms)
+    return gradient / rms.where(rms > 0, 1)
 
 
 def _radius(level: Level) -> float:
