@@ -148,6 +148,75 @@ def generate(
         raise typer.Exit(1)
 
 
+@app.command(short_help="Judge a generated set against real images.")
+def evaluate(
+    synthetic: Annotated[Path, typer.Argument(help="Generated images: a run directory, or a folder per class.")],
+    real: Annotated[Path, typer.Option(metavar="DIR", help="Real images, a folder per class; not the exemplars.")],
+    features: Annotated[
+        str, typer.Option(help="The judge: digits-judge, dinov2, clip, a directory, FILE.py:FUNCTION.", metavar="NAME")
+    ] = "dinov2",
+    k: Annotated[int, typer.Option("--k", help="Neighbour of precision, recall, density and coverage.", min=1)] = 5,
+    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets.")] = True,
+    ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Measure real against real too.")] = True,
+    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+) -> None:
+    """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
+
+    Each is pooled and per class, with the value that one half of the real images gets against the other beside it. The
+    judge should be unrelated to what guided: a gain that only the guide's own family sees is adversarial.
+
+    \b
+    Examples:
+      handful evaluate out --real digits-held-out/ --features digits-judge
+      handful evaluate out --real photos-held-out/ --features dinov2 --json > result.json
+      handful evaluate out --real photos-held-out/ --features my_judge.py:load
+    """
+    from handful.evaluate import evaluate as judge
+    from handful.tables import evaluation_table, print_table
+
+    found = judge(synthetic, real, features, k=k, audit=audit, ceiling=ceiling)
+    text = json.dumps(found.to_dict(), indent=None if json_wanted else 1)
+    if report is not None:
+        from handful.images import write_atomically
+
+        write_atomically(report, (text + "\n").encode())
+    if json_wanted:
+        print(text)
+    else:
+        print_table(evaluation_table(found))
+
+
+@app.command(short_help="The main job on packaged digits, end to end.")
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory; an interrupted demo goes on there.")] = Path("demo"),
+    seeds: Annotated[int, typer.Option(help="Repetitions, exemplars drawn anew in each.")] = 3,
+    per_class: Annotated[int, typer.Option(help="Images to generate of each class.")] = 64,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Generate digits without guidance, with classifier-free guidance and with Chamfer guidance, and compare them.
+
+    Every set is judged on held-out real digits by a classifier that guided nothing, and a small classifier trained on it
+    alone is tested on them. Writes run directories, contact_sheet.png and results.json.
+
+    \b
+    Examples:
+      handful demo --seeds 1
+      handful demo --out demo --json > rows.json
+    """
+    from handful.demo import demo as run_demo
+    from handful.demo import means
+    from handful.tables import demo_table, print_table
+
+    rows = run_demo(out, seeds=seeds, per_class=per_class, say=lambda text: None if quiet else print(text, file=sys.stderr))
+    if json_wanted:
+        print(json.dumps(rows))
+        return
+    print_table(demo_table(means(rows)))
+    print(f"\npictures: {out / 'contact_sheet.png'}   rows: {out / 'results.json'}   sets: {out}/seed-*/METHOD/")
+
+
 def _listed(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",")]
 

@@ -16,24 +16,32 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from handful import __version__
 from handful.contact_sheet import contact_sheet
 from handful.errors import RequestError, RunError
 from handful.evaluate import Judge
+from handful.exemplars import Exemplars
 from handful.features import load_extractor
 from handful.generate import generate
-from handful.generate.recipe import CFGRequest, ChamferRequest, ExemplarsRequest, ModelRequest, Recipe
-from handful.images import LabelledImages, read_folder, write_atomically, write_png
+from handful.generate.recipe import CHAMFER_BY_MODEL, CFGRequest, ChamferRequest, ExemplarsRequest, ModelRequest, Recipe
+from handful.images import LabelledImages, read_folder, write_atomically
+from handful.generate.writers import encode_png
+from handful.metrics.copying import copied_share
 from handful.utility import downstream_accuracy
 from handful.zoo.digits import CLASSES, load_digits_split
 
 CFG_SCALES = (0.5, 1.0, 2.0)
 CHAMFER_K = (2, 4, 8, 16, 32)
-HEADLINE_K = 32
+MARGIN = 0.75
+HEADLINE, HEADLINE_K = "chamfer-margin", 32  # what the picture shows
 COLUMNS = (
     "precision", "recall", "density", "coverage", "f1", "frechet", "vendi", "judge_accuracy",
-    "robust_precision", "robust_coverage", "utility", "seconds",
+    "robust_precision", "robust_coverage", "copied", "utility", "seconds",
 )  # fmt: skip
+
+SIZE = (8, 8)
 
 Row = dict[str, Any]
 
@@ -55,13 +63,13 @@ class Entry:
 
 def entries() -> list[Entry]:
     """The methods that the demo compares, at the defaults that `handful generate` has."""
-    chamfer = ChamferRequest.for_model("digits")
-    few = ChamferRequest.for_model("digits", method="chamfer-few")
+    plain = ChamferRequest.model_validate({**CHAMFER_BY_MODEL["digits"]})
+    margin = plain.model_copy(update={"margin": MARGIN})
     return [
         Entry("none", 0.0, 0, ()),
         *(Entry("cfg", scale, 0, (CFGRequest(scale=scale),)) for scale in CFG_SCALES),
-        *(Entry("chamfer", chamfer.scale, k, (chamfer,)) for k in CHAMFER_K),
-        *(Entry("chamfer-few", few.scale, k, (few,)) for k in CHAMFER_K[:2]),
+        *(Entry("chamfer", plain.scale, k, (plain,)) for k in CHAMFER_K),
+        *(Entry("chamfer-margin", margin.scale, k, (margin,)) for k in CHAMFER_K),
     ]
 
 
@@ -121,55 +129,55 @@ def _begin(out: Path, settings: Row) -> list[Row]:
 def _real_images(out: Path) -> tuple[Path, LabelledImages]:
     """Writes the real digits as any user has them, a folder per class: those to draw exemplars from, and those held out."""
     split = load_digits_split()
-    for name, images, labels in (
-        ("real-train", split.train_images, split.train_labels), ("real-held-out", split.test_images, split.test_labels),
-    ):  # fmt: skip
-        counts = dict.fromkeys(CLASSES, 0)
-        for image, label in zip(images, labels.tolist(), strict=True):
-            file = out / name / CLASSES[label] / f"{counts[CLASSES[label]]:03d}.png"
-            counts[CLASSES[label]] += 1
-            if not file.exists():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_png(file, image, sync=False)
-    return out / "real-train", read_folder(out / "real-held-out", channels=1, size=(8, 8))
+    parts = {"real-train": (split.train_images, split.train_labels), "real-held-out": (split.test_images, split.test_labels)}
+    for name, (images, labels) in parts.items():
+        folder, unfinished = out / name, out / f".{name}.tmp"
+        if folder.exists():
+            continue
+        for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+            file = unfinished / CLASSES[label] / f"{index:04d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(encode_png(image))
+        unfinished.rename(folder)
+    return out / "real-train", read_folder(out / "real-held-out", channels=1, size=SIZE)
 
 
-def _row(
-    entry: Entry, seed: int, per_class: int, out: Path, exemplars: Path, judge: Judge, real: LabelledImages
-) -> Row:
+def _row(entry: Entry, seed: int, per_class: int, out: Path, pool: Path, judge: Judge, real: LabelledImages) -> Row:
+    asked = ExemplarsRequest(path=str(pool.resolve()), per_class=entry.k, seed=seed) if entry.k else ExemplarsRequest()
     recipe = Recipe(
         model=ModelRequest(name="digits"), seed=seed, per_class=per_class, cohort=per_class, guidance=entry.guidance,
-        exemplars=ExemplarsRequest(path=str(exemplars.resolve()), per_class=entry.k, seed=seed) if entry.k else ExemplarsRequest(),
+        exemplars=asked,
     )  # fmt: skip
     folder = out / f"seed-{seed}" / entry.folder
     summary = generate(recipe, folder)
     if summary.failures:
         raise RunError(summary.failures[0])
-    made = read_folder(folder, channels=1, size=(8, 8))
-    found = judge(made.images, made.labels)
-    train, test = (_labels(images) for images in (made, real))
+    made = read_folder(folder, channels=1, size=SIZE)
+    train, test = (torch.tensor([CLASSES.index(name) for name in images.labels]) for images in (made, real))
+    # without augmentation: what the classifier learns of the digits' variety is then in the set, or nowhere
     utility = downstream_accuracy(made.images, train, real.images, test, steps=200, augment=False, seed=seed)
+    drawn = Exemplars.from_folder(pool, channels=1, size=SIZE, k=entry.k or HEADLINE_K, seed=seed).images
+    copied = copied_share(_pixels(made), {name: images.flatten(1) for name, images in drawn.items()}, _pixels(real))
     return {
-        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **found.row(),
-        "utility": utility, "seconds": summary.seconds, "images": len(made),
+        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **judge(made.images, made.labels).row(),
+        "copied": copied, "utility": utility, "seconds": summary.seconds, "images": len(made),
     }  # fmt: skip
 
 
-def _labels(images: LabelledImages) -> Any:
-    import torch
+def _pixels(images: LabelledImages) -> dict[str, torch.Tensor]:
+    """Flat pixels (n, D) by class."""
+    return {name: part.flatten(1) for name, part in _by_class(images).items()}
 
-    return torch.tensor([CLASSES.index(name) for name in images.labels])
+
+def _by_class(images: LabelledImages) -> dict[str, torch.Tensor]:
+    return {name: images.images[[label == name for label in images.labels]] for name in CLASSES}
 
 
 def _picture(out: Path, seed: int) -> None:
     """Exemplars above generated images, class by class."""
-    folder = out / f"seed-{seed}" / f"chamfer-k{HEADLINE_K}"
-    made = read_folder(folder, channels=1, size=(8, 8))
-    from handful.exemplars import Exemplars
-
-    exemplars = Exemplars.from_folder(out / "real-train", channels=1, size=(8, 8), k=HEADLINE_K, seed=seed)
-    of = {name: made.images[[i for i, label in enumerate(made.labels) if label == name]] for name in CLASSES}
-    contact_sheet(exemplars.images, of, out / "contact_sheet.png")
+    made = read_folder(out / f"seed-{seed}" / f"{HEADLINE}-k{HEADLINE_K}", channels=1, size=SIZE)
+    exemplars = Exemplars.from_folder(out / "real-train", channels=1, size=SIZE, k=HEADLINE_K, seed=seed)
+    contact_sheet(exemplars.images, _by_class(made), out / "contact_sheet.png")
 
 
 def means(rows: Sequence[Row]) -> list[Row]:

@@ -140,9 +140,9 @@ def evaluate(
     extractor = load_extractor(features)
     first = next(iter(made.values()))[0]
     channels = extractor.channels or 3
-    size = tuple(read_image(first, channels=channels).shape[1:])
-    generated = read_folder(synthetic, channels=channels, size=size, field="synthetic")
-    reference = read_folder(real, channels=channels, size=size, classes=list(made), field="real")
+    _, height, width = read_image(first, channels=channels).shape
+    generated = read_folder(synthetic, channels=channels, size=(height, width), field="synthetic")
+    reference = read_folder(real, channels=channels, size=(height, width), classes=list(made), field="real")
     judge = Judge(reference.images, reference.labels, extractor, k=k, audit=audit, ceiling=ceiling, classes=sorted(wanted))
     if missing:
         import warnings

@@ -12,6 +12,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def from_transformers(name: str) -> FeatureExtractor:
     except (OSError, ValueError, ImportError) as error:
         raise RequestError("features", name, f"transformers can't load it ({str(error).splitlines()[0]})",
                            "Give a directory saved by save_pretrained, or a hub name already in the hub's cache.") from error  # fmt: skip
-    size = said.get("crop_size") or said.get("size") or {}
+    size: Any = said.get("crop_size") or said.get("size") or {}
     side = size if isinstance(size, int) else size.get("shortest_edge")
     height, width = (side, side) if side else (size.get("height"), size.get("width"))
     if not height or not width:

@@ -112,7 +112,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         if isinstance(term, CFGRequest) and labels.null_class is None:
             remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
             raise RequestError(f"guidance[{index}]", "cfg", "this model has no null class to compare with", remedy)
-    if recipe.sampler.clamp and type(denoiser).decode is not Denoiser.decode:
+    pixels = type(denoiser).decode is Denoiser.decode
+    if recipe.sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
     levels = denoiser.levels.spacing(recipe.sampler.steps, recipe.sampler.spacing)
     image_shape = _image_shape(denoiser)
@@ -130,7 +131,12 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
                 update={"null_class": labels.null_class, "classes": labels.model_classes, "device": str(device)}
             ),
             "classes": tuple(labels.of),
-            "sampler": recipe.sampler.model_copy(update={"spacing": recipe.sampler.spacing or denoiser.levels.spacings[0]}),
+            "sampler": recipe.sampler.model_copy(
+                update={
+                    "spacing": recipe.sampler.spacing or denoiser.levels.spacings[0],
+                    "clamp": pixels if recipe.sampler.clamp is None else recipe.sampler.clamp,
+                }
+            ),
         }
     )
     provenance = provenance_of(denoiser, device, levels, exemplars, extractors, notes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from handful.denoiser import Condition, NetworkDenoiser, Prediction
 from handful.errors import RequestError
-from handful.noise import EDM, VP, Flow, Schedule
+from handful.noise import VP, Flow, Schedule
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 
@@ -72,19 +72,23 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     Raises:
         RequestError: If the scheduler is of a kind that is not known here.
     """
-    kind = config.get("_class_name", "DDPMScheduler")
-    if kind.startswith("FlowMatch"):
-        return Flow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000)), "flow"
-    if kind.startswith("EDM"):
-        return EDM(config["sigma_min"], config["sigma_max"], config.get("rho", 7.0)), "edm"
+    kind = str(config.get("_class_name", "DDPMScheduler"))
     predicts = config.get("prediction_type", "epsilon")
-    if predicts not in PREDICTIONS or "beta_schedule" not in config:
-        raise RequestError("model", f"{kind} with prediction_type {predicts}", "this scheduler is not known",
-                           "Save the model with a DDPMScheduler or DDIMScheduler.")  # fmt: skip
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    # diffusers builds the betas, so that every beta_schedule it knows is right by construction
-    return VP(DDPMScheduler.from_config(config).alphas_cumprod), PREDICTIONS[predicts]
+    try:
+        if kind.startswith("FlowMatch"):
+            return Flow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000)), "flow"
+        # EDM's schedulers keep the network's preconditioning (c_skip, c_out, c_in, c_noise) to themselves: not known here
+        if predicts in PREDICTIONS and "beta_schedule" in config and not kind.startswith("EDM"):
+            # diffusers builds the betas, so that every beta_schedule it knows is right by construction
+            scheduler: Any = DDPMScheduler.from_config(config)
+            return VP(scheduler.alphas_cumprod), PREDICTIONS[predicts]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RequestError("model", f"{kind}'s config", f"no scheduler can be made of it ({_first_line(error)})",
+                           "Copy scheduler_config.json again: it is damaged.") from error  # fmt: skip
+    raise RequestError("model", f"{kind} with prediction_type {predicts}", "this scheduler is not known",
+                       "Save the model with a DDPMScheduler or DDIMScheduler.")  # fmt: skip
 
 
 def load_unet2d(folder: Path, *, null_class: int | None = None, classes: Sequence[str] | None = None) -> UNet2DDenoiser:
@@ -95,29 +99,48 @@ def load_unet2d(folder: Path, *, null_class: int | None = None, classes: Sequenc
     Raises:
         RequestError: If a file is missing, damaged, or does not fit the others.
     """
-    from diffusers import UNet2DModel
+    from diffusers.models.unets.unet_2d import UNet2DModel
 
     inside = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler = next((p for p in (folder / "scheduler", folder) if (p / "scheduler_config.json").is_file()), None)
     if scheduler is None:
         raise RequestError("model", str(folder), "there is no scheduler_config.json, so its noise levels are unknown",
                            "Copy the pipeline's scheduler/ folder beside unet/.")  # fmt: skip
+    levels, prediction = schedule_of(_read_json(scheduler / "scheduler_config.json"))
+    notes = _read_json(folder / "handful.json") if (folder / "handful.json").is_file() else {}
     try:
-        config = json.loads((scheduler / "scheduler_config.json").read_text())
-        network, info = UNet2DModel.from_pretrained(
+        loaded: Any = UNet2DModel.from_pretrained(
             inside, use_safetensors=any(inside.glob("*.safetensors")) or None, output_loading_info=True
         )
-        notes_file = folder / "handful.json"
-        notes = json.loads(notes_file.read_text()) if notes_file.is_file() else {}
     except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
-        raise RequestError("model", str(folder), f"it can't be loaded ({str(error).splitlines()[0]})",
+        raise RequestError("model", str(folder), f"it can't be loaded ({_first_line(error)})",
                            "Copy the model again, with its safetensors weights.") from error  # fmt: skip
+    network, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         raise RequestError("model", str(inside), f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
                            "Copy config.json and weights from the same checkpoint.")  # fmt: skip
-    levels, prediction = schedule_of(config)
-    if null_class is None:
-        null_class = notes.get("null_class")
-    return UNet2DDenoiser(network, prediction, levels, null_class=null_class,
-                          classes=notes.get("classes", ()) if classes is None else classes)  # fmt: skip
+    said = notes.get("classes", []), notes.get("null_class")
+    if not isinstance(said[0], list) or not all(isinstance(name, str) for name in said[0]):
+        raise RequestError("classes", said[0], f"{folder / 'handful.json'} does not hold a list of names there",
+                           'Write {"classes": ["name of label 0", ...]}.')  # fmt: skip
+    if said[1] is not None and type(said[1]) is not int:  # JSON's true is an int to isinstance
+        raise RequestError("null_class", said[1], f"{folder / 'handful.json'} does not hold a label there",
+                           "Write a whole number, or leave it out.")  # fmt: skip
+    return UNet2DDenoiser(network, prediction, levels, null_class=said[1] if null_class is None else null_class,
+                          classes=said[0] if classes is None else classes)  # fmt: skip
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise RequestError("model", str(path), f"it can't be read ({_first_line(error)})",
+                           "Copy the model again: the file is damaged.") from error  # fmt: skip
+    return held
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
