@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from handful.errors import RequestError
 from handful.features import FeatureExtractor, load_extractor, pixels
-from handful.zoo.digits import load_digits_split
+from handful.zoo.classifier import DigitsClassifier
+from handful.zoo.digits import load_digits_classifier, load_digits_split
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -98,7 +100,7 @@ def test_the_gradient_flows_to_the_image_through_everything():
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 2, 8, 8), (8, 8)])
 def test_what_is_no_batch_of_gray_or_rgb_is_refused_by_name(shape):
-    with pytest.raises(RequestError, match="^images: "):
+    with pytest.raises(RequestError, match=r"^images: "):
         pixels()(torch.zeros(shape))
 
 
@@ -151,8 +153,6 @@ def test_networks_that_differ_without_differing_in_weights_have_their_own_digest
 
 
 def test_other_features_of_the_same_network_have_their_own_digest():
-    from handful.zoo.digits import load_digits_classifier
-
     network = load_digits_classifier("judge")
     assert digest(network, channels=1) != digest(network, channels=1, features=network.features)
 
@@ -168,6 +168,7 @@ def test_the_packaged_classifiers_give_penultimate_features_and_logits(name):
     hits = (extractor.logits(split.test_images).argmax(1) == split.test_labels).double().mean()
     assert float(hits) > 0.95
     features = extractor(split.test_images[:5])
+    assert isinstance(extractor.network, DigitsClassifier)
     torch.testing.assert_close(extractor.network.head(features), extractor.logits(split.test_images[:5]))
     # colour images of another size are what this network can see all the same
     enlarged = interpolate(split.test_images[:200].repeat(1, 3, 1, 1), (32, 32), mode="bicubic")
@@ -182,7 +183,13 @@ def test_an_extractor_without_logits_says_so():
 
 
 def saved(folder: Path, kind: str, said: dict[str, Any]) -> nn.Module:
-    small: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    small: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = Dinov2Model(Dinov2Config(**small)) if kind == "dinov2" else CLIPVisionModel(
@@ -228,11 +235,19 @@ def test_a_transformers_model_that_says_no_size_is_refused_by_name(tmp_path):
 def test_a_transformers_directory_without_preprocessing_or_weights_is_refused_by_name(tmp_path):
     saved(tmp_path, "dinov2", {"size": 28})
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(RequestError, match="^features: "):
+    with pytest.raises(RequestError, match=r"^features: "):
         load_extractor(str(tmp_path))
     saved(tmp_path, "dinov2", {"size": 28})
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(RequestError, match="^features: "):
+    with pytest.raises(RequestError, match=r"^features: "):
+        load_extractor(str(tmp_path))
+
+
+def test_a_transformers_model_whose_weights_lack_a_part_is_refused_and_not_filled_at_random(tmp_path):
+    model = saved(tmp_path, "dinov2", {"size": 28})
+    state = {key: value for key, value in model.state_dict().items() if "layer.1." not in key}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=r"^features: .*weights are missing, first encoder\.layer\.1\."):
         load_extractor(str(tmp_path))
 
 
@@ -240,11 +255,13 @@ def test_pickled_weights_of_transformers_are_not_read(tmp_path):
     model = saved(tmp_path, "dinov2", {"size": 28})
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(RequestError, match="^features: "):
+    with pytest.raises(RequestError, match=r"^features: "):
         load_extractor(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["resnet9000", "some-body/some-model-that-is-not-cached", "/no/such/folder", "", "a b c", "x/y/z"])
+@pytest.mark.parametrize(
+    "name", ["resnet9000", "some-body/some-model-that-is-not-cached", "/no/such/folder", "", "a b c", "x/y/z"]
+)
 def test_an_unknown_name_is_refused_by_name(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RequestError, match=r"^features: "):

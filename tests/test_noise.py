@@ -115,9 +115,7 @@ def test_logsnr_spacing_has_equal_steps_in_log_snr_over_the_trained_range():
 @pytest.mark.parametrize(("low", "high", "rho"), [(0.002, 80.0, 7.0), (0.01, 50.0, 5.0)])
 def test_edm_spacing_is_equation_5(low, high, rho):
     steps = 18
-    wanted = [
-        (high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(steps)
-    ]
+    wanted = [(high ** (1 / rho) + i / (steps - 1) * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(steps)]
     levels = EDM(low, high, rho).spacing(steps)
     torch.testing.assert_close(levels.sigma, vector(*wanted, 0.0), rtol=1e-12, atol=0)
     assert levels.alpha.tolist() == [1.0] * (steps + 1)

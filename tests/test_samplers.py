@@ -334,7 +334,10 @@ def case(request) -> Iterator[Case]:
         }  # fmt: skip
         return
     v = "v" in request.param.split()
-    words = {"beta_schedule": "squaredcos_cap_v2" if v else "linear", "prediction_type": "v_prediction" if v else "epsilon"}
+    words: dict[str, Any] = {
+        "beta_schedule": "squaredcos_cap_v2" if v else "linear",
+        "prediction_type": "v_prediction" if v else "epsilon",
+    }
     made: Any = DDPMScheduler(**words)
     denoiser = UNet2DDenoiser(tiny_unet(), "v" if v else "eps", VP(made.alphas_cumprod))
     yield denoiser, torch.randn(3, 1, 8, 8, generator=draw), torch.tensor([0, 2, 4]), words

@@ -58,13 +58,13 @@ def generate(
     k: Annotated[int | None, typer.Option("--k", help="Exemplars drawn of each class.  [all]")] = None,
     guidance: Annotated[
         list[str] | None,
-        typer.Option(help="chamfer, cfg or none; may be repeated.  [chamfer if there are exemplars]", metavar="METHOD"),
+        typer.Option(help="chamfer, energy, cfg or none; may be repeated.  [chamfer if there are exemplars]", metavar="METHOD"),
     ] = None,
     scale: Annotated[float | None, typer.Option(help="Of the guidance; 0 is none.")] = None,
     features: Annotated[
         str | None,
         typer.Option(
-            help="What chamfer compares images by: digits-guide, dinov2, clip, pixels, a directory, FILE.py:FUNCTION.",
+            help="What chamfer and energy compare images by: pixels, digits-guide, dinov2, clip, a directory, FILE.py:FUNCTION.",
             metavar="NAME",
         ),
     ] = None,
@@ -189,7 +189,9 @@ def evaluate(
 
 @app.command(short_help="The main job on packaged digits, end to end.")
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory; an interrupted demo goes on there.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A new directory; an interrupted demo goes on there.")] = Path(
+        "demo"
+    ),
     seeds: Annotated[int, typer.Option(help="Repetitions, exemplars drawn anew in each.")] = 3,
     per_class: Annotated[int, typer.Option(help="Images to generate of each class.")] = 64,
     json_wanted: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, alone on stdout.")] = False,

@@ -25,17 +25,26 @@ from handful.evaluate import Judge
 from handful.exemplars import Exemplars
 from handful.features import load_extractor
 from handful.generate import generate
-from handful.generate.recipe import CHAMFER_BY_MODEL, CFGRequest, ChamferRequest, ExemplarsRequest, ModelRequest, Recipe
-from handful.images import LabelledImages, read_folder, write_atomically
+from handful.generate.recipe import (
+    CFGRequest,
+    ChamferRequest,
+    EnergyRequest,
+    ExemplarsRequest,
+    GuidanceRequest,
+    ModelRequest,
+    Recipe,
+    for_model,
+)
 from handful.generate.writers import encode_png
+from handful.images import LabelledImages, read_folder, write_atomically
 from handful.metrics.copying import copied_share
 from handful.utility import downstream_accuracy
 from handful.zoo.digits import CLASSES, load_digits_split
 
 CFG_SCALES = (0.5, 1.0, 2.0)
-CHAMFER_K = (2, 4, 8, 16, 32)
+EXEMPLARS = (2, 4, 8, 16, 32)  # k, a class
 MARGIN = 0.75
-HEADLINE, HEADLINE_K = "chamfer-margin", 32  # what the picture shows
+HEADLINE, HEADLINE_K = "chamfer", 32  # what the picture shows
 COLUMNS = (
     "precision", "recall", "density", "coverage", "f1", "frechet", "vendi", "judge_accuracy",
     "robust_precision", "robust_coverage", "copied", "utility", "seconds",
@@ -53,7 +62,7 @@ class Entry:
     method: str
     scale: float
     k: int
-    guidance: tuple[ChamferRequest | CFGRequest, ...]
+    guidance: tuple[GuidanceRequest, ...]
 
     @property
     def folder(self) -> str:
@@ -63,13 +72,15 @@ class Entry:
 
 def entries() -> list[Entry]:
     """The methods that the demo compares, at the defaults that `handful generate` has."""
-    plain = ChamferRequest.model_validate({**CHAMFER_BY_MODEL["digits"]})
-    margin = plain.model_copy(update={"margin": MARGIN})
+    chamfer = for_model(ChamferRequest(), "digits")
+    margin = for_model(ChamferRequest(margin=MARGIN), "digits")
+    energy = for_model(EnergyRequest(), "digits")
     return [
         Entry("none", 0.0, 0, ()),
         *(Entry("cfg", scale, 0, (CFGRequest(scale=scale),)) for scale in CFG_SCALES),
-        *(Entry("chamfer", plain.scale, k, (plain,)) for k in CHAMFER_K),
-        *(Entry("chamfer-margin", margin.scale, k, (margin,)) for k in CHAMFER_K),
+        *(Entry("chamfer", chamfer.scale, k, (chamfer,)) for k in EXEMPLARS),
+        Entry("chamfer-margin", margin.scale, HEADLINE_K, (margin,)),
+        *(Entry("energy", energy.scale, k, (energy,)) for k in EXEMPLARS),
     ]
 
 
@@ -105,7 +116,9 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Callable[
                 continue
             rows.append(_row(entry, seed, per_class, out, exemplars, judge, real))
             write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
-            say("  ".join([f"seed {seed}  {entry.folder:14}", *(f"{c} {rows[-1][c]:.3f}" for c in COLUMNS[3:4] + COLUMNS[-2:])]))
+            say(
+                "  ".join([f"seed {seed}  {entry.folder:14}", *(f"{c} {rows[-1][c]:.3f}" for c in COLUMNS[3:4] + COLUMNS[-2:])])
+            )
     _picture(out, seed=0)
     return rows
 

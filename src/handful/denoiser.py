@@ -122,9 +122,7 @@ class NetworkDenoiser(Denoiser):
     The network's weights are frozen, and it runs in its own precision; x_t and x0_hat keep the caller's.
     """
 
-    def __init__(
-        self, network: nn.Module, prediction: Prediction, shape: tuple[int, int, int], levels: Schedule
-    ) -> None:
+    def __init__(self, network: nn.Module, prediction: Prediction, shape: tuple[int, int, int], levels: Schedule) -> None:
         super().__init__()
         if prediction not in get_args(Prediction):
             raise RequestError("prediction", prediction, "no network predicts that",

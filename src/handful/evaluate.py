@@ -48,7 +48,9 @@ class Evaluation:
     def row(self) -> dict[str, float | None]:
         """The pooled numbers, flat: a row of a table."""
         scores = self.summary.pooled.generated
-        plain = {name: getattr(scores, name) for name in ("precision", "recall", "density", "coverage", "f1", "frechet", "vendi")}
+        plain = {
+            name: getattr(scores, name) for name in ("precision", "recall", "density", "coverage", "f1", "frechet", "vendi")
+        }
         robust = {f"robust_{name}": self.robust(name) for name in ("precision", "coverage", "f1")}
         return {**plain, "judge_accuracy": self.judge_accuracy, **robust}
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -43,6 +44,8 @@ class FeatureExtractor(nn.Module):
         super().__init__()
         if (mean is None) != (std is None):
             raise ValueError("give mean and std together, or neither")
+        if mean is not None and std is not None and (len(mean) != len(std) or len(mean) != (channels or len(mean))):
+            raise ValueError(f"give one mean and one std a channel: {len(mean)} and {len(std)} for {channels} channels")
         self.name, self.channels, self.size = name, channels, size
         self.network = network.eval().requires_grad_(False)
         self._features, self._classify = features or network, classify
@@ -90,7 +93,9 @@ class FeatureExtractor(nn.Module):
 
     def _digest(self) -> str:
         state = hashlib.sha256()
-        state.update(json.dumps([type(self.network).__name__, self.channels, self.size, self.mean, self.std]).encode())
+        # repr holds the structure, so that a ReLU made a Softplus, which has no weights, is another extractor
+        answer = getattr(self._features, "__qualname__", type(self._features).__qualname__)
+        state.update(json.dumps([repr(self.network), answer, self.channels, self.size, self.mean, self.std]).encode())
         for key, value in sorted(self.network.state_dict().items()):
             state.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
             state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
@@ -126,15 +131,23 @@ def from_transformers(name: str) -> FeatureExtractor:
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        clip = AutoConfig.from_pretrained(name).model_type.startswith("clip")
-        model = (CLIPVisionModel if clip else AutoModel).from_pretrained(name, use_safetensors=True)
+        clip = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type.startswith("clip")
+        loaded: Any = (CLIPVisionModel if clip else AutoModel).from_pretrained(
+            name, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
         said, _ = ImageProcessingMixin.get_image_processor_dict(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise RequestError("features", name, f"transformers can't load it ({str(error).splitlines()[0]})",
-                           "Give a directory saved by save_pretrained, or a hub name already in the hub's cache.") from error  # fmt: skip
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        remedy = "Give a directory that save_pretrained wrote, or a hub name in the hub's cache."
+        raise RequestError("features", name, f"transformers can't load it ({first})", remedy) from error
+    model, info = loaded
+    if info["missing_keys"]:  # transformers fills them at random, and warns
+        missing = info["missing_keys"]
+        raise RequestError("features", name, f"{len(missing)} of its weights are missing, first {min(missing)}",
+                           "Save the model again with save_pretrained, or name another one.")  # fmt: skip
     size: Any = said.get("crop_size") or said.get("size") or {}
-    side = size if isinstance(size, int) else size.get("shortest_edge")
-    height, width = (side, side) if side else (size.get("height"), size.get("width"))
+    sides: dict[str, Any] = {"shortest_edge": size} if isinstance(size, int) else dict(size)
+    height, width = (sides.get("shortest_edge") or sides.get(side) for side in ("height", "width"))
     if not height or not width:
         raise RequestError("features", name, "its preprocessor_config.json says no size",
                            "Wrap it in a handful.features.FeatureExtractor that states one.")  # fmt: skip

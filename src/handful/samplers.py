@@ -76,7 +76,8 @@ def ddpm(
         posterior = posterior_deviation(t, s)
         x = s.alpha * x0 + (s.sigma**2 - posterior**2).clamp_min(0).sqrt() * eps  # the posterior's mean
         if s.sigma > 0:
-            # forward step t|s: variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2; the posterior's is that times (sigma_s / sigma_t)^2
+            # the forward step t|s has variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, the posterior that times
+            # (sigma_s / sigma_t)^2
             x = x + (posterior if variance == "small" else posterior * t.sigma / s.sigma) * _drawn(noise)
         if each:
             each(index, x0)

@@ -39,7 +39,11 @@ def evaluation_table(found: Evaluation) -> Table:
     summary = found.summary
     table = Table(f"judge {found.judge}, k = {summary.k}, {summary.dimensions} features; in brackets: real against real",
                   ["", "real", "generated", *metrics])  # fmt: skip
-    groups: Mapping[str, Group] = {"pooled": summary.pooled, "mean over classes": summary.mean_over_classes, **summary.per_class}
+    groups: Mapping[str, Group] = {
+        "pooled": summary.pooled,
+        "mean over classes": summary.mean_over_classes,
+        **summary.per_class,
+    }
     for name, group in groups.items():
         scores, ceiling = group.generated, group.ceiling
         cells = [

@@ -51,11 +51,16 @@ def train_classifier(
         seed: Of weights, batches and augmentation.
 
     Raises:
-        RequestError: If there are fewer images than classes, or a label is out of range.
+        RequestError: If there are fewer images than classes, a label is out of range, or there are fewer than 10 steps.
     """
+    if steps < 10:  # the one-cycle rate divides by the length of its rise, a fifth of the steps
+        raise RequestError("steps", steps, "too few to train a classifier", "Ask for 10 or more; 400 is usual.")
+    if len(images) != len(labels):
+        raise RequestError("labels", len(labels), f"so many labels for {len(images)} images", "Give one label an image.")
     if len(images) < classes or int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise RequestError("labels", f"{len(images)} images, labels {int(labels.min())} to {int(labels.max())}",
-                           f"a classifier of {classes} classes needs images of them", "Give at least one image a class.")  # fmt: skip
+        found = f"labels {int(labels.min())} to {int(labels.max())}" if len(labels) else "no labels"
+        problem = f"a classifier of {classes} classes needs images of them"
+        raise RequestError("labels", f"{len(images)} images, {found}", problem, "Give at least one image a class.")
     draw = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights and dropout have no generator of their own

@@ -52,6 +52,14 @@ def test_the_estimate_moves_away_from_the_unconditional_one(w):
     torch.testing.assert_close(found, conditional + w * (conditional - null), rtol=1e-12, atol=1e-12)
 
 
+def test_the_gain_scales_w():
+    denoiser, x_t = Eps(), noise()
+    at = Level(AT.alpha, AT.sigma, index=2, progress=0.25)
+    condition = denoiser.condition(LABELS)
+    falling = Guided(denoiser, [CFG(2.0, Timing(gain="linear"))])(x_t, at, condition)
+    torch.testing.assert_close(falling, Guided(denoiser, [CFG(1.5)])(x_t, at, condition), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.5, 2.0, 7.5])
 def test_diffusers_guidance_scale_is_one_more(guidance_scale):
     """Pipelines mix eps = eps_null + guidance_scale (eps_cond - eps_null), then denoise."""

@@ -122,7 +122,9 @@ def test_an_exemplars_spacing_is_the_squared_distance_to_its_nearest_other():
 def test_a_margin_takes_each_exemplars_own_spacing_off_its_distances():
     exemplars, generated, m = normal(4, 6, seed=10), normal(7, 6, seed=11), 0.6
     nearest = [min(float((exemplars[i] - exemplars[j]).square().sum()) for j in range(4) if j != i) for i in range(4)]
-    d = [[max(0.0, float((x - y).square().sum()) - m**2 * s) for y in generated] for x, s in zip(exemplars, nearest, strict=True)]
+    d = [
+        [max(0.0, float((x - y).square().sum()) - m**2 * s) for y in generated] for x, s in zip(exemplars, nearest, strict=True)
+    ]
     wanted = 2 * sum(min(row) for row in d) / 4 + sum(min(row[j] for row in d) for j in range(7)) / 7
     term = Chamfer(pixels(), exemplars, 0.2, coverage_weight=2.0, margin=m)
     assert float(term.energy(generated)) == pytest.approx(wanted, rel=1e-10)
@@ -131,7 +133,9 @@ def test_a_margin_takes_each_exemplars_own_spacing_off_its_distances():
 def test_within_the_margin_nothing_pulls_and_outside_it_the_pull_is_the_papers():
     exemplars = torch.tensor([[0.0, 0.0], [4.0, 0.0]], dtype=torch.float64)  # spacing 4: touching within m * 4 = 2
     generated = torch.tensor([[1.9, 0.0], [0.0, 2.1]], dtype=torch.float64).requires_grad_()
-    (found,) = torch.autograd.grad(Chamfer(pixels(), exemplars, 0.2, coverage_weight=0.0, margin=0.5).energy(generated), generated)
+    (found,) = torch.autograd.grad(
+        Chamfer(pixels(), exemplars, 0.2, coverage_weight=0.0, margin=0.5).energy(generated), generated
+    )
     (plain,) = torch.autograd.grad(Chamfer(pixels(), exemplars, 0.2, coverage_weight=0.0).energy(generated), generated)
     assert found[0].tolist() == [0.0, 0.0]
     torch.testing.assert_close(found[1], plain[1])
@@ -145,7 +149,7 @@ def test_margin_zero_is_the_papers_formula_to_the_bit():
 
 @pytest.mark.parametrize(("margin", "k"), [(-0.5, 3), (0.5, 1)])
 def test_an_impossible_margin_is_refused_by_name(margin, k):
-    with pytest.raises(RequestError, match="^margin: "):
+    with pytest.raises(RequestError, match=r"^margin: "):
         Chamfer(pixels(), normal(k, 6), 0.2, margin=margin)
 
 
@@ -172,10 +176,10 @@ NOT_YET = pytest.mark.xfail(strict=True, reason="chamfer.py takes NaN and infini
     ],
 )
 def test_impossible_weights_are_refused_by_name(weights):
-    with pytest.raises(RequestError, match="^coverage_weight, fidelity_weight: "):
+    with pytest.raises(RequestError, match=r"^coverage_weight, fidelity_weight: "):
         Chamfer(pixels(), normal(2, 6), 0.2, coverage_weight=weights[0], fidelity_weight=weights[1])
 
 
 def test_a_negative_scale_is_refused_by_name():
-    with pytest.raises(RequestError, match="^scale: -0.2: "):
+    with pytest.raises(RequestError, match=r"^scale: -0.2: "):
         Chamfer(pixels(), normal(2, 6), -0.2)

@@ -197,13 +197,23 @@ def test_rms_scales_the_cohort_for_a_set_and_each_image_for_images(jacobian):
     torch.testing.assert_close(of_images.square().mean((1, 2, 3)).sqrt(), torch.full((5,), 0.3 * r, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("jacobian", JACOBIANS)
+def test_rms_image_scales_each_image_for_a_set_too_and_keeps_its_direction(jacobian):
+    denoiser = Latent()
+    x_t, at, labels = cohort()
+    condition, r = denoiser.condition(labels), 0.5 / math.hypot(0.7, 0.5)
+    found = shift_of(denoiser, [chamfer(0.3, Pull(jacobian, "rms-image"))], x_t, at, condition)
+    torch.testing.assert_close(found.square().mean((1, 2, 3)).sqrt(), torch.full((5,), 0.3 * r, dtype=torch.float64))
+    absolute = shift_of(denoiser, [chamfer(0.3, ABSOLUTE[jacobian])], x_t, at, condition)
+    lengths = [shift.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for shift in (found, absolute)]
+    torch.testing.assert_close(found / lengths[0], absolute / lengths[1], rtol=1e-9, atol=1e-12)
+
+
 def test_rms_does_not_see_the_potentials_unit():
     denoiser = Latent()
     x_t, at, labels = cohort()
     condition = denoiser.condition(labels)
-    one, other = (
-        shift_of(denoiser, [Distance(phi(), 0.3, 0.3, stiffness)], x_t, at, condition) for stiffness in (1.0, 1e-9)
-    )
+    one, other = (shift_of(denoiser, [Distance(phi(), 0.3, 0.3, stiffness)], x_t, at, condition) for stiffness in (1.0, 1e-9))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 

@@ -80,8 +80,12 @@ def test_a_flow_model_is_told_a_thousand_times_s(tmp_path):
 
 
 def test_the_levels_are_those_of_diffusers_betas():
-    for words in ({}, {"beta_schedule": "squaredcos_cap_v2"}, {"beta_schedule": "scaled_linear", "num_train_timesteps": 300}):
-        scheduler: Any = DDPMScheduler(**words)
+    schedulers: list[Any] = [
+        DDPMScheduler(),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        DDPMScheduler(beta_schedule="scaled_linear", num_train_timesteps=300),
+    ]
+    for scheduler in schedulers:
         levels, prediction = schedule_of(dict(scheduler.config))
         assert isinstance(levels, VP)
         assert prediction == "eps"
@@ -209,7 +213,9 @@ def test_a_damaged_json_file_is_refused_by_name(tmp_path, file, text):
         load(folder)
 
 
-@pytest.mark.parametrize("notes", [{"null_class": "4"}, {"null_class": True}, {"classes": "abcde"}, {"classes": [1, 2, 3, 4, 5]}])
+@pytest.mark.parametrize(
+    "notes", [{"null_class": "4"}, {"null_class": True}, {"classes": "abcde"}, {"classes": [1, 2, 3, 4, 5]}]
+)
 def test_a_handful_json_of_wrong_types_is_refused_by_name(tmp_path, notes):
     folder = save(tmp_path)
     (folder / "handful.json").write_text(json.dumps(notes))
@@ -275,7 +281,12 @@ def test_a_model_of_unknown_resolution_is_refused(tmp_path):
         {"_class_name": "ScoreSdeVeScheduler", "sigma_max": 1348.0},
         {"_class_name": "DDPMScheduler", "prediction_type": "noise", "beta_schedule": "linear"},
         {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "beta_schedule": "of tomorrow"},
-        {"_class_name": "DDPMScheduler", "prediction_type": "epsilon", "beta_schedule": "linear", "num_train_timesteps": "many"},
+        {
+            "_class_name": "DDPMScheduler",
+            "prediction_type": "epsilon",
+            "beta_schedule": "linear",
+            "num_train_timesteps": "many",
+        },
         {"_class_name": 5},
     ],
 )

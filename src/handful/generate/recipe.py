@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -18,12 +18,16 @@ from handful.errors import RequestError
 
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 
-# Only what differs from the defaults of `ChamferRequest`, by model; what a user states himself always wins.
+# Only what differs from the defaults below, by model and method; what a user states himself always wins.
 # digits: in pixels, which no gradient can fool, the cheap jacobian is as good as the exact one (docs/findings.md).
-CHAMFER_BY_MODEL: dict[str, dict[str, Any]] = {
-    "digits": {"features": "pixels", "scale": 0.2, "jacobian": "gaussian", "every": 1},
+_DIGITS = {"features": "pixels", "jacobian": "gaussian", "every": 1}
+DEFAULTS_BY_MODEL: dict[str, dict[str, dict[str, Any]]] = {
+    "digits": {"chamfer": {**_DIGITS, "scale": 0.2}, "energy": {**_DIGITS, "scale": 0.05}},
 }
-CHAMFER_FEATURES = "dinov2"  # what `features: auto` becomes for every other model
+# The term that exemplars mean where none is stated: what gained most after the audit (docs/findings.md).
+DEFAULT_METHOD = {"digits": "chamfer"}
+ANY_METHOD = "energy"
+AUTO_FEATURES = "dinov2"  # what `features: auto` becomes for every other model
 
 
 def _names(value: object) -> object:
@@ -99,22 +103,33 @@ Interval = tuple[Weight, Weight]
 NoiseInterval = tuple[Weight, Weight | None]  # None: no upper end
 
 
-class ChamferRequest(_Request):
-    """Chamfer guidance by the exemplars; see `handful.guidance.Chamfer`. These defaults are handful's own."""
+class PotentialRequest(_Request):
+    """What guidance by exemplars has in common; see `handful.guidance.Pull` and `Timing`. The defaults are handful's own."""
 
-    method: Literal["chamfer"] = "chamfer"
     scale: Weight = 0.4
-    coverage_weight: Weight = 4.0
-    fidelity_weight: Weight = 1.0
-    margin: Weight = 0.0
     features: Annotated[str, Field(min_length=1)] = "auto"
     jacobian: Literal["exact", "gaussian", "identity"] = "exact"
-    normalize: Literal["rms", "none"] = "rms"
+    normalize: Literal["rms", "rms-image", "none"] = "rms"
     hold: bool = False
     every: Positive = 2
     interval: Interval = (0.0, 1.0)
     noise: NoiseInterval = (0.0, None)
     gain: Gain = "constant"
+
+
+class ChamferRequest(PotentialRequest):
+    """Chamfer guidance by the exemplars; see `handful.guidance.Chamfer`."""
+
+    method: Literal["chamfer"] = "chamfer"
+    coverage_weight: Weight = 4.0
+    fidelity_weight: Weight = 1.0
+    margin: Weight = 0.0
+
+
+class EnergyRequest(PotentialRequest):
+    """Energy-distance guidance by the exemplars, for few of them; see `handful.guidance.Energy`."""
+
+    method: Literal["energy"] = "energy"
 
 
 class CFGRequest(_Request):
@@ -128,7 +143,7 @@ class CFGRequest(_Request):
     gain: Gain = "constant"
 
 
-GuidanceRequest = Annotated[ChamferRequest | CFGRequest, Field(discriminator="method")]
+GuidanceRequest = Annotated[ChamferRequest | EnergyRequest | CFGRequest, Field(discriminator="method")]
 
 
 class Recipe(_Request):
@@ -143,7 +158,8 @@ class Recipe(_Request):
         cohort: How many images are guided together; a class's last cohort may be smaller.
         seed: Of all noise.
         sampler: How noise becomes images.
-        guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
+        guidance: The terms; their shifts add up. None: chamfer (digits) or energy (any other model) where there are
+            exemplars, else no guidance.
         chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
     """
 
@@ -163,7 +179,7 @@ class Recipe(_Request):
         return self.model_dump(mode="json")
 
 
-METHODS: dict[str, type[_Request]] = {"chamfer": ChamferRequest, "cfg": CFGRequest}
+METHODS: dict[str, type[_Request]] = {"chamfer": ChamferRequest, "energy": EnergyRequest, "cfg": CFGRequest}
 _PARTS: dict[tuple[str, ...], type[_Request]] = {
     (): Recipe,
     ("model",): ModelRequest,
@@ -197,20 +213,39 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     notes: list[str] = []
     guidance = recipe.guidance
-    if guidance is None:
-        guidance = (ChamferRequest(),) if recipe.exemplars.path else ()
-        notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
-    chosen: list[ChamferRequest | CFGRequest] = []
+    if guidance is None and recipe.exemplars.path:
+        method = default_method(recipe.model.name)
+        guidance = (ChamferRequest() if method == "chamfer" else EnergyRequest(),)
+        notes.append(f"guidance: {method}, as there are exemplars")
+    elif guidance is None:
+        guidance = ()
+        notes.append("guidance: none, as there are no exemplars")
+    chosen = []
     for index, term in enumerate(guidance):
-        if isinstance(term, ChamferRequest):
-            own = CHAMFER_BY_MODEL.get(recipe.model.name, {})
-            term = term.model_copy(update={key: value for key, value in own.items() if key not in term.model_fields_set})
-            if term.features == "auto":
-                term = term.model_copy(update={"features": own.get("features", CHAMFER_FEATURES)})
-            if "features" not in guidance[index].model_fields_set or guidance[index].model_dump()["features"] == "auto":
+        if isinstance(term, PotentialRequest):
+            automatic = term.features == "auto"
+            term = for_model(term, recipe.model.name)
+            if automatic:
                 notes.append(f"guidance[{index}].features: auto became {term.features}")
         chosen.append(term)
     return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
+
+
+def default_method(model: object) -> str:
+    """The term that exemplars mean for a model where none is stated."""
+    return DEFAULT_METHOD.get(str(model), ANY_METHOD)
+
+
+Term = TypeVar("Term", bound=PotentialRequest)
+
+
+def for_model(term: Term, model: str) -> Term:
+    """Fills in what the term leaves to the model's own defaults."""
+    own = DEFAULTS_BY_MODEL.get(model, {}).get(getattr(term, "method", ""), {})
+    update = {key: value for key, value in own.items() if key not in term.model_fields_set}
+    if term.features == "auto":
+        update["features"] = own.get("features", AUTO_FEATURES)
+    return term.model_copy(update=update)
 
 
 def _request_error(faults: list[ErrorDetails]) -> RequestError:

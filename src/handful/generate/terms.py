@@ -10,10 +10,10 @@ from torch import Tensor
 
 from handful.errors import RequestError
 from handful.features import FeatureExtractor
-from handful.generate.recipe import CFGRequest, ChamferRequest
-from handful.guidance import CFG, Chamfer, Guidance, Pull, Timing
+from handful.generate.recipe import CFGRequest, ChamferRequest, GuidanceRequest, PotentialRequest
+from handful.guidance import CFG, Chamfer, Energy, Guidance, Pull, Timing
 
-Requests = Sequence[ChamferRequest | CFGRequest]
+Requests = Sequence[GuidanceRequest]
 
 
 def check_terms(requests: Requests) -> None:
@@ -25,20 +25,21 @@ def check_terms(requests: Requests) -> None:
     for index, request in enumerate(requests):
         with _named(index):
             _timing(request)
-            if isinstance(request, ChamferRequest):
+            if isinstance(request, PotentialRequest):
                 _pull(request)
+            if isinstance(request, ChamferRequest):
                 if not (request.coverage_weight or request.fidelity_weight):
                     raise RequestError("coverage_weight", 0.0, "both weights are 0", "Make one of them positive.")
 
 
 def needs_exemplars(requests: Requests) -> bool:
     """Whether a term is guided by exemplars."""
-    return any(isinstance(request, ChamferRequest) for request in requests)
+    return any(isinstance(request, PotentialRequest) for request in requests)
 
 
 def feature_names(requests: Requests) -> list[str]:
     """The extractors that the terms use, each once, in the terms' order."""
-    return list(dict.fromkeys(request.features for request in requests if isinstance(request, ChamferRequest)))
+    return list(dict.fromkeys(request.features for request in requests if isinstance(request, PotentialRequest)))
 
 
 def make_terms(
@@ -57,18 +58,12 @@ def make_terms(
         if isinstance(request, CFGRequest):
             terms.append(CFG(request.scale, timing))
             continue
-        terms.append(
-            Chamfer(
-                extractors[request.features],
-                features[request.features],
-                request.scale,
-                coverage_weight=request.coverage_weight,
-                fidelity_weight=request.fidelity_weight,
-                margin=request.margin,
-                timing=timing,
-                pull=_pull(request),
-            )
-        )
+        common = extractors[request.features], features[request.features], request.scale
+        if isinstance(request, ChamferRequest):
+            weights = {name: getattr(request, name) for name in ("coverage_weight", "fidelity_weight", "margin")}
+            terms.append(Chamfer(*common, timing=timing, pull=_pull(request), **weights))
+        else:
+            terms.append(Energy(*common, timing=timing, pull=_pull(request)))
     return terms
 
 
@@ -76,18 +71,18 @@ def energy_columns(requests: Requests) -> list[str | None]:
     """For each term the manifest's column of its energy; None for a term that has none."""
     columns: list[str | None] = []
     for request in requests:
-        name = f"energy_{request.method}" if isinstance(request, ChamferRequest) else None
+        name = f"energy_{request.method}" if isinstance(request, PotentialRequest) else None
         taken = sum(column is not None and column.startswith(name) for column in columns) if name else 0
         columns.append(f"{name}_{taken + 1}" if taken else name)
     return columns
 
 
-def _timing(request: ChamferRequest | CFGRequest) -> Timing:
+def _timing(request: GuidanceRequest) -> Timing:
     low, high = request.noise
     return Timing(request.every, request.interval, (low, math.inf if high is None else high), request.gain)
 
 
-def _pull(request: ChamferRequest) -> Pull:
+def _pull(request: PotentialRequest) -> Pull:
     return Pull(request.jacobian, request.normalize, request.hold)
 
 

@@ -3,6 +3,19 @@
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing
 from handful.guidance.cfg import CFG
 from handful.guidance.chamfer import Chamfer, chamfer_distance
+from handful.guidance.energy import Energy, energy_distance
 from handful.guidance.guided import Guided
 
-__all__ = ["CFG", "Chamfer", "Guidance", "Guided", "Potential", "Pull", "Step", "Timing", "chamfer_distance"]
+__all__ = [
+    "CFG",
+    "Chamfer",
+    "Energy",
+    "Guidance",
+    "Guided",
+    "Potential",
+    "Pull",
+    "Step",
+    "Timing",
+    "chamfer_distance",
+    "energy_distance",
+]

@@ -18,7 +18,7 @@ from handful.features import FeatureExtractor
 from handful.noise import Level
 
 Jacobian = Literal["exact", "gaussian", "identity"]
-Normalize = Literal["rms", "none"]
+Normalize = Literal["rms", "rms-image", "none"]
 Gain = Literal["constant", "linear", "sine"]
 
 
@@ -107,9 +107,7 @@ class Guidance(ABC):
 
     def __init__(self, scale: float, timing: Timing | None = None) -> None:
         if not (math.isfinite(scale) and scale >= 0):
-            raise RequestError(
-                "scale", scale, "a guidance scale is a finite number, 0 or more", "Use 0 for no guidance."
-            )
+            raise RequestError("scale", scale, "a guidance scale is a finite number, 0 or more", "Use 0 for no guidance.")
         self.scale, self.timing = scale, timing or Timing()
 
     def strength(self, level: Level) -> float:
@@ -128,9 +126,10 @@ class Pull:
     Attributes:
         jacobian: "exact": back through the denoiser; "gaussian": d x0_hat / d x_t as for unit-variance data;
             "identity": the gradient at x0_hat used as if at x_t.
-        normalize: "rms": shift = -scale * r * g / rms(g), r = sigma / sqrt(alpha^2 + sigma^2), without unit;
-            "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
-        hold: With `every` > 1 and "rms": on the steps between, the last direction is used again, at the present r.
+        normalize: "rms": shift = -scale * r * g / rms(g), r = sigma / sqrt(alpha^2 + sigma^2), without unit, the rms over
+            the cohort for a potential of sets and over each image for one of images; "rms-image": over each image for
+            every potential; "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
+        hold: With `every` > 1, unless normalize is "none": on the steps between, the last direction is used again, at the present r.
     """
 
     jacobian: Jacobian = "exact"
@@ -144,8 +143,8 @@ class Pull:
         if self.normalize not in get_args(Normalize):
             raise RequestError("normalize", self.normalize, "no such way to scale the gradient",
                                f"Choose one of: {', '.join(get_args(Normalize))}.")  # fmt: skip
-        if self.hold and self.normalize != "rms":
-            raise RequestError("hold", True, "a held direction needs normalize: rms", "Set hold to false.")
+        if self.hold and self.normalize == "none":
+            raise RequestError("hold", True, "a held direction needs a normalized gradient", "Set hold to false.")
 
 
 class Potential(Guidance):

@@ -94,7 +94,7 @@ class Chamfer(Potential):
             raise RequestError("coverage_weight, fidelity_weight", weights, "weights are 0 or more, and not both 0",
                                "Use 1 and 1 for the paper's.")  # fmt: skip
         if margin < 0 or (margin and len(exemplars) < 2):
-            raise RequestError("margin", margin, f"a margin is 0 or more, and needs the spacing of 2 exemplars (here {len(exemplars)})",
+            raise RequestError("margin", margin, f"a margin is 0 or more, and needs 2 exemplars or more (here {len(exemplars)})",
                                "Use 0 for the paper's formula, or give more exemplars.")  # fmt: skip
         self.exemplars = exemplars.detach()
         self.coverage_weight, self.fidelity_weight, self.margin = *weights, margin

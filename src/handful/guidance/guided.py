@@ -121,9 +121,7 @@ class Guided(Denoiser):
     def _chunked(self, call: Callable[[slice], Tensor], n: int) -> Tensor:
         return in_chunks(call, n, self.chunk)
 
-    def _image_cotangent(
-        self, terms: list[Potential], pull: Pull, images: Tensor, level: Level
-    ) -> tuple[Tensor, Tensor]:
+    def _image_cotangent(self, terms: list[Potential], pull: Pull, images: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The terms' weighted gradients with respect to the images, added; and that sum's rms.
 
         For one term normalised by rms this is `strength * g / rms(g)` and the strength; several keep their proportions,
@@ -132,7 +130,7 @@ class Guided(Denoiser):
         total = torch.zeros_like(images)
         for term in terms:
             gradient = self._image_gradient(term, images)
-            if pull.normalize == "rms":
+            if pull.normalize != "none":
                 gradient = _unit(gradient, [term])
             total = total + term.strength(level) * gradient
         return total, _rms(total, terms)
@@ -172,8 +170,8 @@ class Guided(Denoiser):
 
 def _rms(gradient: Tensor, terms: Sequence[Potential]) -> Tensor:
     """Root mean square (1 or n, 1, 1, 1): over the cohort if any term couples its images, so that covering and
-    non-covering images keep their ratio; else over each image, which then does not depend on its neighbours."""
-    over = (0, 1, 2, 3) if any(term.per == "set" for term in terms) else (1, 2, 3)
+    non-covering images keep their ratio; else, or if asked, over each image."""
+    over = (0, 1, 2, 3) if any(t.per == "set" and t.pull.normalize != "rms-image" for t in terms) else (1, 2, 3)
     peak = gradient.abs().amax(over, keepdim=True)  # taken out, because the square of a small gradient underflows
     return peak * (gradient / peak.where(peak > 0, 1)).square().mean(over, keepdim=True).sqrt()
 

@@ -10,9 +10,7 @@ from handful.errors import RequestError
 from handful.zoo import ZOO, zoo_path
 
 
-def load(
-    name_or_path: str | Path, *, null_class: int | None = None, classes: list[str] | None = None
-) -> NetworkDenoiser:
+def load(name_or_path: str | Path, *, null_class: int | None = None, classes: list[str] | None = None) -> NetworkDenoiser:
     """Loads a pretrained model as a `Denoiser`.
 
     Args:

@@ -45,7 +45,7 @@ class UNet2DDenoiser(NetworkDenoiser):
         if null_class is not None and not 0 <= null_class < self.label_count:
             raise RequestError("null_class", null_class, f"the model's labels are 0 to {self.label_count - 1}"
                                if self.label_count else "the model takes no labels",
-                               "Name the label that it was trained on for images without a class, or leave it out.")  # fmt: skip
+                               "Name the label it was trained on for images without a class, or leave it out.")  # fmt: skip
         known = self.label_count - (null_class is not None)
         if classes and len(classes) != known:
             raise RequestError("classes", f"{len(classes)} names", f"the model has {known} classes",
@@ -79,8 +79,9 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     try:
         if kind.startswith("FlowMatch"):
             return Flow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000)), "flow"
-        # EDM's schedulers keep the network's preconditioning (c_skip, c_out, c_in, c_noise) to themselves: not known here
-        if predicts in PREDICTIONS and "beta_schedule" in config and not kind.startswith("EDM"):
+        # without betas: variance exploding, or EDM, whose schedulers keep the network's preconditioning (c_skip, c_out,
+        # c_in, c_noise) to themselves, so that the raw network is no denoiser; neither is known here
+        if predicts in PREDICTIONS and "beta_schedule" in config:
             # diffusers builds the betas, so that every beta_schedule it knows is right by construction
             scheduler: Any = DDPMScheduler.from_config(config)
             return VP(scheduler.alphas_cumprod), PREDICTIONS[predicts]
