@@ -173,7 +173,8 @@ def main() -> None:
         print(line(key, rows[key]), flush=True)
     print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
     print(
-        "| | precision | coverage | F1 | acc | Frechet | robust P | robust C | robust F1 | robust acc | copied | utility | seconds |"
+        "| | precision | coverage | F1 | acc | Frechet | robust P | robust C | robust F1 | robust acc "
+        "| copied | utility | seconds |"
     )
     print("|---|" + "---|" * 12)
     for key, row in rows.items():

@@ -91,7 +91,7 @@ def test_a_run_says_what_it_did_on_stdout_and_the_rest_on_stderr(
     assert quick(exemplars, tmp_path / "out") == 0
     said = capsys.readouterr()
     assert said.out.startswith(f"4 images in {tmp_path / 'out'} (2 cohorts made")
-    assert "note: guidance[0].features: auto became digits-guide" in said.err
+    assert "note: guidance[0].features: auto became pixels" in said.err
     assert "generating 4 images" in said.err
 
 
@@ -137,7 +137,7 @@ def test_options_lie_over_the_recipe(exemplars: Path, tmp_path: Path, capsys: py
     assert handful("generate", file, "--out", tmp_path / "out", "--dry-run", "--json", *options) == 0
     recipe: dict[str, Any] = json.loads(capsys.readouterr().out)["recipe"]
     assert (recipe["per_class"], recipe["classes"], recipe["guidance"][0]["scale"]) == (3, ["7"], 2.0)
-    assert recipe["sampler"] == {"name": "ddim", "steps": 9, "spacing": "trailing", "eta": 0.5, "clamp": False}
+    assert recipe["sampler"] == {"name": "ddim", "steps": 9, "spacing": "trailing", "eta": 0.5, "clamp": True}
 
 
 @pytest.mark.parametrize(

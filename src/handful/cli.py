@@ -64,7 +64,7 @@ def generate(
     features: Annotated[
         str | None,
         typer.Option(
-            help="What chamfer and energy compare images by: pixels, digits-guide, dinov2, clip, a directory, FILE.py:FUNCTION.",
+            help="What exemplars are compared by: pixels, digits-guide, dinov2, clip, a directory, FILE.py:FUNCTION.",
             metavar="NAME",
         ),
     ] = None,

@@ -115,7 +115,7 @@ def test_another_recipes_run_is_refused_with_the_difference(
     with pytest.raises(RequestError) as caught:
         handful.generate(other, out)
     assert "sampler.steps: 4 there, 5 now" in str(caught.value)
-    assert "guidance[0].scale: 0.4 there, 0.5 now" in str(caught.value)
+    assert "guidance[0].scale: 0.2 there, 0.5 now" in str(caught.value)
     assert "per_class" not in str(caught.value)
     assert contents(out) == wanted
 

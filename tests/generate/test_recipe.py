@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from handful.errors import RequestError
-from handful.generate.recipe import CFGRequest, ChamferRequest, Recipe, recipe_from, with_defaults
+from handful.generate.recipe import CFGRequest, ChamferRequest, EnergyRequest, Recipe, recipe_from, for_model, with_defaults
 from handful.generate.recipe_file import overridden, parse_yaml, read_recipe, recipe_yaml
 
 DIGITS = {"model": {"name": "digits"}}
@@ -24,7 +24,7 @@ def refused(data: dict) -> RequestError:
 def test_every_default_is_written_out():
     recipe, _ = with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}}))
     data = yaml.safe_load(recipe_yaml(recipe))
-    assert data["sampler"] == {"name": "dpmpp_2m", "steps": 18, "spacing": None, "eta": 0.0, "clamp": False}
+    assert data["sampler"] == {"name": "dpmpp_2m", "steps": 18, "spacing": None, "eta": 0.0, "clamp": None}
     assert (data["per_class"], data["cohort"], data["seed"], data["format"]) == (64, 64, 0, 1)
     assert set(data["guidance"][0]) == set(ChamferRequest.model_fields)
     assert recipe_from(data) == recipe
@@ -52,7 +52,7 @@ def test_the_same_recipe_is_the_same_text():
         (DIGITS | {"sampler": {"name": "dpm"}}, "sampler.name", "ddpm"),
         (DIGITS | {"sampler": {"eta": 2}}, "sampler.eta", "less than or equal to 1"),
         (DIGITS | {"guidance": [{"method": "chamfr"}]}, "guidance[0].method", "Did you mean 'chamfer'?"),
-        (DIGITS | {"guidance": [{"scale": 1}]}, "guidance[0].method", "chamfer, cfg"),
+        (DIGITS | {"guidance": [{"scale": 1}]}, "guidance[0].method", "chamfer, energy, cfg"),
         (DIGITS | {"guidance": ["cfg"]}, "guidance[0]", "Write"),
         (DIGITS | {"guidance": [{"method": "cfg", "jacobian": "exact"}]}, "guidance[0].jacobian", "no such key"),
         (DIGITS | {"guidance": [{"method": "chamfer", "scale": -1}]}, "guidance[0].scale", "greater"),
@@ -84,8 +84,8 @@ def test_python_refuses_misspelt_names_too():
 def test_guidance_is_chamfer_where_there_are_exemplars_and_none_otherwise():
     assert with_defaults(recipe_from(DIGITS))[0].guidance == ()
     recipe, notes = with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}}))
-    assert recipe.guidance == (ChamferRequest(features="digits-guide"),)
-    assert any("auto became digits-guide" in note for note in notes)
+    assert recipe.guidance == (for_model(ChamferRequest(), "digits"),)
+    assert any("auto became pixels" in note for note in notes)
     assert with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}, "guidance": []}))[0].guidance == ()
 
 
@@ -174,3 +174,9 @@ def test_guidance_may_be_taken_away_or_made():
 def test_options_that_cannot_be_meant_are_refused(options: dict):
     with pytest.raises(RequestError):
         overridden(DIGITS | {"seed": 1}, {}, **options)
+
+
+def test_what_a_user_states_wins_over_the_models_own_defaults():
+    term = for_model(ChamferRequest(scale=0.7, jacobian="exact"), "digits")
+    assert (term.scale, term.jacobian, term.features) == (0.7, "exact", "pixels")
+    assert for_model(EnergyRequest(), "/m") == EnergyRequest(features="dinov2")

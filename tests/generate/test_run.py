@@ -65,7 +65,7 @@ def test_a_run_directory_holds_what_was_asked_made_and_measured(digits_folder: P
         (name, int(name), index, index // 4) for name in ("1", "4") for index in range(6)
     ]
     assert {row["status"] for row in rows} == {"done"}
-    extractor = load_extractor("digits-guide")
+    extractor = load_extractor("pixels")
     for row in rows[:2]:
         image = read_image(out / row["file"], channels=1)
         nearest = read_image(digits_folder / row["nearest_exemplar"], channels=1, size=(8, 8))
@@ -81,7 +81,7 @@ def test_a_run_directory_holds_what_was_asked_made_and_measured(digits_folder: P
         str(path.relative_to(out / "images")) for path in (out / "images").rglob("*.png")
     )
     stored = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert stored["guidance"][0]["features"] == "digits-guide"
+    assert stored["guidance"][0]["features"] == "pixels"
     assert stored["model"]["null_class"] == 10
     assert stored["provenance"]["torch"] == torch.__version__
     assert len(stored["provenance"]["levels"]["sigma"]) == 5

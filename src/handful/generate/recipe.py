@@ -24,9 +24,6 @@ _DIGITS = {"features": "pixels", "jacobian": "gaussian", "every": 1}
 DEFAULTS_BY_MODEL: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {"chamfer": {**_DIGITS, "scale": 0.2}, "energy": {**_DIGITS, "scale": 0.05}},
 }
-# The term that exemplars mean where none is stated: what gained most after the audit (docs/findings.md).
-DEFAULT_METHOD = {"digits": "chamfer"}
-ANY_METHOD = "energy"
 AUTO_FEATURES = "dinov2"  # what `features: auto` becomes for every other model
 
 
@@ -158,8 +155,7 @@ class Recipe(_Request):
         cohort: How many images are guided together; a class's last cohort may be smaller.
         seed: Of all noise.
         sampler: How noise becomes images.
-        guidance: The terms; their shifts add up. None: chamfer (digits) or energy (any other model) where there are
-            exemplars, else no guidance.
+        guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
         chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
     """
 
@@ -213,13 +209,9 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
     """
     notes: list[str] = []
     guidance = recipe.guidance
-    if guidance is None and recipe.exemplars.path:
-        method = default_method(recipe.model.name)
-        guidance = (ChamferRequest() if method == "chamfer" else EnergyRequest(),)
-        notes.append(f"guidance: {method}, as there are exemplars")
-    elif guidance is None:
-        guidance = ()
-        notes.append("guidance: none, as there are no exemplars")
+    if guidance is None:
+        guidance = (ChamferRequest(),) if recipe.exemplars.path else ()
+        notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
     chosen = []
     for index, term in enumerate(guidance):
         if isinstance(term, PotentialRequest):
@@ -229,11 +221,6 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
                 notes.append(f"guidance[{index}].features: auto became {term.features}")
         chosen.append(term)
     return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
-
-
-def default_method(model: object) -> str:
-    """The term that exemplars mean for a model where none is stated."""
-    return DEFAULT_METHOD.get(str(model), ANY_METHOD)
 
 
 Term = TypeVar("Term", bound=PotentialRequest)

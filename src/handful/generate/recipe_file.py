@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from handful.errors import RequestError
-from handful.generate.recipe import METHODS, Recipe, default_method, did_you_mean, recipe_from
+from handful.generate.recipe import METHODS, Recipe, did_you_mean, recipe_from
 from handful.zoo import ZOO
 
 PROVENANCE = "provenance"  # what a run directory's recipe.yaml says beyond the request; not part of a request
@@ -167,7 +167,7 @@ def _term_for(data: dict[str, Any], name: str, value: object) -> dict[str, Any]:
     """The one term that has a field of this name."""
     terms = data.get("guidance")
     if terms is None and isinstance(data.get("exemplars"), dict) and data["exemplars"].get("path"):
-        terms = data["guidance"] = [{"method": _default_method(data)}]
+        terms = data["guidance"] = [{"method": "chamfer"}]  # what guidance becomes where there are exemplars
     terms = terms if isinstance(terms, list) else []
     methods = [METHODS.get(str(term.get("method"))) if isinstance(term, dict) else None for term in terms]
     fitting = [term for term, method in zip(terms, methods, strict=True) if method and name in method.model_fields]
@@ -175,12 +175,6 @@ def _term_for(data: dict[str, Any], name: str, value: object) -> dict[str, Any]:
         problem = "there is no guidance that it could be meant for" if not fitting else "several terms have one"
         raise RequestError(f"--{name}", value, problem, f"Name the guidance, or write --set guidance.0.{name}={value}.")
     return fitting[0]
-
-
-def _default_method(data: dict[str, Any]) -> str:
-    """What guidance becomes where there are exemplars and nothing is stated."""
-    model = data.get("model")
-    return default_method(model.get("name") if isinstance(model, dict) else None)
 
 
 def _put(data: dict[str, Any], keys: list[str], value: object, setting: str) -> None:
@@ -203,7 +197,7 @@ def _put(data: dict[str, Any], keys: list[str], value: object, setting: str) -> 
             if last:
                 here[key] = value
             elif key == "guidance" and here.get(key) is None:
-                here[key] = [{"method": keys[depth + 1] if keys[depth + 1] in METHODS else _default_method(data)}]
+                here[key] = [{"method": keys[depth + 1] if keys[depth + 1] in METHODS else "chamfer"}]
                 here = here[key]
             else:
                 here[key] = here.get(key) if here.get(key) is not None else {}

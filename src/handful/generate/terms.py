@@ -27,9 +27,8 @@ def check_terms(requests: Requests) -> None:
             _timing(request)
             if isinstance(request, PotentialRequest):
                 _pull(request)
-            if isinstance(request, ChamferRequest):
-                if not (request.coverage_weight or request.fidelity_weight):
-                    raise RequestError("coverage_weight", 0.0, "both weights are 0", "Make one of them positive.")
+            if isinstance(request, ChamferRequest) and not (request.coverage_weight or request.fidelity_weight):
+                raise RequestError("coverage_weight", 0.0, "both weights are 0", "Make one of them positive.")
 
 
 def needs_exemplars(requests: Requests) -> bool:

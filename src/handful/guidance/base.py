@@ -129,7 +129,8 @@ class Pull:
         normalize: "rms": shift = -scale * r * g / rms(g), r = sigma / sqrt(alpha^2 + sigma^2), without unit, the rms over
             the cohort for a potential of sets and over each image for one of images; "rms-image": over each image for
             every potential; "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
-        hold: With `every` > 1, unless normalize is "none": on the steps between, the last direction is used again, at the present r.
+        hold: With `every` > 1, unless normalize is "none": on the steps between, the last direction is used again, at
+            the present r.
     """
 
     jacobian: Jacobian = "exact"

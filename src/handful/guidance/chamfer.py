@@ -17,6 +17,8 @@ cohort in k spots (docs/findings.md).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -90,11 +92,11 @@ class Chamfer(Potential):
             raise RequestError("exemplars", tuple(exemplars.shape), "Chamfer guidance needs features (k, D), k >= 1",
                                "Give at least one exemplar of the class.")  # fmt: skip
         weights = (coverage_weight, fidelity_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise RequestError("coverage_weight, fidelity_weight", weights, "weights are 0 or more, and not both 0",
+        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or max(weights) == 0:
+            raise RequestError("coverage_weight, fidelity_weight", weights, "weights are finite, 0 or more, and not both 0",
                                "Use 1 and 1 for the paper's.")  # fmt: skip
-        if margin < 0 or (margin and len(exemplars) < 2):
-            raise RequestError("margin", margin, f"a margin is 0 or more, and needs 2 exemplars or more (here {len(exemplars)})",
+        if not (math.isfinite(margin) and margin >= 0) or (margin and len(exemplars) < 2):
+            raise RequestError("margin", margin, f"it is 0 or more, and above 0 needs 2 exemplars ({len(exemplars)} here)",
                                "Use 0 for the paper's formula, or give more exemplars.")  # fmt: skip
         self.exemplars = exemplars.detach()
         self.coverage_weight, self.fidelity_weight, self.margin = *weights, margin
