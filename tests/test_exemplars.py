@@ -95,7 +95,7 @@ def test_too_few_images_are_refused_with_what_to_do(root, tmp_path):
     with pytest.raises(RequestError, match=r"class '2' has 8, '10' has 8, 'dog' has 9; 10 exemplars.*Lower k to 8"):
         draw(root, k=10)
     fill(tmp_path / "one", {"cat": 1, "dog": 3})
-    with pytest.raises(RequestError, match=r"^exemplars: .*class 'cat' has 1; 2 .*at least 2 are needed.*minimum=1"):
+    with pytest.raises(RequestError, match=r"^exemplars: .*class 'cat' has 1; 2 .*at least 2 are needed.*--k 1"):
         draw(tmp_path / "one")
     with pytest.raises(RequestError, match="k: 1: at least 2 exemplars"):
         draw(root, k=1)

@@ -209,7 +209,7 @@ def _refuse_few(root: str | Path, counts: dict[str, int], k: int | None, minimum
     if fewest >= minimum:
         remedy = f"Lower k to {fewest}, or add images."
     elif fewest == 1 and minimum == 2:
-        remedy = "Add images: at least 2 are needed, and one alone only where minimum=1 is asked for."
+        remedy = "Add images: at least 2 are needed, or ask for one alone (--k 1)."
     else:
         remedy = f"Add images: at least {minimum} are needed."
     problem = f"class {listed}{more}; {needed} exemplars of each are needed"

@@ -51,8 +51,9 @@ def test_permuting_the_cohort_changes_nothing_and_permutes_the_gradient():
 def test_it_is_lowest_where_both_sets_have_one_distribution():
     # 2,000 against 2,000 draws: the distances between distributions are far above their noise of about 0.02
     x = _draw(2000, 0)
-    at = {name: float(energy_distance(x, y)) for name, y in
-          {"same": _draw(2000, 1), "narrow": 0.5 * _draw(2000, 1), "wide": 2 * _draw(2000, 1), "off": _draw(2000, 1) + 1}.items()}  # fmt: skip
+    y = _draw(2000, 1)
+    sets = {"same": y, "narrow": 0.5 * y, "wide": 2 * y, "off": y + 1}
+    at = {name: float(energy_distance(x, generated)) for name, generated in sets.items()}
     assert min(at, key=lambda name: at[name]) == "same"
 
 
