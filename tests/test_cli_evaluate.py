@@ -10,7 +10,7 @@ import pytest
 
 from handful import console
 from handful.cli import app
-from handful.generate.writers import encode_png
+from handful.images import encode_png
 from handful.tables import Table, demo_table, print_table
 from handful.zoo.digits import load_digits_split
 

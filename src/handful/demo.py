@@ -35,8 +35,7 @@ from handful.generate.recipe import (
     Recipe,
     for_model,
 )
-from handful.generate.writers import encode_png
-from handful.images import LabelledImages, read_folder, write_atomically
+from handful.images import LabelledImages, encode_png, read_folder, write_atomically
 from handful.metrics.copying import copied_share
 from handful.utility import downstream_accuracy
 from handful.zoo.digits import CLASSES, load_digits_split

@@ -191,22 +191,31 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def write_png(path: str | Path, image: Tensor) -> None:
-    """Write one image, (C, H, W) in [-1, 1] with C = 1 or 3, as an 8-bit PNG, atomically.
+def encode_png(image: Tensor) -> bytes:
+    """One image, (C, H, W) in [-1, 1] with C = 1 or 3, as an 8-bit PNG.
 
     The bytes depend on the pixels alone (and on Pillow's version); `read_image` gives back exactly what was written.
 
     Raises:
         RequestError: not such a tensor.
-        RunError: a value is NaN or infinite. Nothing is written.
-        OSError: the disk is full, the folder is missing or may not be written. No part of a file is left behind.
+        RunError: a value is NaN or infinite.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
         raise RequestError("image", tuple(image.shape), "this is no image", "Give one (1 or 3, height, width) tensor.")
     values = to_uint8(image).cpu().permute(1, 2, 0).numpy()
     encoded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values)).save(encoded, "PNG")
-    write_atomically(Path(path), encoded.getvalue())
+    return encoded.getvalue()
+
+
+def write_png(path: str | Path, image: Tensor) -> None:
+    """Write one image as PNG (`encode_png`), atomically.
+
+    Raises:
+        RequestError, RunError: see `encode_png`. Nothing is written.
+        OSError: the disk is full, the folder is missing or may not be written. No part of a file is left behind.
+    """
+    write_atomically(Path(path), encode_png(image))
 
 
 def write_atomically(path: Path, data: bytes) -> None:

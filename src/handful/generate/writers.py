@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterable
 
-import numpy as np
-from PIL import Image
-from torch import Tensor
-
 from handful.errors import RequestError
-from handful.images import to_uint8
 
 IMAGES = "images"
 METADATA = "metadata.jsonl"
@@ -55,14 +49,6 @@ def _problem(name: str) -> str | None:
 def image_file(class_name: str, index: int) -> str:
     """Where an image lies, relative to the run directory."""
     return f"{IMAGES}/{class_name}/{index:06d}.png"
-
-
-def encode_png(image: Tensor) -> bytes:
-    """One image (1 or 3, h, w) in [-1, 1] as an 8-bit PNG; the bytes depend on the pixels and on Pillow's version."""
-    values = to_uint8(image).cpu().permute(1, 2, 0).numpy()
-    encoded = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values)).save(encoded, "PNG")
-    return encoded.getvalue()
 
 
 def metadata_jsonl(rows: Iterable[tuple[str, str]]) -> str:
