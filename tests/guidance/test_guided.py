@@ -661,3 +661,13 @@ def test_a_potential_does_not_take_its_own_shift():
     step = Step(Latent(), *cohort()[:2], Condition(None), cohort()[0])
     with pytest.raises(TypeError, match="Guided"):
         chamfer().shift(step)
+
+
+def test_levels_of_each_image_are_refused_where_a_term_acts():
+    x_t, _, labels = cohort(3)
+    many = level(torch.full((3,), 0.6), torch.full((3,), 0.8))
+    denoiser = Latent()
+    condition = denoiser.condition(labels)
+    assert torch.equal(Guided(denoiser, [])(x_t, many, condition), denoiser(x_t, many, condition))
+    with pytest.raises(ValueError, match="one level for the whole cohort, not at 3"):
+        Guided(denoiser, [chamfer()])(x_t, many, condition)

@@ -77,6 +77,9 @@ class Guided(Denoiser):
                   if pull not in due and self._holds(pull, level)]  # fmt: skip
         if not active and not shifts:
             return self._plain(x_t, level, condition)
+        if level.alpha.ndim:
+            raise ValueError(f"level: guidance acts at one level for the whole cohort, not at {len(level.alpha)}; "
+                             "guide images of other levels apart")  # fmt: skip
 
         outside = torch.is_grad_enabled() and x_t.requires_grad
         backward = any(pull.jacobian == "exact" for pull in due)
