@@ -233,3 +233,28 @@ def test_folders_and_judges_that_are_not_there_are_refused_by_name(tmp_path, fol
         evaluate(made, tmp_path / "none", "digits-judge")
     with pytest.raises(RequestError, match=r"^features: "):
         evaluate(made, real, str(tmp_path / "no-such-judge"))
+
+
+def test_a_judge_that_guided_the_images_is_pointed_out(tmp_path):
+    from handful.generate import generate
+    from handful.generate.recipe import recipe_from
+    from handful.generate.writers import image_file
+    from handful.images import write_png
+    from handful.zoo.digits import load_digits_split
+
+    split = load_digits_split()
+    for digit in (0, 1):
+        for index, image in enumerate(split.test_images[split.test_labels == digit][:8]):
+            file = tmp_path / "real" / str(digit) / f"{index}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_png(file, image)
+    asked = {
+        "model": {"name": "digits"},
+        "exemplars": {"path": str(tmp_path / "real")},
+        "per_class": 8,
+        "sampler": {"steps": 2},
+    }
+    generate(recipe_from(asked), tmp_path / "out")
+    assert (tmp_path / "out" / image_file("0", 0)).is_file()
+    with pytest.warns(UserWarning, match="pixels guided these images"):
+        evaluate(tmp_path / "out", tmp_path / "real", "pixels", audit=False)

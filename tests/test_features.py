@@ -303,3 +303,37 @@ def test_what_gives_no_extractor_is_refused_by_name(tmp_path, attribute):
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
     with pytest.raises(RequestError, match=r"^features: .*no such Python file"):
         load_extractor(f"{tmp_path / 'none.py'}:mine")
+
+
+def test_a_users_file_counts_into_the_digest_with_its_code(tmp_path):
+    code = """
+from torch import nn
+from handful.features import FeatureExtractor
+
+class Pool(nn.Module):
+    def forward(self, x):
+        return x.{how}((2, 3))
+
+def load():
+    return FeatureExtractor("pool", Pool(), channels=None)
+"""
+    file, digests = tmp_path / "mine.py", []
+    for how in ("mean", "amax"):
+        file.write_text(code.format(how=how))
+        digests.append(load_extractor(f"{file}:load").digest)
+    assert digests[0] != digests[1], "features kept on disk would answer for the old code"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("pixel", "Did you mean 'pixels'"), ("mine.py", "Write mine.py:FUNCTION"), ("dino_v2", "Did you mean 'dinov2'")],
+)
+def test_a_misspelt_extractor_is_refused_at_once_with_the_remedy(name, said):
+    with pytest.raises(RequestError, match=said):
+        load_extractor(name)
+
+
+def test_a_users_file_that_fails_is_refused_naming_the_file_and_the_error(tmp_path):
+    (tmp_path / "broken.py").write_text("import nothere\n")
+    with pytest.raises(RequestError, match=r"broken.py.*No module named 'nothere'"):
+        load_extractor(f"{tmp_path / 'broken.py'}:load")

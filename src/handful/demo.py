@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -104,7 +105,22 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Callable[
     if per_class < 8:
         raise RequestError("per_class", per_class, "too few to measure precision and coverage of",
                            "Give 8 or more; 64 is the default.")  # fmt: skip
-    out = Path(out)
+    with _one_thread():
+        return _demo(Path(out), seeds, per_class, say)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """8x8 images are so little work that a second thread costs more in waking up than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(out: Path, seeds: int, per_class: int, say: Callable[[str], None]) -> list[Row]:
     rows = _begin(out, {"handful": __version__, "demo": "digits", "per_class": per_class})
     exemplars, real = _real_images(out)
     judge = Judge(real.images, real.labels, load_extractor("digits-judge"), ceiling=False, classes=CLASSES)

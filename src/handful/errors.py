@@ -38,7 +38,8 @@ class RequestError(HandfulError, ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.field}: {_shown(self.value)}: {self.problem}. {self.remedy}"
+        given = "" if self.value is None else f"{_shown(self.value)}: "  # nothing was given
+        return f"{self.field}: {given}{self.problem}. {self.remedy}"
 
 
 class RunError(HandfulError, RuntimeError):

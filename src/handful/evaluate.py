@@ -6,6 +6,7 @@ gain?"). Each number is meaningless without the judge, k and n, so they travel w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from torch import Tensor
 
 from handful.audit import TRANSFORMS
@@ -146,8 +148,17 @@ def evaluate(
     generated = read_folder(synthetic, channels=channels, size=(height, width), field="synthetic")
     reference = read_folder(real, channels=channels, size=(height, width), classes=list(made), field="real")
     judge = Judge(reference.images, reference.labels, extractor, k=k, audit=audit, ceiling=ceiling, classes=sorted(wanted))
+    if extractor.digest in _guides(Path(synthetic)):
+        warnings.warn(f"{features} guided these images: it judges its own work; take an unrelated judge", stacklevel=2)
     if missing:
-        import warnings
-
         warnings.warn(f"real classes without generated images are left out: {', '.join(missing[:8])}", stacklevel=2)
     return judge(generated.images, generated.labels)
+
+
+def _guides(run: Path) -> set[str]:
+    """Digests of the extractors that guided a run; empty for any other folder."""
+    if not (run / "recipe.yaml").is_file():
+        return set()
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    provenance = recipe.get("provenance") if isinstance(recipe, dict) else None
+    return set(((provenance or {}).get("features_sha256") or {}).values())

@@ -7,6 +7,7 @@ gradient flows through and guide and judge see what they were trained on. A numb
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import json
@@ -138,7 +139,7 @@ def from_transformers(name: str) -> FeatureExtractor:
         said, _ = ImageProcessingMixin.get_image_processor_dict(name)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
-        remedy = "Give a directory that save_pretrained wrote, or a hub name in the hub's cache."
+        remedy = "Give a directory that save_pretrained wrote, a hub name in the hub's cache, or pixels, which needs neither."
         raise RequestError("features", name, f"transformers can't load it ({first})", remedy) from error
     model, info = loaded
     if info["missing_keys"]:  # transformers fills them at random, and warns
@@ -156,18 +157,29 @@ def from_transformers(name: str) -> FeatureExtractor:
 
 
 def from_file(path: Path, attribute: str) -> FeatureExtractor:
-    """Runs a Python file of the user's and calls `attribute` in it, which must return a `FeatureExtractor`."""
+    """Runs a Python file of the user's and calls `attribute` in it, which must return a `FeatureExtractor`.
+
+    The file's own content counts into the digest: code can change features that no weight tells of.
+
+    Raises:
+        RequestError: If there is no such file, it fails, or gives something else.
+    """
     spec = importlib.util.spec_from_file_location(f"handful_user_{path.stem}", path)
     if not path.is_file() or spec is None or spec.loader is None:
         raise RequestError("features", f"{path}:{attribute}", "there is no such Python file",
                            "Write FILE.py:FUNCTION with the path of an existing file.")  # fmt: skip
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made = getattr(module, attribute, None)
-    made = made() if callable(made) and not isinstance(made, nn.Module) else made
+    try:
+        spec.loader.exec_module(module)
+        made = getattr(module, attribute, None)
+        made = made() if callable(made) and not isinstance(made, nn.Module) else made
+    except Exception as error:  # whatever the user's own code raises
+        raise RequestError("features", f"{path}:{attribute}", f"running it failed ({type(error).__name__}: {error})",
+                           f"Mend {path}: python {path} shows where.") from error  # fmt: skip
     if not isinstance(made, FeatureExtractor):
         raise RequestError("features", f"{path}:{attribute}", "it gives no handful.features.FeatureExtractor",
                            "Name a function of that file without arguments that returns one.")  # fmt: skip
+    made.digest = hashlib.sha256(made.digest.encode() + path.read_bytes()).hexdigest()
     return made
 
 
@@ -191,9 +203,15 @@ def load_extractor(name: str) -> FeatureExtractor:
     path, _, attribute = name.rpartition(":")
     if path.endswith(".py"):
         return from_file(Path(path), attribute)
+    if name.endswith(".py"):
+        raise RequestError("features", name, "which function of the file is not said", f"Write {name}:FUNCTION.")
+    near = difflib.get_close_matches(name, known := [*PACKAGED, *TRANSFORMERS], n=1, cutoff=0.8)
+    if near and name not in known and not Path(name).exists():
+        raise RequestError("features", name, "there is no such extractor", f"Did you mean '{near[0]}'?")
     return from_transformers(TRANSFORMERS.get(name, name))
 
 
+PACKAGED = ("pixels", "digits-guide", "digits-judge")
 TRANSFORMERS = {
     "dinov2": "facebook/dinov2-base",
     "dinov2-large": "facebook/dinov2-large",

@@ -55,6 +55,11 @@ def evaluation_table(found: Evaluation) -> Table:
     for name, robust in found.transformed.items():
         cells = [_number(getattr(robust, metric)) for metric in metrics[:5]]
         table.rows.append([f"after {name}", str(robust.n_real), str(robust.n_generated), *cells, "-", "-"])
+    if summary.pooled.ceiling is not None:
+        ceiling = summary.pooled.ceiling
+        table.notes.append(
+            f"in brackets: {ceiling.n_generated} real images against {ceiling.n_real} others; fewer images score lower"
+        )
     if found.judge_accuracy is not None:
         table.notes.append(f"judge accuracy: {found.judge_accuracy:.3f} of the generated images are named as asked")
     return table

@@ -93,7 +93,9 @@ def test_another_model_compares_by_dinov2_unless_told_otherwise():
     data = {"model": {"name": "/m"}, "exemplars": {"path": "/x"}}
     assert with_defaults(recipe_from(data))[0].guidance == (ChamferRequest(features="dinov2"),)
     told = data | {"guidance": [{"method": "chamfer", "features": "pixels"}]}
-    assert with_defaults(recipe_from(told))[0].guidance == (ChamferRequest(features="pixels"),)
+    assert with_defaults(recipe_from(told))[0].guidance == (
+        ChamferRequest(features="pixels", scale=0.2, jacobian="gaussian", every=1),
+    ), "in pixels any model takes the settings that were measured there"
 
 
 @pytest.mark.parametrize("text", ["a: 1\na: 2\n", "model: {name: x, name: y}", "a: [1", "a: !!python/object:os.system {}"])

@@ -18,13 +18,15 @@ from handful.errors import RequestError
 
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 
-# Only what differs from the defaults below, by model and method; what a user states himself always wins.
-# digits: in pixels, which no gradient can fool, the cheap jacobian is as good as the exact one (docs/findings.md).
-_DIGITS = {"features": "pixels", "jacobian": "gaussian", "every": 1}
-DEFAULTS_BY_MODEL: dict[str, dict[str, dict[str, Any]]] = {
-    "digits": {"chamfer": {**_DIGITS, "scale": 0.2}, "energy": {**_DIGITS, "scale": 0.05}},
+# What `features: auto` becomes, by model.
+FEATURES_BY_MODEL = {"digits": "pixels"}
+AUTO_FEATURES = "dinov2"  # for every other model
+# Only what differs from the defaults below; what a user states himself always wins. In pixels, which no gradient can fool,
+# the cheap jacobian on every step is as good as the exact one (docs/findings.md).
+_IN_PIXELS = {"jacobian": "gaussian", "every": 1}
+DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
+    "pixels": {"chamfer": {**_IN_PIXELS, "scale": 0.2}, "energy": {**_IN_PIXELS, "scale": 0.05}},
 }
-AUTO_FEATURES = "dinov2"  # what `features: auto` becomes for every other model
 
 
 def _names(value: object) -> object:
@@ -227,12 +229,11 @@ Term = TypeVar("Term", bound=PotentialRequest)
 
 
 def for_model(term: Term, model: str) -> Term:
-    """Fills in what the term leaves to the model's own defaults."""
-    own = DEFAULTS_BY_MODEL.get(model, {}).get(getattr(term, "method", ""), {})
+    """Fills in what the term leaves open: features by the model, the rest by the features."""
+    features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
+    own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
     update = {key: value for key, value in own.items() if key not in term.model_fields_set}
-    if term.features == "auto":
-        update["features"] = own.get("features", AUTO_FEATURES)
-    return term.model_copy(update=update)
+    return term.model_copy(update={**update, "features": features})
 
 
 def _request_error(faults: list[ErrorDetails]) -> RequestError:
