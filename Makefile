@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job on the packaged digits: exemplars, baselines, guided sets, table, pictures
 	$(BIN)/handful demo $(ARGS)
 
+# The tests' networks are tiny: a second thread only waits, and on a busy machine holds up the first.
+test test-quick: export OMP_NUM_THREADS ?= 1
+
 test: lint  ## format, lint, types and every test
 	$(BIN)/python -m pytest $(ARGS)
 
