@@ -294,3 +294,12 @@ def test_memory_stays_bounded_by_the_block():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60e6
+
+
+def test_the_answer_reads_as_the_dict_that_users_of_the_prdc_package_know():
+    points = np.random.default_rng(0).normal(size=(20, 3))
+    found = prdc(points, points)
+    assert found["coverage"] == found.coverage == 1.0
+    assert dict(found)["precision"] == found.precision
+    with pytest.raises(KeyError):
+        found["accuracy"]

@@ -1,5 +1,6 @@
 """Measurements of a generated set against a real one, from their features; numpy only, torch is never imported here."""
 
+from handful.metrics.copying import copied_share
 from handful.metrics.frechet import frechet, frechet_from_moments
 from handful.metrics.neighbours import nearest, neighbour_radii
 from handful.metrics.prdc import PRDC, prdc
@@ -9,6 +10,7 @@ from handful.metrics.vendi import vendi
 __all__ = [
     "PRDC",
     "Summary",
+    "copied_share",
     "frechet",
     "frechet_from_moments",
     "nearest",

@@ -13,7 +13,7 @@ Sources: Kynkaanniemi et al., NeurIPS 2019 (precision, recall); Naeem et al., IC
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,15 @@ class PRDC:
         total = self.precision + self.coverage
         f1 = 2 * self.precision * self.coverage / total if total else 0.0
         object.__setattr__(self, "f1", f1)
+
+    # As a mapping too, since the package `prdc`, which this stands in for, answers with a dict.
+    def keys(self) -> list[str]:
+        return [entry.name for entry in fields(self)]
+
+    def __getitem__(self, name: str) -> float:
+        if name not in self.keys():
+            raise KeyError(name)
+        return getattr(self, name)
 
 
 def prdc(real: Any, generated: Any, k: int = 5, *, block: int = BLOCK) -> PRDC:
