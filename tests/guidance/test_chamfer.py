@@ -7,7 +7,8 @@ from torch import Tensor
 from handful.errors import RequestError
 from handful.features import pixels
 from handful.guidance import Chamfer, chamfer_distance
-from handful.guidance.chamfer import spacing, squared_distances
+from handful.guidance.chamfer import spacing
+from handful.guidance.distances import squared_distances
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -32,7 +32,7 @@ from handful.generate.recipe_file import PROVENANCE, recipe_yaml
 from handful.generate.terms import energy_columns, make_terms
 from handful.generate.writers import IMAGES, METADATA, image_file, metadata_jsonl
 from handful.guidance import Guidance, Guided, Potential
-from handful.guidance.chamfer import squared_distances
+from handful.guidance.distances import squared_distances
 from handful.images import encode_png, from_uint8, read_image, to_uint8
 from handful.progress import Progress
 from handful.samplers import SAMPLERS, STOCHASTIC, start

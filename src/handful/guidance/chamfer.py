@@ -25,14 +25,7 @@ from torch import Tensor
 from handful.errors import RequestError
 from handful.features import FeatureExtractor
 from handful.guidance.base import Potential, Pull, Timing
-
-
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Euclidean distances between rows: (k, D), (n, D) -> (k, n), differentiable everywhere."""
-    # the common shift takes the large part off features that share an offset, which the expansion would cancel badly
-    shift = b.detach().mean(0)
-    a, b = a - shift, b - shift
-    return (a.square().sum(1)[:, None] + b.square().sum(1)[None] - 2 * a @ b.T).clamp_min(0)
+from handful.guidance.distances import squared_distances
 
 
 def spacing(exemplars: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from handful.errors import RequestError
 from handful.features import FeatureExtractor
 from handful.guidance.base import Potential, Pull, Timing
-from handful.guidance.chamfer import squared_distances
+from handful.guidance.distances import squared_distances
 
 ROUND = 1e-6  # of the mean squared distance: keeps the gradient of |a - b| finite where a = b
 
