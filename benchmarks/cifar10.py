@@ -85,13 +85,9 @@ class Referee:
 
     def __init__(self, real: Path) -> None:
         self.judge = load_extractor(JUDGE)
-        self.real = self._by_class(read_folder(real, channels=3, size=(32, 32)))
+        self.real = read_folder(real, channels=3, size=(32, 32)).by_class()
         self.views = {"plain": lambda images: images, **TRANSFORMS}
         self.features = {view: self._features(self.real, view) for view in self.views}
-
-    @staticmethod
-    def _by_class(images) -> dict[str, torch.Tensor]:
-        return {name: images.images[[label == name for label in images.labels]] for name in CLASSES}
 
     @torch.no_grad()
     def _features(self, images: dict[str, torch.Tensor], view: str) -> dict[str, np.ndarray]:
@@ -99,7 +95,7 @@ class Referee:
 
     @torch.no_grad()
     def row(self, folder: Path) -> dict[str, float]:
-        made = self._by_class(read_folder(folder, channels=3, size=(32, 32)))
+        made = read_folder(folder, channels=3, size=(32, 32)).by_class()
         row: dict[str, float] = {}
         seen: dict[str, list[float]] = {"precision": [], "coverage": [], "acc": []}
         for view, transform in self.views.items():
@@ -168,7 +164,7 @@ def main() -> None:
             summary = handful.generate(recipe_from(asked), folder)
             rows[key] = {"seconds": summary.seconds, "images": summary.images, **referee.row(folder)}
             exemplars = handful.Exemplars.from_folder(pool, channels=3, size=(32, 32), k=k or 32, seed=args.seed).images
-            made = Referee._by_class(read_folder(folder, channels=3, size=(32, 32)))
+            made = read_folder(folder, channels=3, size=(32, 32)).by_class()
             flat = [{n: images.flatten(1).numpy() for n, images in part.items()} for part in (made, exemplars, referee.real)]
             rows[key]["copied"] = copied_share(flat[0], flat[1], flat[2])
         if args.utility and "utility" not in rows[key]:

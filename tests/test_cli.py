@@ -12,20 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import handful as library
 from handful import cli, console
 from handful.errors import RequestError
 from handful.images import write_png
 from handful.zoo.digits import load_digits_split
-
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HANDFUL_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

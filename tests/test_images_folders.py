@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.pictures import COLOURS, GRAYS, as_image, save
 
 from handful import images as images_module
 from handful.errors import RequestError, RunError
@@ -22,20 +22,6 @@ from handful.images import (
     write_atomically,
     write_png,
 )
-
-COLOURS = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
-GRAYS = COLOURS[..., 0]
-
-
-def as_image(values) -> torch.Tensor:
-    """(H, W) or (H, W, C) in 0..255 -> (C, H, W) by the definition v / 127.5 - 1."""
-    return torch.from_numpy(np.atleast_3d(np.asarray(values)).astype(np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def save(path: Path, picture, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(path, **options)
-    return path
 
 
 @pytest.fixture
@@ -283,3 +269,13 @@ def test_an_unreadable_file_and_folder_are_refused(unprivileged):
     path.parent.chmod(0)
     with pytest.raises(RequestError, match="may not read this"):
         image_folder(unprivileged)
+
+
+def test_a_folders_images_by_class_are_its_own_in_order(tmp_path):
+    for name, count in (("b", 2), ("a", 3)):
+        for index in range(count):
+            save(tmp_path / name / f"{index}.png", COLOURS + np.uint8(index))
+    found = read_folder(tmp_path, channels=3)
+    parts = found.by_class()
+    assert list(parts) == found.classes == ["a", "b"]
+    torch.testing.assert_close(torch.cat(list(parts.values())), found.images, rtol=0, atol=0)

@@ -35,7 +35,7 @@ def main() -> None:
     lines = []
     for name in CLASSES:
         for row, made in sets.items():
-            images = made.images[[label == name for label in made.labels]] if made else drawn[name]
+            images = made.by_class()[name] if made else drawn[name]
             lines.append((row, strip(images)))
     height = lines[0][1].height + 4
     sheet = Image.new("L", (TEXT + lines[0][1].width, len(lines) * height + GAP * (len(CLASSES) - 1)), 255)

@@ -194,18 +194,14 @@ def _row(entry: Entry, seed: int, per_class: int, out: Path, pool: Path, judge: 
 
 def _pixels(images: LabelledImages) -> dict[str, torch.Tensor]:
     """Flat pixels (n, D) by class."""
-    return {name: part.flatten(1) for name, part in _by_class(images).items()}
-
-
-def _by_class(images: LabelledImages) -> dict[str, torch.Tensor]:
-    return {name: images.images[[label == name for label in images.labels]] for name in CLASSES}
+    return {name: part.flatten(1) for name, part in images.by_class().items()}
 
 
 def _picture(out: Path, seed: int) -> None:
     """Exemplars above generated images, class by class."""
     made = read_folder(out / f"seed-{seed}" / f"{HEADLINE}-k{HEADLINE_K}", channels=1, size=SIZE)
     exemplars = Exemplars.from_folder(out / "real-train", channels=1, size=SIZE, k=HEADLINE_K, seed=seed)
-    contact_sheet(exemplars.images, _by_class(made), out / "contact_sheet.png")
+    contact_sheet(exemplars.images, made.by_class(), out / "contact_sheet.png")
 
 
 def means(rows: Sequence[Row]) -> list[Row]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from handful.digests import weights_digest
 from handful.errors import RequestError
 
 
@@ -93,14 +94,10 @@ class FeatureExtractor(nn.Module):
         return self._classify(self.prepare(images))
 
     def _digest(self) -> str:
-        state = hashlib.sha256()
         # repr holds the structure, so that a ReLU made a Softplus, which has no weights, is another extractor
         answer = getattr(self._features, "__qualname__", type(self._features).__qualname__)
-        state.update(json.dumps([repr(self.network), answer, self.channels, self.size, self.mean, self.std]).encode())
-        for key, value in sorted(self.network.state_dict().items()):
-            state.update(f"{key}{tuple(value.shape)}{value.dtype}".encode())
-            state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return state.hexdigest()
+        told = [repr(self.network), answer, self.channels, self.size, self.mean, self.std, weights_digest(self.network)]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 class _Pooled(nn.Module):

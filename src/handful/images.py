@@ -327,6 +327,10 @@ class LabelledImages:
         """The class names, in order."""
         return list(dict.fromkeys(self.labels))
 
+    def by_class(self) -> dict[str, Tensor]:
+        """Each class's images (n, C, H, W), in the order of `classes`."""
+        return {name: self.images[[label == name for label in self.labels]] for name in self.classes}
+
 
 def read_folder(
     root: str | Path, *, channels: int, size: tuple[int, int] | None = None, classes: Sequence[str] | None = None,

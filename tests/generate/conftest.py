@@ -13,13 +13,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from handful.images import write_png
 from handful.zoo.digits import load_digits_split
 
-torch.set_num_threads(1)  # the models are tiny, and the machine may be shared
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HANDFUL_CACHE", str(tmp_path / "cache"))
-
 
 @pytest.fixture(scope="session")
 def digits_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

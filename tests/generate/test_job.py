@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
+from support.runs import contents, digits_recipe, tiny_recipe
 
 import handful
 from handful.errors import RequestError
@@ -18,25 +18,6 @@ from handful.generate import prepare, provenance
 from handful.generate.recipe import Recipe, recipe_from
 from handful.generate.run import run
 from handful.images import write_png
-
-
-def digits_recipe(folder: Path, **changes: Any) -> Recipe:
-    asked = {
-        "model": {"name": "digits"}, "exemplars": {"path": str(folder), "per_class": 4}, "classes": ["1", "4"],
-        "per_class": 6, "cohort": 4, "sampler": {"steps": 4},
-    }  # fmt: skip
-    return recipe_from(asked | changes)
-
-
-def tiny_recipe(name: str, **changes: Any) -> Recipe:
-    asked = {"model": {"name": name}, "per_class": 4, "cohort": 2, "sampler": {"steps": 3}}
-    return recipe_from(asked | changes)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a run directory, but the lock (which is empty)."""
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "lock"]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def test_what_is_impossible_is_said_before_anything_is_written(
@@ -172,3 +153,10 @@ def test_too_little_space_is_said_at_the_start(tiny_model: Callable[..., str], t
     monkeypatch.setattr(directory_module.RunDirectory, "free_bytes", lambda self: 5_000_000)
     with pytest.raises(RequestError, match=r"disk has 5\.00 MB free, and 2000 images take up to 1"):
         prepare(tiny_recipe(tiny_model(2), per_class=1000), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["chamfer", "energy"])
+def test_guidance_without_exemplars_is_refused_by_its_own_name(method: str, tmp_path: Path):
+    asked = recipe_from({"model": {"name": "digits"}, "guidance": [{"method": method}]})
+    with pytest.raises(RequestError, match=f"exemplars.path: {method} guidance needs exemplars"):
+        prepare(asked, tmp_path / "out")

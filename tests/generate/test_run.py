@@ -19,34 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from support.runs import contents, digits_recipe, tiny_recipe
 
 import handful
 from handful.errors import RunError
 from handful.features import load_extractor
 from handful.generate import directory as directory_module
-from handful.generate.recipe import Recipe, recipe_from
 from handful.images import read_image
 from handful.models.unet2d import UNet2DDenoiser
 from handful.progress import Progress
-
-
-def digits_recipe(folder: Path, **changes: Any) -> Recipe:
-    asked = {
-        "model": {"name": "digits"}, "exemplars": {"path": str(folder), "per_class": 4}, "classes": ["1", "4"],
-        "per_class": 6, "cohort": 4, "sampler": {"steps": 4},
-    }  # fmt: skip
-    return recipe_from(asked | changes)
-
-
-def tiny_recipe(name: str, **changes: Any) -> Recipe:
-    asked = {"model": {"name": name}, "per_class": 4, "cohort": 2, "sampler": {"steps": 3}}
-    return recipe_from(asked | changes)
-
-
-def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a run directory, but the lock (which is empty)."""
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "lock"]
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 def manifest(out: Path) -> list[dict[str, Any]]:

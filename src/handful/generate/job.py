@@ -94,9 +94,9 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     recipe, notes = with_defaults(recipe)
     guidance = recipe.guidance or ()
     check_terms(guidance)
-    if needs_exemplars(guidance) and recipe.exemplars.path is None:
+    if (method := needs_exemplars(guidance)) and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
-        raise RequestError("exemplars.path", None, "chamfer guidance needs exemplars", remedy)
+        raise RequestError("exemplars.path", None, f"{method} guidance needs exemplars", remedy)
     if recipe.sampler.eta and recipe.sampler.name != "ddim":
         raise RequestError("sampler.eta", recipe.sampler.eta, f"the sampler {recipe.sampler.name} has none",
                            "Use the sampler ddim, or leave eta out.")  # fmt: skip

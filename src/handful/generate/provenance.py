@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from handful.digests import weights_digest
 from handful.errors import RequestError
 from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor
@@ -80,12 +80,3 @@ def choose_device(asked: str) -> torch.device:
     if not there[device.type]:
         raise RequestError("model.device", asked, "this machine has no such device", "Use auto, or cpu.")
     return device
-
-
-def weights_digest(network: nn.Module) -> str:
-    """SHA-256 over the names, shapes, types and bytes of all weights."""
-    state = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        state.update(f"{key} {tuple(value.shape)} {value.dtype} ".encode())
-        state.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()

@@ -31,9 +31,9 @@ def check_terms(requests: Requests) -> None:
                 raise RequestError("coverage_weight", 0.0, "both weights are 0", "Make one of them positive.")
 
 
-def needs_exemplars(requests: Requests) -> bool:
-    """Whether a term is guided by exemplars."""
-    return any(isinstance(request, PotentialRequest) for request in requests)
+def needs_exemplars(requests: Requests) -> str | None:
+    """The method of the first term that is guided by exemplars; None where there is none."""
+    return next((request.method for request in requests if isinstance(request, PotentialRequest)), None)
 
 
 def feature_names(requests: Requests) -> list[str]:
