@@ -31,7 +31,7 @@ from handful.generate.recipe import recipe_from
 from handful.generate.recipe_file import PROVENANCE, recipe_yaml
 from handful.generate.terms import energy_columns, make_terms
 from handful.generate.writers import IMAGES, METADATA, image_file, metadata_jsonl
-from handful.guidance import Guidance, Guided, Potential
+from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
 from handful.images import encode_png, from_uint8, read_image, to_uint8
 from handful.progress import Progress
@@ -257,10 +257,9 @@ def _nearest(
     job: Job, cohort: Cohort, term: Potential | None, features: Mapping[str, Tensor]
 ) -> list[tuple[str, float]] | None:
     """For each image the nearest exemplar of its class (CLASS/FILE) and its Euclidean distance."""
-    guides = getattr(term, "exemplars", None)
-    if term is None or guides is None or job.exemplars is None:
+    if not isinstance(term, ExemplarPotential) or job.exemplars is None:
         return None
-    distances, places = squared_distances(features[term.extractor.name], guides).min(1)
+    distances, places = squared_distances(features[term.extractor.name], term.exemplars).min(1)
     files = job.exemplars.files[cohort.class_name]
     return [(f"{cohort.class_name}/{files[place].name}", distance)
             for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)]  # fmt: skip

@@ -1,6 +1,6 @@
 """Guidance terms: one file a method; `Guided` adds their shifts to a denoiser."""
 
-from handful.guidance.base import Guidance, Potential, Pull, Step, Timing
+from handful.guidance.base import ExemplarPotential, Guidance, Potential, Pull, Step, Timing
 from handful.guidance.cfg import CFG
 from handful.guidance.chamfer import Chamfer, chamfer_distance
 from handful.guidance.energy import Energy, energy_distance
@@ -10,6 +10,7 @@ __all__ = [
     "CFG",
     "Chamfer",
     "Energy",
+    "ExemplarPotential",
     "Guidance",
     "Guided",
     "Potential",

@@ -169,3 +169,28 @@ class Potential(Guidance):
 
     def shift(self, step: Step) -> Tensor:
         raise TypeError("potentials share one backward pass: Guided takes their shift")
+
+
+class ExemplarPotential(Potential):
+    """A potential of a cohort of one class, given by that class's exemplars.
+
+    Args:
+        extractor: phi.
+        exemplars: phi of the exemplars, (k, D).
+        scale, timing, pull: See `Potential`.
+
+    Raises:
+        RequestError: If there is no exemplar.
+    """
+
+    per = "set"
+
+    def __init__(
+        self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
+        timing: Timing | None = None, pull: Pull | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(extractor, scale, timing, pull)
+        if exemplars.ndim != 2 or not len(exemplars):
+            raise RequestError("exemplars", tuple(exemplars.shape), f"{self.name} guidance needs features (k, D), k >= 1",
+                               "Give at least one exemplar of the class.")  # fmt: skip
+        self.exemplars = exemplars.detach()

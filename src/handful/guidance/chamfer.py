@@ -24,7 +24,7 @@ from torch import Tensor
 
 from handful.errors import RequestError
 from handful.features import FeatureExtractor
-from handful.guidance.base import Potential, Pull, Timing
+from handful.guidance.base import ExemplarPotential, Pull, Timing
 from handful.guidance.distances import squared_distances
 
 
@@ -57,7 +57,7 @@ def chamfer_distance(
     return coverage_weight * d.amin(1).mean() + fidelity_weight * d.amin(0).mean()
 
 
-class Chamfer(Potential):
+class Chamfer(ExemplarPotential):
     """Chamfer guidance of a cohort of one class by that class's exemplars.
 
     Args:
@@ -73,17 +73,13 @@ class Chamfer(Potential):
     """
 
     name = "chamfer"
-    per = "set"
 
     def __init__(
         self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
         coverage_weight: float = 1.0, fidelity_weight: float = 1.0, margin: float = 0.0,
         timing: Timing | None = None, pull: Pull | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(extractor, scale, timing, pull)
-        if exemplars.ndim != 2 or not len(exemplars):
-            raise RequestError("exemplars", tuple(exemplars.shape), "Chamfer guidance needs features (k, D), k >= 1",
-                               "Give at least one exemplar of the class.")  # fmt: skip
+        super().__init__(extractor, exemplars, scale, timing=timing, pull=pull)
         weights = (coverage_weight, fidelity_weight)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or max(weights) == 0:
             raise RequestError("coverage_weight, fidelity_weight", weights, "weights are finite, 0 or more, and not both 0",
@@ -91,7 +87,6 @@ class Chamfer(Potential):
         if not (math.isfinite(margin) and margin >= 0) or (margin and len(exemplars) < 2):
             raise RequestError("margin", margin, f"it is 0 or more, and above 0 needs 2 exemplars ({len(exemplars)} here)",
                                "Use 0 for the paper's formula, or give more exemplars.")  # fmt: skip
-        self.exemplars = exemplars.detach()
         self.coverage_weight, self.fidelity_weight, self.margin = *weights, margin
         self.slack = margin**2 * spacing(self.exemplars) if margin else None
 

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from handful.errors import RequestError
-from handful.features import FeatureExtractor
-from handful.guidance.base import Potential, Pull, Timing
+from handful.guidance.base import ExemplarPotential
 from handful.guidance.distances import squared_distances
 
 ROUND = 1e-6  # of the mean squared distance: keeps the gradient of |a - b| finite where a = b
@@ -39,30 +37,10 @@ def energy_distance(exemplars: Tensor, generated: Tensor) -> Tensor:
     return 2 * mean_distance(exemplars, generated) - mean_distance(generated, generated)
 
 
-class Energy(Potential):
-    """Energy-distance guidance of a cohort of one class by that class's exemplars.
-
-    Args:
-        extractor: phi.
-        exemplars: phi of the exemplars, (k, D).
-        scale, timing, pull: See `Potential`.
-
-    Raises:
-        RequestError: If there is no exemplar.
-    """
+class Energy(ExemplarPotential):
+    """Energy-distance guidance of a cohort of one class by that class's exemplars; see `ExemplarPotential`."""
 
     name = "energy"
-    per = "set"
-
-    def __init__(
-        self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
-        timing: Timing | None = None, pull: Pull | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(extractor, scale, timing, pull)
-        if exemplars.ndim != 2 or not len(exemplars):
-            raise RequestError("exemplars", tuple(exemplars.shape), "energy guidance needs features (k, D), k >= 1",
-                               "Give at least one exemplar of the class.")  # fmt: skip
-        self.exemplars = exemplars.detach()
 
     def energy(self, features: Tensor) -> Tensor:
         return energy_distance(self.exemplars.to(features), features)
