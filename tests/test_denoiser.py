@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction, denoised_from, network_input
+from handful.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction, denoised_from, network_input, output_from
 from handful.errors import RequestError
 from handful.noise import EDM, VP, Flow, Level, Schedule, level
 
@@ -241,12 +241,13 @@ def test_network_input_of_unit_variance_data_has_unit_variance_or_the_flows_own(
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_the_true_answer_gives_back_the_true_image(prediction):
+def test_the_true_answer_gives_back_the_true_image_and_the_image_the_answer(prediction):
     """With eps and x0 known, every prediction is an identity: no posterior, no schedule."""
     draw = torch.Generator().manual_seed(9)
     x0, eps = torch.randn(2, 4, *SHAPE, dtype=torch.float64, generator=draw)
     for at in (level(0.8, 0.6), level(1.0, 7.0), level(0.7, 0.3)):
         a, b = at.alpha / at.total, at.sigma / at.total
         answer = {"eps": eps, "v": a * eps - b * x0, "x0": x0, "flow": eps - x0, "edm": x0}[prediction]
-        found = denoised_from(prediction, at.alpha * x0 + at.sigma * eps, answer, at)
-        torch.testing.assert_close(found, x0, rtol=1e-12, atol=1e-12)
+        x_t = at.alpha * x0 + at.sigma * eps
+        torch.testing.assert_close(denoised_from(prediction, x_t, answer, at), x0, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(output_from(prediction, x_t, x0, at), answer, rtol=1e-12, atol=1e-12)

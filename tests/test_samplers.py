@@ -17,7 +17,8 @@ from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHe
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from handful.denoiser import Condition, Denoiser
+from handful.denoiser import Clamped, Condition, Denoiser, Prediction
+from handful.errors import RequestError
 from handful.models import load
 from handful.models.unet2d import UNet2DDenoiser
 from handful.noise import EDM, VP, Flow, Level, Levels, Schedule, noised
@@ -297,11 +298,11 @@ def test_ancestral_sampling_reaches_a_gaussian(kind, variance):
 # --- parity with diffusers ---------------------------------------------------------------------------------------------
 
 
-def tiny_unet() -> UNet2DModel:
+def tiny_unet(out_channels: int = 1) -> UNet2DModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DModel(
-            sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8, 16),
+            sample_size=8, in_channels=1, out_channels=out_channels, layers_per_block=1, block_out_channels=(8, 16),
             norm_num_groups=4, down_block_types=("DownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "UpBlock2D"), num_class_embeds=5,
         )  # fmt: skip
@@ -381,6 +382,106 @@ def test_ddpm_is_diffusers_ddpm_with_the_same_noise(case, variance, theirs):
     drawn = drawing(noise.shape, 23, torch.float32)
     found = ddpm(denoiser, noise, levels, denoiser.condition(labels), noise=drawn, variance=variance)
     assert float((found - wanted).abs().max()) < 1e-4 * max(1.0, float(wanted.abs().max()))
+
+
+def learned_case(prediction: Prediction = "eps") -> tuple[UNet2DDenoiser, Tensor, Tensor]:
+    """A network that says of the variance something from the range of trained ones, [-1, 1]; a start and labels."""
+    unet = tiny_unet(out_channels=2)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(26)
+        unet.conv_out.weight[1] = 0.05 * torch.randn(8, 3, 3)
+    made: Any = DDPMScheduler()
+    denoiser = UNet2DDenoiser(unet, prediction, VP(made.alphas_cumprod))
+    return denoiser, torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(27)), torch.tensor([0, 2, 4])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize(("prediction", "theirs"), [("eps", "epsilon"), ("x0", "sample")])
+def test_ddpm_with_learned_variance_is_diffusers_learned_range_step_by_step(prediction, theirs, steps, spacing):
+    denoiser, noise, labels = learned_case(prediction)
+    scheduler: Any = DDPMScheduler(variance_type="learned_range", prediction_type=theirs, clip_sample=False,
+                                   timestep_spacing=spacing)  # fmt: skip
+    scheduler.set_timesteps(steps)
+    x, estimates, draw = noise, [], torch.Generator().manual_seed(28)
+    for t in scheduler.timesteps:
+        out = denoiser.network(x, t.expand(3), class_labels=labels, return_dict=False)[0]
+        made = scheduler.step(out, t, x, generator=draw)
+        estimates.append(made.pred_original_sample)
+        x = made.prev_sample
+    ours: list[Tensor] = []
+    levels = denoiser.levels.spacing(steps, spacing)
+    drawn = drawing(noise.shape, 28, torch.float32)
+    found = ddpm(denoiser, noise, levels, denoiser.condition(labels), noise=drawn, variance="learned",
+                 each=lambda _, x0: ours.append(x0))  # fmt: skip
+    if spacing == "trailing":
+        # its last step starts above t = 0, where diffusers takes the small variance for 1e-20 instead of 0, and so still adds
+        # a noise of that to the power (1 - v) / 2; a step to sigma = 0 ends in the estimate
+        x = estimates[-1]
+    for mine, wanted in zip([*ours, found], [*estimates, x], strict=True):
+        assert float((mine - wanted).abs().max()) < 3e-5 * max(1.0, float(wanted.abs().max()))
+    for fixed in ("small", "large"):  # neither of which comes near
+        drawn = drawing(noise.shape, 28, torch.float32)
+        other = ddpm(denoiser, noise, levels, denoiser.condition(labels), noise=drawn, variance=fixed)
+        assert float((other - x).abs().max()) > 5e-4 * max(1.0, float(x.abs().max()))
+
+
+class Says(Ideal):
+    """An ideal denoiser that says the same of the variance everywhere, in [-1, 1]."""
+
+    said = 0.0
+
+    @property
+    def learns_variance(self) -> bool:
+        return True
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        self.learned_variance = torch.full_like(x_t, self.said)
+        return super().forward(x_t, level, condition)
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_the_learned_variance_runs_from_the_small_to_the_large_one_and_their_geometric_mean_lies_between(kind):
+    levels, x = SCHEDULES[kind].spacing(2), normal(4, 2, 1, 1, seed=29)
+    denoiser = Says(mixture().means, 0.35)
+    condition, t, s = NOTHING, levels[0], levels[1]
+    path = Levels(levels.alpha[:2], levels.sigma[:2])
+    ones = lambda: torch.ones_like(x)  # noqa: E731
+    zeros = lambda: torch.zeros_like(x)  # noqa: E731
+
+    def noised_by(**words: Any) -> float:
+        """The deviation of the noise that one step adds."""
+        with_noise, without = (ddpm(denoiser, x, path, condition, noise=drawn, **words) for drawn in (ones, zeros))
+        return float((with_noise - without).mean())
+
+    small, large = noised_by(variance="small"), noised_by(variance="large")
+    assert small == pytest.approx(float(posterior_deviation(t, s)), rel=1e-9)
+    assert large == pytest.approx(float((t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2).sqrt()), rel=1e-9)
+    for said, wanted in ((-1.0, small), (1.0, large), (0.0, (small * large) ** 0.5)):
+        denoiser.said = said
+        assert noised_by(variance="learned") == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_learned_variance_passes_the_clamp():
+    denoiser, noise, labels = learned_case()
+    clamped, at = Clamped(denoiser), denoiser.levels.spacing(4)[1]
+    with torch.no_grad():
+        clamped(noise, at, denoiser.condition(labels))
+        variance = clamped.learned_variance
+        denoiser(noise, at, denoiser.condition(labels))
+    assert clamped.learns_variance
+    assert variance is not None
+    assert denoiser.learned_variance is not None
+    assert torch.equal(variance, denoiser.learned_variance)
+
+
+def test_a_variance_that_was_not_learned_is_refused_by_name():
+    x, levels = normal(2, 2, 1, 1), EDM().spacing(3)
+    with pytest.raises(
+        RequestError, match=r"^sampler\.variance: 'learned': this model has not learned it\. Use small or large"
+    ):
+        ddpm(mixture(), x, levels, NOTHING, noise=drawing(x.shape, 0), variance="learned")
 
 
 @torch.no_grad()

@@ -14,12 +14,13 @@ n = sqrt(alpha^2 + sigma^2), m = alpha + sigma. No other file converts between p
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from handful.errors import RequestError
 from handful.noise import Level, Schedule
@@ -29,29 +30,37 @@ Prediction = Literal["eps", "v", "x0", "flow", "edm"]
 
 @dataclass(frozen=True)
 class Condition:
-    """What a class-conditional or unconditional network is told.
+    """What a network is told about n images.
 
     Attributes:
-        labels: int64, shape (n,); None for an unconditional network.
+        labels: int64, shape (n,); None where the network takes none.
         null_label: The label that stands for "no class", where the network has one.
+        embeddings: What a network of prompts is told, by name, (n, ...) each; empty for other networks.
+        null_embeddings: The same for no prompt, (1, ...) each; None where there is no such thing.
     """
 
-    labels: Tensor | None
+    labels: Tensor | None = None
     null_label: int | None = None
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    null_embeddings: Mapping[str, Tensor] | None = None
 
     def null(self) -> Condition:
         """The condition that tells the network nothing, of the same length.
 
         Raises:
-            RequestError: If the network has no null class.
+            RequestError: If the network has no null condition.
         """
+        if self.embeddings and self.null_embeddings is not None:
+            n = len(next(iter(self.embeddings.values())))
+            return replace(self, embeddings={name: one.expand(n, *one.shape[1:]) for name, one in self.null_embeddings.items()})
         if self.labels is None or self.null_label is None:
             raise RequestError("guidance", "cfg", "this model has no null class to compare with",
                                "Use another guidance (chamfer needs none), or name the label with --null-class.")  # fmt: skip
         return replace(self, labels=torch.full_like(self.labels, self.null_label))
 
     def __getitem__(self, part: slice) -> Condition:
-        return self if self.labels is None else replace(self, labels=self.labels[part])
+        labels = None if self.labels is None else self.labels[part]
+        return replace(self, labels=labels, embeddings={name: all_[part] for name, all_ in self.embeddings.items()})
 
 
 class Denoiser(nn.Module):
@@ -61,11 +70,22 @@ class Denoiser(nn.Module):
         shape: (c, h, w) of one x0 (pixels, or latents).
         levels: The schedule that the network was trained on.
         classes: Names of the classes it knows, by label; empty where it has none or they are unknown.
+        label_count: Labels that it takes, the null class included; 0 where it takes none.
+        null_class: The label for "no class"; None where there is none.
+        prompted: Whether it is told prompts: `condition` then takes texts.
+        learned_variance: Where the network learned the variance of the reverse step: what it said of it at the last
+            evaluation, in [-1, 1], the shape of x_t (Nichol & Dhariwal 2021, equation 15, as 2 v - 1); else None.
+        code_sha256: Of the user's file that made it; None where no such code did.
     """
 
     shape: tuple[int, int, int]
     levels: Schedule
     classes: Sequence[str] = ()
+    label_count: int = 0
+    null_class: int | None = None
+    prompted: bool = False
+    learned_variance: Tensor | None = None
+    code_sha256: str | None = None
 
     @abstractmethod
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
@@ -81,8 +101,13 @@ class Denoiser(nn.Module):
         """
 
     @abstractmethod
-    def condition(self, labels: Sequence[int] | Tensor) -> Condition:
-        """Makes the condition for n labels."""
+    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
+        """Makes the condition for n labels, or for n prompts where the network is told those."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one decoded image."""
+        return self.shape
 
     def decode(self, x0: Tensor) -> Tensor:
         """x0 -> images (n, c, h, w) in [-1, 1]; differentiable. Pixel models: the identity."""
@@ -91,6 +116,41 @@ class Denoiser(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) in [-1, 1] -> x0."""
         return images
+
+    def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
+        """What guidance looks at: `decode`, at 1/reduce of the resolution and so at about 1/reduce^2 of its cost.
+
+        Pixels are averaged. Latents are averaged before they are decoded, which is near to the decoded average but not it.
+        """
+        return self.decode(shrunk(x0, reduce))
+
+    @property
+    def preview_factor(self) -> int:
+        """The `reduce` at which a preview costs least; 1 where it costs nothing anyway."""
+        return 1
+
+    @property
+    def has_null(self) -> bool:
+        """Whether there is a null condition, which classifier-free guidance needs."""
+        return self.prompted or self.null_class is not None
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether an evaluation sets `learned_variance`."""
+        return False
+
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """Moves the networks to where and in what precision they shall run."""
+        self.to(device, dtype)
+
+    def components(self) -> Mapping[str, nn.Module]:
+        """The networks whose weights decide the images, by name."""
+        return {"": self}
+
+
+def shrunk(images: Tensor, reduce: int) -> Tensor:
+    """Averages squares of reduce x reduce: (n, c, h, w) -> (n, c, h / reduce, w / reduce); differentiable."""
+    return images if reduce == 1 else avg_pool2d(images, reduce)
 
 
 def network_input(prediction: Prediction, x_t: Tensor, level: Level) -> Tensor:
@@ -116,11 +176,30 @@ def denoised_from(prediction: Prediction, x_t: Tensor, out: Tensor, level: Level
     return out  # x0 and edm networks give it themselves
 
 
+def output_from(prediction: Prediction, x_t: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
+    """Turns x0_hat back into the network's output: the third column, solved for it. All tensors (n, c, h, w)."""
+    alpha, sigma = level.on(x_t)
+    if prediction == "eps":
+        return (x_t - alpha * x0_hat) / sigma
+    if prediction == "v":
+        n = torch.hypot(alpha, sigma)
+        return ((alpha / n) * x_t - n * x0_hat) / sigma
+    if prediction == "flow":
+        return (x_t - (alpha + sigma) * x0_hat) / sigma
+    return x0_hat
+
+
 class NetworkDenoiser(Denoiser):
     """A denoiser from a network and what it predicts. Subclasses say how the network is called.
 
     The network's weights are frozen, and it runs in its own precision; x_t and x0_hat keep the caller's.
+
+    Attributes:
+        network, prediction: As given.
+        offloaded_to: The device that the weights come to only while they are needed; None where they stay.
     """
+
+    offloaded_to: torch.device | None = None
 
     def __init__(self, network: nn.Module, prediction: Prediction, shape: tuple[int, int, int], levels: Schedule) -> None:
         super().__init__()
@@ -131,15 +210,30 @@ class NetworkDenoiser(Denoiser):
         self.prediction: Prediction = prediction
         self.shape, self.levels = shape, levels
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return self.offloaded_to or next(self.network.parameters(), torch.empty(0)).device
+
+    @property
+    def learns_variance(self) -> bool:
+        return getattr(getattr(self.network, "config", None), "out_channels", None) == 2 * self.shape[0]
+
     @abstractmethod
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        """Calls the network: scaled (n, c, h, w) in its precision, time (n,) float32 -> its output (n, c, h, w)."""
+        """Calls the network: scaled (n, c, h, w) in its precision, time (n,) float32 -> its output.
+
+        (n, c, h, w), or (n, 2 c, h, w) with what it learned of the variance behind.
+        """
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
         scaled = network_input(self.prediction, x_t, level)
         time = self.levels.time(level).to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
         out = self.call(scaled.to(parameter.dtype), time, condition).to(x_t.dtype)
+        if out.shape[1] == 2 * x_t.shape[1]:
+            out, learned = out.chunk(2, dim=1)
+            self.learned_variance = learned.detach()
         return denoised_from(self.prediction, x_t, out, level)
 
 
@@ -154,9 +248,16 @@ class Clamped(Denoiser):
         super().__init__()
         self.denoiser = denoiser
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
+        self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
-        return self.denoiser(x_t, level, condition).clamp(-1, 1)
+        x0_hat = self.denoiser(x_t, level, condition).clamp(-1, 1)
+        self.learned_variance = self.denoiser.learned_variance
+        return x0_hat
 
-    def condition(self, labels: Sequence[int] | Tensor) -> Condition:
+    @property
+    def learns_variance(self) -> bool:
+        return self.denoiser.learns_variance
+
+    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)

@@ -53,3 +53,8 @@ def _shown(value: object) -> str:
     if isinstance(value, (PurePath, str)) and len(shown) <= 5 * _LONGEST_VALUE:
         return shown  # half a path helps nobody
     return shown if len(shown) <= _LONGEST_VALUE else shown[: _LONGEST_VALUE - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -111,9 +111,21 @@ def noised(x0: Tensor, eps: Tensor, at: Level) -> Tensor:
 
 
 class Schedule(ABC):
-    """The levels a network was trained on, and how it is told the time."""
+    """The levels a network was trained on, and how it is told the time.
+
+    Attributes:
+        spacings: Names of the ways to space levels; the first is the default. "model" is among them where `own` is there.
+        own: The path that the model's own scheduler walks: steps -> (alpha, sigma), float64 of shape (steps + 1,), its last
+            level included; None where nothing is known of it.
+    """
 
     spacings: tuple[str, ...]
+    own: Callable[[int], tuple[Tensor, Tensor]] | None = None
+
+    def with_own(self, own: Callable[[int], tuple[Tensor, Tensor]]) -> Schedule:
+        """This schedule, with the path of the model's own scheduler as the spacing "model"."""
+        self.own, self.spacings = own, (*type(self).spacings, "model")
+        return self
 
     def spacing(self, steps: int, kind: str | None = None) -> Levels:
         """The levels to sample at.
@@ -123,7 +135,7 @@ class Schedule(ABC):
             kind: One of `self.spacings`; the first is the default.
 
         Returns:
-            `steps + 1` levels, the last one clean (alpha = 1, sigma = 0).
+            `steps + 1` levels, the last one clean (alpha = 1, sigma = 0); by "model" it is as the scheduler has it.
 
         Raises:
             RequestError: If steps or kind is not possible for this schedule.
@@ -134,6 +146,8 @@ class Schedule(ABC):
         if kind not in self.spacings:
             raise RequestError("spacing", kind, f"{type(self).__name__} has none of that name",
                                f"Choose one of: {', '.join(self.spacings)}.")  # fmt: skip
+        if kind == "model" and self.own is not None:
+            return Levels(*self.own(steps))
         alpha, sigma = self._spacing(steps, kind)
         one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
         return Levels(torch.cat([alpha.double(), one]), torch.cat([sigma.double(), zero]))

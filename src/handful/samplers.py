@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from handful.denoiser import Condition, Denoiser
+from handful.errors import RequestError
 from handful.noise import Level, Levels
 
 Noise = Callable[[], Tensor]  # fresh standard normal noise of x's shape
 Each = Callable[[int, Tensor], None]
+Variance = Literal["small", "large", "learned"]
 
 
 def start(noise: Tensor, levels: Levels) -> Tensor:
@@ -62,15 +64,21 @@ def ddim(
 
 def ddpm(
     denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *,
-    noise: Noise, variance: Literal["small", "large"] = "small", each: Each | None = None,
+    noise: Noise, variance: Variance = "small", each: Each | None = None,
 ) -> Tensor:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the levels.
 
     Args:
         noise: Draws fresh noise.
         variance: Of the reverse step: "small", the posterior's, or "large", the forward step's (their two choices of
-            sigma_t^2). The last step, to sigma = 0, adds no noise in either case.
+            sigma_t^2), or "learned": what the network says, each pixel between those two on a logarithmic scale (Nichol &
+            Dhariwal 2021, equation 15). The last step, to sigma = 0, adds no noise in any case.
+
+    Raises:
+        RequestError: If the variance is to be the learned one and the network learned none.
     """
+    if variance == "learned" and not denoiser.learns_variance:
+        raise RequestError("sampler.variance", variance, "this model has not learned it", "Use small or large.")
     for index, (t, s) in enumerate(levels.pairs()):
         x0, eps = _split(denoiser, x, t, condition)
         posterior = posterior_deviation(t, s)
@@ -78,7 +86,8 @@ def ddpm(
         if s.sigma > 0:
             # the forward step t|s has variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, the posterior that times
             # (sigma_s / sigma_t)^2
-            x = x + (posterior if variance == "small" else posterior * t.sigma / s.sigma) * _drawn(noise)
+            share = _share_of_large(denoiser) if variance == "learned" else float(variance == "large")
+            x = x + posterior * float(t.sigma / s.sigma) ** share * _drawn(noise)
         if each:
             each(index, x0)
     return x
@@ -132,6 +141,12 @@ def posterior_deviation(t: Level, s: Level) -> Tensor:
     """Standard deviation of x_s given x_t and x0, for any process: the noise an ancestral step adds; shape ()."""
     forward = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
     return forward.clamp_min(0).sqrt() * s.sigma / t.sigma
+
+
+def _share_of_large(denoiser: Denoiser) -> Tensor:
+    """v of equation 15: how far the learned variance lies from the small to the large one, the shape of x_t."""
+    assert denoiser.learned_variance is not None, "a denoiser that learns its variance sets it at each evaluation"
+    return (denoiser.learned_variance + 1) / 2
 
 
 def _drawn(noise: Noise | None) -> Tensor:

@@ -13,7 +13,7 @@ from handful.errors import RequestError, RunError
 from handful.features import FeatureExtractor, pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Potential, Pull, Step, Timing
 from handful.noise import EDM, VP, Flow, Level, Levels, level
-from handful.samplers import ddim, start
+from handful.samplers import ddim, ddpm, start
 
 LATENT = (2, 4, 4)
 
@@ -391,6 +391,94 @@ def test_out_of_memory_with_a_single_image_is_said():
 def test_a_chunk_below_one_is_refused():
     with pytest.raises(ValueError, match="chunk"):
         Guided(Latent(), [], chunk=0)
+
+
+# --- learned variance --------------------------------------------------------------------------------------------------
+
+
+class Learned(Latent):
+    """Says of the variance what the last image and label make of it; out of memory above so many images, where it is told."""
+
+    most: int | None = None
+    calls = 0
+
+    @property
+    def learns_variance(self) -> bool:
+        return True
+
+    def says(self, x_t: Tensor, condition: Condition) -> Tensor:
+        assert condition.labels is not None
+        return torch.tanh(x_t + self.label(condition.labels)[:, :, None, None])
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        self.calls += 1
+        if self.most is not None and (len(x_t) > self.most or self.calls == 2):  # the second: half-way through the chunks
+            raise torch.OutOfMemoryError(f"no memory for {len(x_t)} images")
+        self.learned_variance = self.says(x_t, condition).detach()
+        return super().forward(x_t, level, condition)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 2, 5])
+@pytest.mark.parametrize("jacobian", JACOBIANS)
+def test_the_learned_variance_is_the_conditional_evaluations_whole_or_in_chunks(jacobian, chunk):
+    denoiser = Learned()
+    x_t, at, labels = cohort(5)
+    condition = denoiser.condition(labels)
+    wanted, null = denoiser.says(x_t, condition), denoiser.says(x_t, condition.null())
+    assert float((wanted - null).abs().max()) > 0.1  # the null evaluation says something else
+    term = chamfer(0.3, Pull(jacobian))
+    for terms in ([], [CFG(1.5)], [CFG(1.5), term], [term, Spread(phi(), 0.1, pull=Pull(jacobian)), CFG(0.5)]):
+        guided = Guided(denoiser, terms, chunk=chunk)
+        guided(x_t, at, condition)
+        assert guided.learned_variance is not None
+        assert torch.equal(guided.learned_variance, wanted)
+    nested = Guided(Guided(denoiser, [CFG(0.5)], chunk=chunk), [CFG(1.5)])
+    nested(x_t, at, condition)
+    assert nested.learned_variance is not None
+    assert torch.equal(nested.learned_variance, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_the_learned_variance_is_whole_after_a_chunk_ran_out_of_memory():
+    denoiser = Learned()
+    denoiser.most = 4
+    x_t, at, labels = cohort(7)
+    condition = denoiser.condition(labels)
+    guided = Guided(denoiser, [CFG(1.5)], chunk=4)
+    guided(x_t, at, condition)
+    assert guided.chunk == 2
+    assert guided.learned_variance is not None
+    assert torch.equal(guided.learned_variance, denoiser.says(x_t, condition))
+
+
+def test_a_guided_denoiser_learned_a_variance_where_its_denoiser_did():
+    x_t, at, labels = cohort(3)
+    plain = Guided(Latent(), [CFG(1.5)])
+    plain(x_t, at, plain.condition(labels))
+    assert plain.learned_variance is None
+    assert not plain.learns_variance
+    assert Guided(Learned(), [CFG(1.5)]).learns_variance
+
+
+def test_ancestral_sampling_takes_the_conditional_variance_under_guidance_whole_or_in_chunks():
+    denoiser = Learned()
+    x_t, _, labels = cohort(5)
+    condition, levels = denoiser.condition(labels), denoiser.levels.spacing(5)
+
+    def sampled(guided: Denoiser) -> Tensor:
+        draw = torch.Generator().manual_seed(7)
+        fresh = lambda: torch.randn(x_t.shape, dtype=x_t.dtype, generator=draw)  # noqa: E731
+        return ddpm(guided, x_t, levels, condition, noise=fresh, variance="learned")
+
+    class NoShift(CFG):
+        """Evaluates the null condition, and shifts nothing: sampling must be that of the denoiser alone."""
+
+        def shift(self, step: Step) -> Tensor:
+            return 0 * step.x0_hat_null
+
+    wanted = sampled(denoiser)
+    for chunk in (None, 2):
+        torch.testing.assert_close(sampled(Guided(denoiser, [NoShift(1.5)], chunk=chunk)), wanted, rtol=1e-11, atol=1e-12)
 
 
 # --- cost --------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from handful.errors import RequestError
 from handful.models import load
-from handful.models.unet2d import UNet2DDenoiser, schedule_of
+from handful.models.schedulers import schedule_of
+from handful.models.unet2d import UNet2DDenoiser
 from handful.noise import VP, Flow, level
 
 SMALL = {
@@ -77,6 +78,26 @@ def test_a_flow_model_is_told_a_thousand_times_s(tmp_path):
         v = network()(x_t, torch.tensor([750.0] * 3), class_labels=labels, return_dict=False)[0]
         found = denoiser(x_t, level(1 - s, s), denoiser.condition(labels))
     torch.testing.assert_close(found, x_t - s * v, rtol=1e-5, atol=1e-5)
+
+
+def test_of_twice_the_channels_the_first_half_is_the_image_and_the_second_the_learned_variance(tmp_path):
+    denoiser, unet = load(save(tmp_path, network(out_channels=2))), network(out_channels=2)
+    x_t, labels, at = noise(), torch.tensor([0, 2, 4]), VP.linear().at(250)
+    assert denoiser.learns_variance
+    assert denoiser.shape == (1, 8, 8)
+    with torch.no_grad():
+        eps, variance = unet(x_t, torch.tensor([250.0] * 3), class_labels=labels, return_dict=False)[0].chunk(2, dim=1)
+        found = denoiser(x_t, at, denoiser.condition(labels))
+    torch.testing.assert_close(found, (x_t - at.sigma * eps) / at.alpha, rtol=1e-4, atol=1e-4)
+    assert denoiser.learned_variance is not None
+    torch.testing.assert_close(denoiser.learned_variance, variance, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_of_the_image_alone_learned_no_variance(tmp_path):
+    denoiser = load(save(tmp_path))
+    denoiser(noise(), VP.linear().at(250), denoiser.condition([0, 2, 4]))
+    assert not denoiser.learns_variance
+    assert denoiser.learned_variance is None
 
 
 def test_the_levels_are_those_of_diffusers_betas():
@@ -265,9 +286,9 @@ def test_weights_of_another_shape_are_refused(tmp_path):
         load(folder)
 
 
-def test_a_model_with_learned_variance_is_refused(tmp_path):
-    with pytest.raises(RequestError, match=r"^model: 'out_channels 2': .*more than the image"):
-        load(save(tmp_path, network(out_channels=2)))
+def test_a_model_of_more_channels_than_image_and_variance_is_refused(tmp_path):
+    with pytest.raises(RequestError, match=r"^model: 'out_channels 3': .*neither the image alone nor image and variance"):
+        load(save(tmp_path, network(out_channels=3)))
 
 
 def test_a_model_of_unknown_resolution_is_refused(tmp_path):

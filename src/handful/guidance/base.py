@@ -114,6 +114,9 @@ class Guidance(ABC):
         """Scale times gain at this level; 0 on steps where the term does not act."""
         return self.scale * self.timing.strength(level) if self.timing.due(level) else 0.0
 
+    def begin(self) -> None:  # noqa: B027 - most terms keep nothing
+        """Called where a path of levels starts (and off a path at every evaluation): forget what was kept of the last one."""
+
     @abstractmethod
     def shift(self, step: Step) -> Tensor:
         """What to add to x0_hat, the shape of x_t."""
@@ -131,11 +134,14 @@ class Pull:
             every potential; "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
         hold: With `every` > 1, unless normalize is "none": on the steps between, the last direction is used again, at
             the present r.
+        reduce: The potential looks at images of 1/reduce of the resolution (`Denoiser.preview`), at about 1/reduce^2 of
+            the decoder's cost; its exemplars must have been shrunk alike.
     """
 
     jacobian: Jacobian = "exact"
     normalize: Normalize = "rms"
     hold: bool = False
+    reduce: int = 1
 
     def __post_init__(self) -> None:
         if self.jacobian not in get_args(Jacobian):
@@ -144,6 +150,8 @@ class Pull:
         if self.normalize not in get_args(Normalize):
             raise RequestError("normalize", self.normalize, "no such way to scale the gradient",
                                f"Choose one of: {', '.join(get_args(Normalize))}.")  # fmt: skip
+        if self.reduce < 1:
+            raise RequestError("reduce", self.reduce, "it divides the resolution", "Use 1 for the whole one, 2 for half.")
         if self.hold and self.normalize == "none":
             raise RequestError("hold", True, "a held direction needs a normalized gradient", "Set hold to false.")
 

@@ -43,10 +43,26 @@ class Guided(Denoiser):
             raise ValueError("chunk: the guided denoiser inside couples its cohort; give the chunk to that one")
         self.denoiser, self.terms, self.chunk = denoiser, tuple(terms), chunk
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
+        self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
         self._held: dict[Pull, Tensor] = {}
 
-    def condition(self, labels: Sequence[int] | Tensor) -> Condition:
+    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.denoiser.image_shape
+
+    @property
+    def preview_factor(self) -> int:
+        return self.denoiser.preview_factor
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.denoiser.learns_variance
+
+    def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
+        return self.denoiser.preview(x0, reduce)
 
     def decode(self, x0: Tensor) -> Tensor:
         return self.denoiser.decode(x0)
@@ -55,9 +71,14 @@ class Guided(Denoiser):
         return self.denoiser.encode(images)
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        x0_hat, shift = self.parts(x_t, level, condition)
+        return x0_hat if shift is None else x0_hat + shift
+
+    def parts(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """The unguided x0_hat and the shift that guidance adds to it, apart; None where no term acts."""
         while True:
             try:
-                return self._guided(x_t, level, condition)
+                return self._parts(x_t, level, condition)
             except torch.OutOfMemoryError:
                 now = min(self.chunk or len(x_t), len(x_t))
                 if now == 1 or isinstance(self.denoiser, Guided):
@@ -65,9 +86,11 @@ class Guided(Denoiser):
                 self.chunk = (now + 1) // 2
                 warnings.warn(f"out of memory with {now} images at once; going on with {self.chunk}", stacklevel=2)
 
-    def _guided(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+    def _parts(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor | None]:
         if not level.index:
             self._held.clear()  # off a path, or at the start of one: nothing to go on from
+            for term in self.terms:
+                term.begin()
         active = [term for term in self.terms if term.strength(level) > 0]
         due: dict[Pull, list[Potential]] = {}
         for term in active:
@@ -76,7 +99,7 @@ class Guided(Denoiser):
         shifts = [-_radius(level) * direction for pull, direction in self._held.items()
                   if pull not in due and self._holds(pull, level)]  # fmt: skip
         if not active and not shifts:
-            return self._plain(x_t, level, condition)
+            return self._plain(x_t, level, condition), None
         if level.alpha.ndim:
             raise ValueError(f"level: guidance acts at one level for the whole cohort, not at {len(level.alpha)}; "
                              "guide images of other levels apart")  # fmt: skip
@@ -92,9 +115,12 @@ class Guided(Denoiser):
             shifts += [term.shift(step) for term in active if not isinstance(term, Potential)]
         if due:
             estimate = x0_hat if x0_hat.requires_grad else x0_hat.detach().requires_grad_()
-            with torch.set_grad_enabled(whole):
-                images = self._chunked(lambda part: self.denoiser.decode(estimate[part]), len(x))
+        views: dict[int, Tensor] = {}  # what potentials look at, by its reduction
         for pull, terms in due.items():
+            if pull.reduce not in views:
+                with torch.set_grad_enabled(whole):
+                    views[pull.reduce] = self._preview(estimate, pull.reduce)
+            images = views[pull.reduce]
             cotangent, weight = self._image_cotangent(terms, pull, images.detach(), level)
             if whole:
                 of = x if pull.jacobian == "exact" else estimate
@@ -112,14 +138,28 @@ class Guided(Denoiser):
             if pull.hold:
                 self._held[pull] = direction
             shifts.append(-_radius(level) * direction)
-        return (x0_hat if outside else x0_hat.detach()) + torch.stack(shifts).sum(0)
+        return x0_hat if outside else x0_hat.detach(), torch.stack(shifts).sum(0)
 
     def _holds(self, pull: Pull, level: Level) -> bool:
         """Whether a potential that holds its direction is inside its intervals here."""
         return any(isinstance(t, Potential) and t.pull == pull and t.timing.covers(level) for t in self.terms)
 
     def _plain(self, x: Tensor, level: Level, condition: Condition) -> Tensor:
-        return self._chunked(lambda part: self.denoiser(x[part], level, condition[part]), len(x))
+        """x0_hat under the condition; what the network learned of the variance is kept of this evaluation alone."""
+        learned: list[Tensor] = []
+
+        def estimate(part: slice) -> Tensor:
+            x0_hat = self.denoiser(x[part], level, condition[part])
+            if self.denoiser.learned_variance is not None:
+                learned.append(self.denoiser.learned_variance)
+            return x0_hat
+
+        x0_hat = self._chunked(estimate, len(x))
+        self.learned_variance = torch.cat(learned) if learned else None
+        return x0_hat
+
+    def _preview(self, x0_hat: Tensor, reduce: int) -> Tensor:
+        return self._chunked(lambda part: self.denoiser.preview(x0_hat[part], reduce), len(x0_hat))
 
     def _chunked(self, call: Callable[[slice], Tensor], n: int) -> Tensor:
         return in_chunks(call, n, self.chunk)
@@ -154,10 +194,10 @@ class Guided(Denoiser):
 
     def _replayed_gradient(self, pull: Pull, step: Step, cotangent: Tensor) -> Tensor:
         """The images' cotangent pulled back to x_t, or only to x0_hat, with a graph of one chunk at a time."""
-        decode = self.denoiser.decode
+        preview, denoiser = self.denoiser.preview, self.denoiser
         if pull.jacobian != "exact":
-            return self._replayed(lambda x0, part: decode(x0), step.x0_hat, cotangent)
-        return self._replayed(lambda x, part: decode(self.denoiser(x, step.level, step.condition[part])),
+            return self._replayed(lambda x0, part: preview(x0, pull.reduce), step.x0_hat, cotangent)
+        return self._replayed(lambda x, part: preview(denoiser(x, step.level, step.condition[part]), pull.reduce),
                               step.x_t, cotangent)  # fmt: skip
 
     def _replayed(self, call: Callable[[Tensor, slice], Tensor], at: Tensor, cotangent: Tensor) -> Tensor:

@@ -1,43 +1,134 @@
-"""How each family of pretrained networks is loaded and called: one file a family; `load` finds the right one."""
+"""How each family of pretrained networks is loaded and called: one file a family; `load` finds the right one.
+
+    unet2d.py            UNet2DModel: DDPM-style networks of pixels
+    adm.py               guided-diffusion checkpoints (.pt), converted into UNet2DModel
+    edm.py               EDM-preconditioned networks: net(x, sigma, class_labels)
+    dit.py               DiTPipeline
+    stable_diffusion.py  Stable Diffusion 1.5, 2.1 and SDXL
+    stable_diffusion3.py Stable Diffusion 3 and 3.5
+    flux.py              Flux
+
+Each of them offers `skeleton(source, options)`, the denoiser on the meta device from its configs alone, so that a wrong
+request is refused before anything large is read, and `load(source, options)`, the same with its weights.
+"""
 
 from __future__ import annotations
 
-import json
+import importlib
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from handful.denoiser import NetworkDenoiser
 from handful.errors import RequestError
+from handful.libraries import check_libraries
+from handful.models.options import ModelOptions
+from handful.models.source import Source, find_source
 from handful.zoo import ZOO, zoo_path
 
+# The class that a pipeline's model_index.json names -> the family's file.
+PIPELINES = {
+    "DDPMPipeline": "unet2d",
+    "DDIMPipeline": "unet2d",
+    "DiTPipeline": "dit",
+    "StableDiffusionPipeline": "stable_diffusion",
+    "StableDiffusionXLPipeline": "stable_diffusion",
+    "StableDiffusion3Pipeline": "stable_diffusion3",
+    "FluxPipeline": "flux",
+}
+# A single file's ending -> the family's file, where the ending decides.
+FILES = {".pt": "adm", ".pth": "adm", ".pkl": "edm"}
 
-def load(name_or_path: str | Path, *, null_class: int | None = None, classes: list[str] | None = None) -> NetworkDenoiser:
+
+def load(name_or_path: str | Path, options: ModelOptions | None = None, **words: Any) -> NetworkDenoiser:
     """Loads a pretrained model as a `Denoiser`.
 
     Args:
-        name_or_path: A name of the zoo (`digits`), or a directory that diffusers wrote: a pipeline's (`unet/` and
-            `scheduler/`), or a UNet2DModel's own.
-        null_class: The label that stands for "no class"; None takes what the model's own handful.json says.
-        classes: Names of its classes, by label; None takes what the model says.
+        name_or_path: A name of the zoo (`digits`), a directory that diffusers wrote, a hub name, a single file
+            (guided-diffusion's `.pt`, a pipeline's `.safetensors`, NVIDIA's `.pkl`), or `FILE.py:FUNCTION`, which runs that
+            file and takes the `Denoiser` that the function returns.
+        options: What else is said of it.
+        words: Fields of `ModelOptions`, instead of or over `options`.
 
     Raises:
-        RequestError: If nothing that handful can load lies there, saying what was looked for.
+        RequestError: If it can't be loaded as asked, saying what was looked for.
     """
-    from handful.models.unet2d import load_unet2d
+    source, options, family = _found(name_or_path, options, words)
+    return family.load(source, options)
 
-    folder = zoo_path(str(name_or_path)) if str(name_or_path) in ZOO else Path(name_or_path)
-    if not folder.is_dir():
-        raise RequestError("model", str(name_or_path), "there is no such directory, and the zoo has no such model",
-                           f"Give a directory that diffusers wrote, or one of: {', '.join(ZOO)}.")  # fmt: skip
-    for config in (folder / "unet" / "config.json", folder / "config.json"):
-        if config.is_file() and _class_of(config) == "UNet2DModel":
-            return load_unet2d(folder, null_class=null_class, classes=classes)
-    raise RequestError("model", str(folder), "it holds no UNet2DModel (looked for unet/config.json and config.json)",
+
+def skeleton(name_or_path: str | Path | Source, options: ModelOptions | None = None, **words: Any) -> NetworkDenoiser:
+    """The same denoiser without its weights, on the meta device: shapes, schedule and what it can be told.
+
+    For single files it may be the loaded denoiser itself. A `Source` may also be configs alone.
+
+    Raises:
+        RequestError: As `load`, for all that the configs tell.
+    """
+    if isinstance(name_or_path, Source):
+        check_libraries()
+        return _family(family_of(name_or_path)).skeleton(name_or_path, replace(options or ModelOptions(), **words))
+    source, options, family = _found(name_or_path, options, words)
+    return family.skeleton(source, options)
+
+
+def from_pipeline(pipeline: Any, options: ModelOptions | None = None, **words: Any) -> NetworkDenoiser:
+    """A denoiser from a diffusers pipeline at hand; it shares the pipeline's networks.
+
+    Raises:
+        RequestError: If the pipeline is of no known family.
+    """
+    check_libraries()
+    kind = type(pipeline).__name__
+    if kind not in PIPELINES or PIPELINES[kind] == "unet2d":
+        raise RequestError("pipeline", kind, "this family is not known", f"Use one of: {', '.join(_latent())}.")
+    return _family(PIPELINES[kind]).from_pipeline(pipeline, replace(options or ModelOptions(), **words))
+
+
+def _found(
+    name_or_path: str | Path, options: ModelOptions | None, words: dict[str, Any]
+) -> tuple[Source, ModelOptions, ModuleType]:
+    check_libraries()
+    options = replace(options or ModelOptions(), **words)
+    name = str(name_or_path)
+    path, _, function = name.rpartition(":")
+    if path.endswith(".py") and function:
+        return Source(name), options, _family("edm")
+    source = Source(name, folder=zoo_path(name)) if name in ZOO else find_source(name_or_path, options.revision)
+    if source is None:
+        raise RequestError("model", name, "there is no such directory, and the zoo has no such model",
+                           "Give a directory that diffusers wrote, a checkpoint file, a hub name such as org/model, or one of: "
+                           f"{', '.join(ZOO)}.")  # fmt: skip
+    return source, options, _family(family_of(source))
+
+
+def family_of(source: Source) -> str:
+    """Which family's file knows a source.
+
+    Raises:
+        RequestError: None does.
+    """
+    if source.file is not None:
+        return FILES.get(source.file.suffix, "stable_diffusion")
+    index = source.read_json("model_index.json")
+    kind = "" if index is None else str(index.get("_class_name"))
+    if kind in PIPELINES:
+        return PIPELINES[kind]
+    for path in ("unet/config.json", "config.json"):
+        if (source.read_json(path) or {}).get("_class_name") == "UNet2DModel":
+            return "unet2d"
+    if kind:
+        raise RequestError("model", source.name, f"it is a {kind}, a family that is not known",
+                           f"Use one of: UNet2DModel, {', '.join(_latent())}.")  # fmt: skip
+    raise RequestError("model", source.name, "it holds no model_index.json of a pipeline and no UNet2DModel (looked for "
+                       "unet/config.json and config.json)",
                        "Give the directory that a diffusers pipeline's save_pretrained wrote.")  # fmt: skip
 
 
-def _class_of(config: Path) -> str:
-    try:
-        return json.loads(config.read_text()).get("_class_name", "")
-    except (OSError, ValueError, AttributeError) as error:
-        raise RequestError("model", str(config), f"its config can't be read ({error})",
-                           "Copy the model again: the file is damaged.") from error  # fmt: skip
+def _latent() -> list[str]:
+    return [kind for kind, file in PIPELINES.items() if file != "unet2d"]
+
+
+def _family(name: str) -> ModuleType:
+    return importlib.import_module(f"handful.models.{name}")

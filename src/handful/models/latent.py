@@ -1,0 +1,150 @@
+"""Denoisers in the latent space of a diffusers autoencoder: what DiT, Stable Diffusion and Flux have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from handful.denoiser import NetworkDenoiser, Prediction, shrunk
+from handful.errors import RequestError
+from handful.noise import Schedule
+
+
+class LatentDenoiser(NetworkDenoiser):
+    """A network of latents and its autoencoder.
+
+    The autoencoder runs in its own precision (SDXL's in float32), latents and images keep the caller's.
+
+    Args:
+        network: The denoising network.
+        vae: An `AutoencoderKL` or kin: `config` with `scaling_factor` (and `shift_factor`, or `latents_mean` and
+            `latents_std`, where it has those), `encode`, `decode`.
+        prediction, levels: As for `NetworkDenoiser`.
+        resolution: (height, width) of the images.
+        patch: Latent pixels to a patch of the network, which the latents' sides must divide by.
+        preview_vae: An `AutoencoderTiny` that guidance decodes with; None decodes with the vae. See `preview`.
+
+    Attributes:
+        vae_overflows: Whether its autoencoder gives no numbers in float16. Only SDXL's does; the `force_upcast` in configs
+            does not tell, since it is true by default.
+
+    Raises:
+        RequestError: If the resolution does not fit.
+    """
+
+    vae_overflows: bool = False
+
+    def __init__(
+        self, network: nn.Module, vae: nn.Module, prediction: Prediction, levels: Schedule, resolution: tuple[int, int], *,
+        patch: int = 1, preview_vae: nn.Module | None = None,
+    ) -> None:  # fmt: skip
+        config: Any = vae.config
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        for side in resolution:
+            if side < 1 or side % (factor * patch):
+                near = max(1, round(side / (factor * patch))) * factor * patch
+                raise RequestError("model.resolution", list(resolution), f"{side} is not a multiple of {factor * patch}, "
+                                   "which this model's latents come in", f"Use {near}.")  # fmt: skip
+        tiny: Any = None if preview_vae is None else preview_vae.config
+        if tiny and tiny.latent_channels != config.latent_channels:
+            raise RequestError("model.preview_decoder", f"latents of {tiny.latent_channels} channels",
+                               f"this model's have {config.latent_channels}", "Name one of this model's latents.")  # fmt: skip
+        height, width = (side // factor for side in resolution)
+        super().__init__(network, prediction, (config.latent_channels, height, width), levels)
+        self.factor, self.resolution = factor, resolution
+        self.vae = vae.eval().requires_grad_(False)
+        self.preview_vae = None if preview_vae is None else preview_vae.eval().requires_grad_(False)
+        self.linear_preview: Tensor | None = None  # (3, latent channels + 1); not a buffer, so that no cast rounds it
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        config: Any = self.vae.config
+        return config.out_channels, *self.resolution
+
+    @property
+    def preview_factor(self) -> int:
+        return self.factor
+
+    def decode(self, x0: Tensor) -> Tensor:
+        vae: Any = self.vae
+        return vae.decode(self._from_unit(x0).to(_dtype(vae)), return_dict=False)[0].to(x0.dtype)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (n, 3, h, w) in [-1, 1] -> the mode of their latents."""
+        vae: Any = self.vae
+        encoded = vae.encode(images.to(_dtype(vae)))
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
+        return self._to_unit(latents.to(images.dtype))
+
+    def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
+        """Images of 1/reduce of the resolution: decoded from averaged latents, or by the fitted linear map.
+
+        The linear map (see `fit_preview`) serves where reduce is the autoencoder's own factor or a multiple of it: every
+        latent pixel is one pixel then, and neither decoder nor tiny decoder is needed.
+
+        Raises:
+            RuntimeError: If the linear map is asked for and has not been fitted.
+        """
+        if reduce > 1 and reduce % self.factor == 0:
+            if self.linear_preview is None:
+                raise RuntimeError("the linear preview has not been fitted: call fit_preview(images) first")
+            weight = self.linear_preview.to(x0)
+            small = shrunk(x0, reduce // self.factor)
+            return torch.einsum("nchw,oc->nohw", small, weight[:, :-1]) + weight[:, -1].view(1, -1, 1, 1)
+        if self.preview_vae is None:
+            return self.decode(shrunk(x0, reduce))
+        tiny: Any = self.preview_vae  # takes latents of unit scale, as the network has them
+        return tiny.decode(shrunk(x0, reduce).to(_dtype(tiny)), return_dict=False)[0].to(x0.dtype)
+
+    @torch.no_grad()
+    def fit_preview(self, images: Tensor, batch: int = 4) -> float:
+        """Fits the linear map from a latent pixel to the mean colour of its square of pixels, by least squares.
+
+        Args:
+            images: (n, 3, h, w) in [-1, 1], such as all exemplars; on any device.
+            batch: Images to encode at once.
+
+        Returns:
+            The share of the colours' variance that the map explains, 1 for all of it.
+        """
+        device = next(self.vae.parameters()).device
+        latents = torch.cat([self.encode(part.to(device)).cpu() for part in images.split(batch)]).double()
+        wanted = shrunk(images.cpu().double(), self.factor).movedim(1, -1).flatten(0, -2)
+        given = latents.movedim(1, -1).flatten(0, -2)
+        given = torch.cat([given, torch.ones(len(given), 1, dtype=torch.float64)], dim=1)
+        # a ridge far below any signal keeps the map finite where the exemplars are of one colour
+        gram = given.T @ given + 1e-6 * len(given) * torch.eye(given.shape[1], dtype=torch.float64)
+        weight = torch.linalg.solve(gram, given.T @ wanted)
+        self.linear_preview = weight.T.contiguous()
+        residual, spread = (wanted - given @ weight).square().sum(), (wanted - wanted.mean(0)).square().sum()
+        return float(1 - residual / spread) if spread > 0 else 1.0
+
+    def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
+        """As `Denoiser.place`; an autoencoder that overflows in half precision stays in float32."""
+        super().place(device, dtype)
+        if self.vae_overflows and dtype == torch.float16:
+            self.vae.to(torch.float32)
+
+    def _from_unit(self, x0: Tensor) -> Tensor:
+        config: Any = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and std is not None:
+            return x0 * _channels(std, x0) / config.scaling_factor + _channels(mean, x0)
+        return x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+
+    def _to_unit(self, latents: Tensor) -> Tensor:
+        config: Any = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is not None and std is not None:
+            return (latents - _channels(mean, latents)) * config.scaling_factor / _channels(std, latents)
+        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _channels(values: list[float], like: Tensor) -> Tensor:
+    return like.new_tensor(values).view(1, -1, 1, 1)

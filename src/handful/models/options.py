@@ -1,0 +1,72 @@
+"""How a model is asked for, beyond its name: one record that every family reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from handful.errors import RequestError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a user may say of a model. A family refuses by name what it can't do.
+
+    Attributes:
+        null_class: The label that stands for "no class"; None takes what the model says.
+        classes: Names of its classes by label; None takes what the model says.
+        dtype: The precision to load the weights in; None leaves them as they are saved (UNets of pixels: float32).
+        resolution: (height, width) of the images; None takes the model's own.
+        negative_prompt: What stands for "no prompt".
+        embedded_guidance: What a guidance-distilled network (Flux) is told as its scale.
+        without: Components of a pipeline not to load, such as text_encoder_3.
+        preview_decoder: A tiny autoencoder (diffusers' AutoencoderTiny) that guidance decodes with, by directory or hub name.
+        config: For a single file: the directory or hub name with the pipeline's configs.
+        revision: Of a hub name; None takes main.
+        variant: Of the weight files, such as fp16.
+        trust_pickle: Run the code in a pickled network. Whoever made the file can do with it whatever you can.
+    """
+
+    null_class: int | None = None
+    classes: Sequence[str] | None = None
+    dtype: torch.dtype | None = None
+    resolution: tuple[int, int] | None = None
+    negative_prompt: str = ""
+    embedded_guidance: float = 3.5
+    without: tuple[str, ...] = ()
+    preview_decoder: str | Path | None = None
+    config: str | Path | None = None
+    revision: str | None = None
+    variant: str | None = None
+    trust_pickle: bool = False
+
+
+def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:
+    """Refuses another resolution than the model's own, which networks with fixed positions or depths can't take.
+
+    Args:
+        own: (height, width) of the model's images.
+
+    Raises:
+        RequestError: If another is asked for.
+    """
+    if options.resolution is not None and tuple(options.resolution) != tuple(own):
+        raise RequestError("model.resolution", list(options.resolution), f"this model's images are {own[0]} x {own[1]}",
+                           "Leave resolution out.")  # fmt: skip
+
+
+def refuse_options(options: ModelOptions, *names: str) -> None:
+    """Refuses what a family has no use for, so that nothing asked for is passed over in silence.
+
+    Args:
+        names: Of the fields that it does not read.
+
+    Raises:
+        RequestError: If one of them is not at its default.
+    """
+    for each in fields(options):
+        if each.name in names and (given := getattr(options, each.name)) != each.default:
+            raise RequestError(f"model.{each.name}", given, "this model has no use for it", "Leave it out.")

@@ -1,0 +1,100 @@
+"""What the families of diffusers pipelines share: their parts on the meta device, and with their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from handful.errors import RequestError, first_line
+from handful.models.options import ModelOptions
+from handful.models.source import Source
+
+
+def on_meta(kind: str, config: dict[str, Any]) -> nn.Module:
+    """A network of diffusers by its class's name and config, without weights or memory.
+
+    Raises:
+        RequestError: If diffusers has no such class, or the config is not one of it.
+    """
+    import diffusers
+
+    cls: Any = getattr(diffusers, kind, None)
+    if cls is None:
+        raise RequestError("model", kind, f"diffusers {diffusers.__version__} has no such network", "Update diffusers.")
+    try:
+        with torch.device("meta"):
+            return cls.from_config(config)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RequestError("model", f"{kind}'s config", f"no network can be made of it ({first_line(error)})",
+                           "Copy config.json again: it is damaged.") from error  # fmt: skip
+
+
+def component_on_meta(source: Source, component: str, default: str) -> nn.Module:
+    """A component of a pipeline on the meta device; `default` is its class where its config names none."""
+    config = source.config(component)
+    return on_meta(str(config.get("_class_name", default)), config)
+
+
+def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer: nn.Module | None = None) -> Any:
+    """The pipeline with its weights, by diffusers itself; safetensors only, since other files can run code.
+
+    Args:
+        kind: The pipeline's class.
+        transformer: Its denoising network, where that is loaded already.
+
+    Raises:
+        RequestError: If it can't be loaded.
+    """
+    import diffusers
+
+    cls: Any = getattr(diffusers, kind)
+    words: dict[str, Any] = {"torch_dtype": options.dtype} if options.dtype else {}
+    words |= dict.fromkeys(options.without)
+    words |= {} if transformer is None else {"transformer": transformer}
+    if kind == "StableDiffusionPipeline":
+        words |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        if source.file is not None:
+            config = {} if options.config is None else {"config": str(options.config)}
+            pipeline = cls.from_single_file(str(source.file), **config, **words)
+        else:
+            words |= {"variant": options.variant} if options.variant else {}
+            words |= {"revision": source.revision} if source.revision else {}
+            pipeline = cls.from_pretrained(str(source.folder or source.name), use_safetensors=True, **words)
+    except Exception as error:  # diffusers raises many kinds for files that are missing or damaged; all mean the same
+        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})",
+                           "Copy the whole pipeline again, with its safetensors weights.") from error  # fmt: skip
+    for name, part in pipeline.components.items():
+        weights = part.state_dict() if isinstance(part, nn.Module) else {}
+        if absent := [key for key, value in weights.items() if value.is_meta]:  # diffusers only warns of them
+            raise RequestError("model", source.name, f"it lacks {len(absent)} tensors of its {name}, first {absent[0]}",
+                               "Copy weights and configs of the same model.")  # fmt: skip
+    return pipeline
+
+
+def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int = 4) -> nn.Module | None:
+    """The tiny autoencoder that guidance decodes with, where one is asked for.
+
+    Args:
+        options: Name it.
+        meta: Without weights, on the meta device; a hub name is taken to fit the model.
+        channels: Of the model's latents.
+
+    Raises:
+        RequestError: If it can't be loaded.
+    """
+    if options.preview_decoder is None:
+        return None
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    name = str(options.preview_decoder)
+    if meta and not Path(name).is_dir():  # its config is always this one; the hub need not be asked
+        return on_meta("AutoencoderTiny", {"latent_channels": channels})
+    try:
+        return AutoencoderTiny.from_pretrained(name, torch_dtype=options.dtype or torch.float32)
+    except Exception as error:
+        raise RequestError("model.preview_decoder", name, f"it can't be loaded ({first_line(error)})",
+                           "Name an AutoencoderTiny of this model's latents: madebyollin/taesd or kin.") from error  # fmt: skip

@@ -1,0 +1,153 @@
+"""Prompts: what text encoders make of them, kept, so that the encoders run once a prompt and can then be freed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from handful.denoiser import Condition
+from handful.errors import RequestError
+from handful.models.options import ModelOptions
+
+Embeddings = Mapping[str, Tensor]
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+
+class Prompts:
+    """The embeddings of prompts, on the CPU.
+
+    Args:
+        encode: Prompts -> embeddings by name, (n, ...) each.
+        encode_null: What the network is told for no prompt, (1, ...) each; None where there is no such thing.
+        free: Lets the text encoders go; None where nothing can be freed.
+    """
+
+    def __init__(
+        self, encode: Callable[[list[str]], Embeddings], encode_null: Callable[[], Embeddings] | None = None,
+        free: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._encode: Callable[[list[str]], Embeddings] | None = encode
+        self._encode_null, self._free = encode_null, free
+        self._kept: dict[str, dict[str, Tensor]] = {}
+        self._null: dict[str, Tensor] | None = None
+
+    @torch.no_grad()
+    def remember(self, prompts: Sequence[str]) -> None:
+        """Encodes those that are not known yet, one at a time, so that none depends on its neighbours' padding.
+
+        Raises:
+            RequestError: If a prompt is not a text, or is new after the encoders were freed.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if not isinstance(prompt, str):
+                raise RequestError("prompt", prompt, "this model is told prompts, not labels", "Give a text for each image.")
+            if prompt in self._kept:
+                continue
+            encode = self._encode
+            if encode is None:
+                raise RequestError("prompt", prompt, "the text encoders have been freed, and it was not encoded before",
+                                   "Encode all prompts first (encode_prompts), or load the model again.")  # fmt: skip
+            self._kept[prompt] = {name: each.detach().cpu() for name, each in encode([prompt]).items()}
+        if self._null is None and self._encode_null is not None:
+            self._null = {name: each.detach().cpu() for name, each in self._encode_null().items()}
+
+    def free(self) -> None:
+        """Lets the text encoders go; what is known stays known."""
+        if self._free is not None and self._encode is not None:
+            self._free()
+        self._encode = None
+
+    def condition(self, prompts: Sequence[str], device: torch.device | str) -> Condition:
+        """The condition for n prompts."""
+        self.remember(prompts)
+        if not len(prompts):
+            raise RequestError("prompt", list(prompts), "there is none", "Give a text for each image.")
+        names = self._kept[prompts[0]]
+        if len(set(prompts)) == 1:  # one row, seen n times: no memory for the copies
+            joined = {name: names[name].to(device).expand(len(prompts), *names[name].shape[1:]) for name in names}
+        else:
+            joined = {name: torch.cat([self._kept[prompt][name] for prompt in prompts]).to(device) for name in names}
+        null = None if self._null is None else {name: each.to(device) for name, each in self._null.items()}
+        return Condition(embeddings=joined, null_embeddings=null)
+
+
+class Prompted:
+    """What denoisers that are told prompts share; stands beside `LatentDenoiser` among a class's bases.
+
+    Attributes:
+        prompts: Their `Prompts`.
+    """
+
+    prompted = True
+    prompts: Prompts
+
+    def encode_prompts(self, prompts: Sequence[str], device: torch.device | str | None = None) -> None:
+        """Encodes prompts ahead, so that the text encoders can be freed.
+
+        Args:
+            prompts: Texts.
+            device: Where the encoders are moved before; None leaves them where they are.
+        """
+        if device is not None:
+            for name, network in self.components().items():  # type: ignore[attr-defined]
+                if name.startswith("text_encoder"):
+                    network.to(device)
+        self.prompts.remember(prompts)
+
+    def free_text_encoders(self) -> None:
+        """Lets the text encoders go: a few GB that sampling does not need."""
+        self.prompts.free()
+
+    def condition(self, labels: Sequence[str]) -> Condition:
+        """Prompts -> condition.
+
+        Raises:
+            RequestError: If they are no texts, or unknown after `free_text_encoders`.
+        """
+        device: torch.device = self.device  # type: ignore[attr-defined]
+        return self.prompts.condition(labels, device)
+
+
+def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
+    """The text encoders that a diffusers pipeline has, by name; none where there is no pipeline."""
+    held = {name: getattr(pipeline, name, None) for name in ENCODERS}
+    return {name: encoder for name, encoder in held.items() if encoder is not None}
+
+
+def free_encoders(pipeline: Any) -> None:
+    """Takes a diffusers pipeline its text encoders and tokenizers away."""
+    for name in (*ENCODERS, *TOKENIZERS):
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, None)
+
+
+def runs_on(module: Any) -> torch.device:
+    """Where a module computes: under CPU offload, the hooks of its parts say so."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return module.device
+
+
+def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
+    """Refuses what a pipeline that is told prompts can't follow.
+
+    Args:
+        spare: Components that it can do without.
+
+    Raises:
+        RequestError: Naming the field.
+    """
+    for field in ("classes", "null_class"):
+        if (given := getattr(options, field)) is not None:
+            raise RequestError(f"model.{field}", given, "this model is told prompts, not labels",
+                               "Leave it out, and give a prompt for each class.")  # fmt: skip
+    for component in options.without:
+        if component not in spare:
+            raise RequestError("model.without", component, "this pipeline can't do without it, or has none of that name",
+                               f"Leave it out; only these can be missing: {', '.join(spare)}.")  # fmt: skip

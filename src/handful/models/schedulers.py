@@ -1,0 +1,80 @@
+"""diffusers' schedulers, read: the levels that a network was trained on, what it predicts, and the path they walk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handful.denoiser import Prediction
+from handful.errors import RequestError, first_line
+from handful.noise import VP, Flow, Schedule
+
+PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
+Path = tuple[Tensor, Tensor]
+
+
+def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
+    """A diffusers scheduler's config -> the levels that the network was trained on, and what it predicts.
+
+    The schedule knows the scheduler's own path as its spacing "model", where that path is known to `own_path`.
+
+    Raises:
+        RequestError: If the scheduler is of a kind that is not known here.
+    """
+    kind = str(config.get("_class_name", "DDPMScheduler"))
+    predicts = config.get("prediction_type", "epsilon")
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    try:
+        if kind.startswith("FlowMatch"):
+            return Flow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000)), "flow"
+        # without betas: variance exploding, or EDM, whose schedulers keep the network's preconditioning (c_skip, c_out,
+        # c_in, c_noise) to themselves, so that the raw network is no denoiser; neither is known here
+        if predicts in PREDICTIONS and "beta_schedule" in config:
+            # diffusers builds the betas, so that every beta_schedule it knows is right by construction
+            scheduler: Any = DDPMScheduler.from_config(config)
+            schedule = VP(scheduler.alphas_cumprod)
+            own = own_path(config)
+            return schedule.with_own(own) if own else schedule, PREDICTIONS[predicts]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise RequestError("model", f"{kind}'s config", f"no scheduler can be made of it ({first_line(error)})",
+                           "Copy scheduler_config.json again: it is damaged.") from error  # fmt: skip
+    raise RequestError("model", f"{kind} with prediction_type {predicts}", "this scheduler is not known",
+                       "Save the model with a DDPMScheduler or DDIMScheduler.")  # fmt: skip
+
+
+def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:
+    """The levels that a variance-preserving scheduler of this config steps through; None for a kind without such a path."""
+    import diffusers
+
+    kind = str(config.get("_class_name", "DDPMScheduler"))
+    if kind not in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
+        return None  # multistep schedulers keep paths of their own; sampling them by ours would be another sampler
+
+    def walked(steps: int) -> Path:
+        scheduler: Any = getattr(diffusers, kind).from_config(config)
+        scheduler.set_timesteps(steps)
+        if hasattr(scheduler, "sigmas"):  # Euler's are sigma / alpha, and end in 0
+            return from_ratios(scheduler.sigmas)
+        abar = scheduler.alphas_cumprod.double()[scheduler.timesteps.cpu()]
+        final = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0)).double().reshape(1)
+        abar = torch.cat([abar, final]) if final > abar[-1] else abar  # at the last level already: the step is none
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    return walked
+
+
+def from_ratios(ratio: Tensor) -> Path:
+    """Noise-to-signal ratios sigma / alpha, (steps + 1,) -> a variance-preserving path."""
+    ratio = ratio.double().cpu()
+    total = torch.hypot(torch.ones_like(ratio), ratio)
+    return 1 / total, ratio / total
+
+
+def from_flow(s: Tensor) -> Path:
+    """A rectified flow's times s, (steps + 1,), 1 = noise -> its path."""
+    s = s.double().cpu()
+    return 1 - s, s

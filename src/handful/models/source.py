@@ -1,0 +1,102 @@
+"""Where a model's files are: a directory, the hub or its cache, a single file. Small files are read first.
+
+A `Source` gives the configs of a model before anything large is touched, so that what can't be done is said at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from handful.errors import RequestError, first_line
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".pkl")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's files.
+
+    Attributes:
+        name: As the user gave it.
+        folder: A local directory; None for a hub name or configs alone.
+        file: A single file of weights; None otherwise.
+        revision: Of a hub name.
+        configs: Configs known without any file, by their path in the model: `{"unet/config.json": {...}}`.
+    """
+
+    name: str
+    folder: Path | None = None
+    file: Path | None = None
+    revision: str | None = None
+    configs: Mapping[str, Mapping[str, Any]] | None = field(default=None, compare=False)
+
+    def read_json(self, path: str) -> dict[str, Any] | None:
+        """A small file of the model; None if it has none of that name.
+
+        Raises:
+            RequestError: If it is damaged, or the hub and its cache don't have the model.
+        """
+        if self.configs is not None:
+            held = self.configs.get(path)
+            return None if held is None else dict(held)
+        found = self.folder / path if self.folder else self._from_hub(path) if self.file is None else None
+        if found is None or not found.is_file():
+            return None
+        try:
+            data = json.loads(found.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("it holds no object")
+        except (OSError, ValueError) as error:
+            raise RequestError("model", str(found), f"it can't be read ({first_line(error)})",
+                               "Copy the model again: the file is damaged.") from error  # fmt: skip
+        return data
+
+    def config(self, component: str) -> dict[str, Any]:
+        """`component/config.json`.
+
+        Raises:
+            RequestError: If there is none, or as `read_json`.
+        """
+        data = self.read_json(f"{component}/config.json")
+        if data is None:
+            raise RequestError("model", self.name, f"it has no {component}/config.json",
+                               "Copy the whole pipeline, as its save_pretrained wrote it.") from None  # fmt: skip
+        return data
+
+    def _from_hub(self, path: str) -> Path | None:
+        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub import errors as hub
+
+        try:
+            return Path(hf_hub_download(self.name, path, revision=self.revision))
+        except hub.LocalEntryNotFoundError as error:  # offline, or no connection, and not in the cache
+            raise RequestError("model", self.name, f"the hub can't be reached, and its cache ({constants.HF_HUB_CACHE}) does "
+                               f"not hold {path}", "Give a local directory, or go online once: hf download "
+                               f"{self.name}.") from error  # fmt: skip
+        except hub.EntryNotFoundError:
+            return None
+        except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
+            remedy = "Check the name and revision, accept its licence on the hub, and run hf auth login."
+            raise RequestError("model", self.name, f"the hub does not give it ({first_line(error)})", remedy) from error
+        except (OSError, hub.HfHubHTTPError) as error:
+            raise RequestError("model", self.name, f"the hub can't be reached ({first_line(error)})",
+                               "Give a local directory, or try again.") from error  # fmt: skip
+
+
+def find_source(name_or_path: str | Path, revision: str | None = None) -> Source | None:
+    """The source that a name or path means; None if there is no such thing."""
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Source(name, folder=path)
+    if path.is_file() and path.suffix in SINGLE_FILES:
+        return Source(name, file=path)
+    if _HUB_NAME.fullmatch(name) and not name.endswith(SINGLE_FILES) and not name.startswith("."):
+        return Source(name, revision=revision)
+    return None

@@ -1,0 +1,233 @@
+"""Stable Diffusion 1.5, 2.1 and SDXL: prompts -> latents, by a `UNet2DConditionModel` that predicts eps or v.
+
+Sources: Rombach et al. 2022 (arXiv 2112.10752); Podell et al. 2023 (arXiv 2307.01952) for SDXL, whose UNet is also told a
+pooled embedding and the picture's sizes (its section 2.2). Single files of both are told apart in single_file.py.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from handful.denoiser import Condition, Prediction
+from handful.errors import RequestError
+from handful.models import single_file
+from handful.models.latent import LatentDenoiser
+from handful.models.options import ModelOptions
+from handful.models.pipelines import component_on_meta, load_pipeline, preview_decoder
+from handful.models.prompts import Prompted, Prompts, free_encoders, refuse_for_prompts, runs_on, text_encoders
+from handful.models.schedulers import schedule_of
+from handful.models.source import Source
+from handful.noise import Schedule
+
+PIPELINE, PIPELINE_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no latent depends on
+# Fields of a UNet's config that say it is told something which a prompt doesn't give.
+TOLD_MORE = {
+    "time_cond_proj_dim": "a guidance scale, as distilled consistency models are",
+    "class_embed_type": "a class or a level of noise, as upscalers are",
+    "num_class_embeds": "a class or a level of noise, as upscalers are",
+    "encoder_hid_dim_type": "an image, by an IP-Adapter or kin",
+}
+SIZES = 6  # SDXL is told (height, width) of the original, of the crop's corner, and of the target
+
+
+class StableDiffusionDenoiser(Prompted, LatentDenoiser):
+    """A UNet of prompts, its autoencoder and its text encoders.
+
+    Args:
+        network: The UNet.
+        vae, prediction, levels, resolution, preview_vae: As for `LatentDenoiser`.
+        prompts: Gives "text" (n, tokens, width), and for SDXL "pooled" (n, width) and "time_ids" (n, 6).
+        pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
+    """
+
+    def __init__(
+        self, network: nn.Module, vae: nn.Module, prediction: Prediction, levels: Schedule, resolution: tuple[int, int],
+        prompts: Prompts, *, preview_vae: nn.Module | None = None, pipeline: Any = None,
+    ) -> None:  # fmt: skip
+        super().__init__(network, vae, prediction, levels, resolution, preview_vae=preview_vae)
+        self.prompts, self.pipeline = prompts, pipeline
+        unet: Any = network.config
+        told: Any = vae.config
+        self.vae_overflows = _is_xl(unet) and bool(told.force_upcast)
+
+    def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        told, added = condition.embeddings, None
+        if "pooled" in told:  # the sizes stay in float32, as the network makes sines of them
+            added = {"text_embeds": told["pooled"].to(scaled), "time_ids": told["time_ids"].to(scaled.device)}
+        text = told["text"].to(scaled)
+        return self.network(scaled, time, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+
+    def components(self) -> Mapping[str, nn.Module]:
+        return {"unet": self.network, "vae": self.vae, **text_encoders(self.pipeline)}
+
+
+def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
+    """The denoiser without its weights, from the configs alone: on the meta device.
+
+    A single file's configs are those of `options.config`, or of the hub's model that diffusers takes for it.
+
+    Raises:
+        RequestError: If the model or what is asked of it is none of this family.
+    """
+    if source.file is not None:
+        kind, source, options = single_file.identified(source, options)
+        if kind not in (PIPELINE, PIPELINE_XL):
+            return single_file.family_of_kind(kind).skeleton(source, options)
+    unet: Any = component_on_meta(source, "unet", "UNet2DConditionModel")
+    vae: Any = component_on_meta(source, "vae", "AutoencoderKL")
+    index = source.read_json("model_index.json") or {}
+    missing = [name for name, value in index.items() if isinstance(value, list) and value[:1] == [None]]
+    pooled = (source.read_json("text_encoder_2/config.json") or {}).get("projection_dim")
+    _refuse(source.name, unet.config, vae.config, index, missing, pooled, options)
+    told = source.read_json("scheduler/scheduler_config.json")
+    if told is None:
+        raise RequestError("model", source.name, "there is no scheduler/scheduler_config.json, so its noise levels are unknown",
+                           "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
+    if not _is_xl(unet.config):
+        told["steps_offset"] = 1  # what the pipeline itself makes of older configs
+    levels, prediction = schedule_of(told)
+    length = (source.read_json("text_encoder/config.json") or {}).get("max_position_embeddings", 77)
+    return StableDiffusionDenoiser(
+        unet, vae, prediction, levels, _resolution(unet.config, vae.config, options), _blank_prompts(unet.config, length),
+        preview_vae=preview_decoder(options, meta=True),
+    )  # fmt: skip
+
+
+def load(source: Source, options: ModelOptions) -> LatentDenoiser:
+    """Loads a pipeline's directory, hub name or single file.
+
+    Raises:
+        RequestError: If the model or what is asked of it is none of this family, or it can't be loaded.
+    """
+    if source.file is not None:
+        kind, configs, options = single_file.identified(source, options)
+        if kind not in (PIPELINE, PIPELINE_XL):
+            return single_file.family_of_kind(kind).load(source, options)
+        skeleton(configs, options)
+        pipeline = single_file.load_pipeline_file(source, options, kind)
+    else:
+        skeleton(source, options)  # what the configs can tell is said before the weights are read
+        index = source.read_json("model_index.json") or {}
+        pipeline = load_pipeline(source, options, str(index.get("_class_name")))
+    if _overflows(pipeline):
+        pipeline.vae.to(torch.float32)
+    return from_pipeline(pipeline, options)
+
+
+def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusionDenoiser:
+    """A denoiser from a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`; it shares its networks.
+
+    An autoencoder that would overflow in the pipeline's float16 is copied to float32, because the pipeline goes on with
+    its own.
+
+    Raises:
+        RequestError: If the pipeline or what is asked of it is none of this family.
+    """
+    unet, vae = pipeline.unet, pipeline.vae
+    missing = [name for name, value in pipeline.components.items() if value is None]
+    second = getattr(pipeline, "text_encoder_2", None)
+    pooled = None if second is None else second.config.projection_dim
+    _refuse(type(pipeline).__name__, unet.config, vae.config, pipeline.config, missing, pooled, options)
+    told = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
+    levels, prediction = schedule_of(told)
+    resolution = _resolution(unet.config, vae.config, options)
+    return StableDiffusionDenoiser(
+        unet, copy.deepcopy(vae).to(torch.float32) if _overflows(pipeline) else vae, prediction, levels, resolution,
+        _prompts(pipeline, resolution, options), preview_vae=preview_decoder(options), pipeline=pipeline,
+    )  # fmt: skip
+
+
+def _prompts(pipeline: Any, resolution: tuple[int, int], options: ModelOptions) -> Prompts:
+    """The prompts of a pipeline, encoded by its own `encode_prompt`."""
+    xl = _is_xl(pipeline.unet.config)
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        device = runs_on(pipeline.text_encoder)
+        if not xl:
+            return {"text": pipeline.encode_prompt(prompts, device, 1, False)[0]}
+        text, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        sizes = torch.tensor([[*resolution, 0, 0, *resolution]], dtype=torch.float32)
+        return {"text": text, "pooled": pooled, "time_ids": sizes.expand(len(prompts), SIZES)}
+
+    def encode_null() -> dict[str, Tensor]:
+        null = encode([options.negative_prompt])
+        if xl and pipeline.config.force_zeros_for_empty_prompt and not options.negative_prompt:
+            null |= {name: torch.zeros_like(null[name]) for name in ("text", "pooled")}
+        return null
+
+    return Prompts(encode, encode_null, lambda: free_encoders(pipeline))
+
+
+def _blank_prompts(unet: Mapping[str, Any], length: int) -> Prompts:
+    """Embeddings of the right shapes for any prompt, for a skeleton."""
+    width = unet["cross_attention_dim"]
+
+    def encode(prompts: list[str]) -> dict[str, Tensor]:
+        text = torch.zeros(len(prompts), length, width if isinstance(width, int) else width[0])
+        if not _is_xl(unet):
+            return {"text": text}
+        return {"text": text, "pooled": torch.zeros(len(prompts), _pooled_width(unet)),
+                "time_ids": torch.zeros(len(prompts), SIZES)}  # fmt: skip
+
+    return Prompts(encode, lambda: encode([""]))
+
+
+def _refuse(
+    name: str, unet: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any], missing: list[str],
+    pooled: int | None, options: ModelOptions,
+) -> None:  # fmt: skip
+    """Refuses what this family is not, and options that it can't follow.
+
+    Args:
+        name: Of the model.
+        unet, vae, index: Configs of the parts and of the pipeline.
+        missing: Components that the pipeline has none of.
+        pooled: Width of what the second text encoder gives for SDXL's pooled embedding; None where unknown.
+    """
+    refuse_for_prompts(options, UNUSED)
+    xl = _is_xl(unet)
+    other = "Use the family's base model for text to image."
+    needed = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ()))
+    if index.get("requires_aesthetics_score") or (xl and pooled is not None and pooled != _pooled_width(unet)):
+        raise RequestError("model", name, "it is a refiner of SDXL, which is told an aesthetic score", other)
+    if absent := [component for component in needed if component in missing]:
+        raise RequestError("model", name, f"the pipeline has no {' and no '.join(absent)}",
+                           "Load it with all its parts; refiners of SDXL, which have one text encoder, won't do.")  # fmt: skip
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise RequestError("model", name, f"its UNet takes {unet['in_channels']} channels and its latents have "
+                           f"{vae['latent_channels']}: it is told an image, as inpainting models are", other)  # fmt: skip
+    for field, what in TOLD_MORE.items():
+        if unet.get(field) is not None:
+            raise RequestError("model", name, f"its UNet is told {what} ({field} {unet[field]})", other)
+    if unet.get("addition_embed_type") not in (None, "text_time"):
+        raise RequestError("model", name, f"its UNet is told more than a prompt (addition_embed_type "
+                           f"{unet['addition_embed_type']})", other)  # fmt: skip
+
+
+def _is_xl(unet: Mapping[str, Any]) -> bool:
+    return unet.get("addition_embed_type") == "text_time"
+
+
+def _pooled_width(unet: Mapping[str, Any]) -> int:
+    return unet["projection_class_embeddings_input_dim"] - SIZES * unet["addition_time_embed_dim"]
+
+
+def _resolution(unet: Mapping[str, Any], vae: Mapping[str, Any], options: ModelOptions) -> tuple[int, int]:
+    if options.resolution is not None:
+        return options.resolution
+    side, factor = unet["sample_size"], 2 ** (len(vae["block_out_channels"]) - 1)
+    if side is None:
+        raise RequestError("model.resolution", None, "the UNet's config does not say its resolution", "Give resolution.")
+    height, width = (side, side) if isinstance(side, int) else side
+    return height * factor, width * factor
+
+
+def _overflows(pipeline: Any) -> bool:
+    """Whether the autoencoder is in float16 and gives no numbers there, as the pipeline itself sees it."""
+    return _is_xl(pipeline.unet.config) and bool(pipeline.vae.config.force_upcast) and pipeline.vae.dtype == torch.float16
