@@ -1,163 +1,20 @@
-"""The extractor's contract: what a network is fed, what comes back, and what its digest stands for."""
+"""Extractors by name: what is found, what is refused, and what they would cost."""
 
 import json
-from pathlib import Path
-from typing import Any
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from support.vision import random_images as images
+from support.vision import save_vision_model
 from torch.nn.functional import interpolate
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from handful.errors import RequestError
-from handful.features import FeatureExtractor, load_extractor, pixels
+from handful.features import extractor_skeleton, load_extractor
 from handful.zoo.classifier import DigitsClassifier
-from handful.zoo.digits import load_digits_classifier, load_digits_split
-
-LUMA = (0.299, 0.587, 0.114)
-
-
-def images(n: int, c: int, h: int, w: int, seed: int = 0) -> Tensor:
-    return torch.rand(n, c, h, w, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-def bare(**words: Any) -> FeatureExtractor:
-    """An extractor whose features are what its network is fed."""
-    return FeatureExtractor("bare", nn.Identity(), **words)
-
-
-# --- what the network is fed -------------------------------------------------------------------------------------------
-
-
-def test_gray_is_repeated_and_colour_comes_to_luma():
-    gray, colour = images(2, 1, 3, 4), images(2, 3, 3, 4)
-    assert torch.equal(bare(channels=3).prepare(gray), gray.repeat(1, 3, 1, 1))
-    luma = sum(weight * colour[:, i] for i, weight in enumerate(LUMA))
-    torch.testing.assert_close(bare(channels=1).prepare(colour)[:, 0], luma)
-    assert torch.equal(bare(channels=3).prepare(colour), colour)
-    assert torch.equal(bare(channels=1).prepare(gray), gray)
-
-
-def test_mean_and_std_are_of_images_in_0_to_1():
-    colour, mean, std = images(2, 3, 3, 4), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    found = bare(mean=mean, std=std).prepare(colour)
-    for i in range(3):
-        torch.testing.assert_close(found[:, i], (colour[:, i] * 0.5 + 0.5 - mean[i]) / std[i])
-    assert torch.equal(bare().prepare(colour), colour)
-
-
-def test_images_are_resized_with_antialiasing_and_left_alone_at_their_size():
-    small, large = images(2, 3, 8, 10), images(2, 3, 20, 31)
-    extractor = bare(size=(8, 10))
-    assert torch.equal(extractor.prepare(small), small)
-    wanted = interpolate(large, (8, 10), mode="bicubic", antialias=True, align_corners=False)
-    assert torch.equal(extractor.prepare(large), wanted)
-    flat = torch.full((1, 3, 40, 40), 0.3, dtype=torch.float64)
-    torch.testing.assert_close(extractor.prepare(flat), torch.full((1, 3, 8, 10), 0.3, dtype=torch.float64))
-    stripes = torch.ones(1, 3, 32, 40, dtype=torch.float64)
-    stripes[..., ::2] = -1  # too fine for the small image: without antialiasing they come out as black or white
-    assert float(extractor.prepare(stripes)[..., 2:-2].abs().max()) < 0.3
-
-
-def test_the_order_is_resize_then_normalise():
-    large, mean, std = images(2, 3, 20, 30), (0.1, 0.5, 0.9), (0.5, 0.25, 2.0)
-    both = bare(size=(8, 8), mean=mean, std=std).prepare(large)
-    resized = bare(size=(8, 8)).prepare(large)
-    torch.testing.assert_close(both, bare(mean=mean, std=std).prepare(resized))
-
-
-def test_half_precision_images_are_measured_in_float32():
-    for dtype in (torch.float16, torch.bfloat16):
-        assert bare(size=(4, 4)).prepare(images(1, 3, 9, 9).to(dtype)).dtype == torch.float32
-    assert bare(size=(4, 4)).prepare(images(1, 3, 9, 9)).dtype == torch.float64
-
-
-def test_features_are_flat_rows_in_the_order_of_the_images():
-    batch = images(3, 3, 4, 4)
-    found = FeatureExtractor("pool", nn.AdaptiveAvgPool2d(2))(batch)
-    assert found.shape == (3, 12)
-    torch.testing.assert_close(found[1], batch[1].view(3, 2, 2, 2, 2).mean((2, 4)).flatten())
-
-
-def test_pixels_are_the_images_of_any_channels_themselves():
-    for channels in (1, 3):
-        batch = images(2, channels, 5, 4)
-        assert torch.equal(pixels()(batch), batch.flatten(1))
-
-
-def test_the_gradient_flows_to_the_image_through_everything():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Tanh()).double()
-    extractor = FeatureExtractor("conv", network, size=(5, 5), mean=(0.5,) * 3, std=(0.2,) * 3)
-    for channels in (1, 3):
-        batch = images(1, channels, 7, 7).requires_grad_()
-        assert torch.autograd.gradcheck(extractor, (batch,), eps=1e-6, atol=1e-6)
-    assert not any(p.requires_grad for p in extractor.parameters())
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 4, 8, 8), (1, 2, 8, 8), (8, 8)])
-def test_what_is_no_batch_of_gray_or_rgb_is_refused_by_name(shape):
-    with pytest.raises(RequestError, match=r"^images: "):
-        pixels()(torch.zeros(shape))
-
-
-def test_mean_and_std_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="together"):
-        bare(mean=(0.5, 0.5, 0.5))
-    with pytest.raises(ValueError, match="channel"):  # they would make three channels of one
-        bare(channels=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    with pytest.raises(ValueError, match="channel"):
-        bare(channels=3, mean=(0.5,), std=(0.5, 0.5, 0.5))
-
-
-# --- digests -----------------------------------------------------------------------------------------------------------
-
-
-def linear(seed: int = 0) -> nn.Sequential:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Flatten(), nn.Linear(27, 4), nn.ReLU())
-
-
-def digest(network: nn.Module | None = None, **words: Any) -> str:
-    return FeatureExtractor(words.pop("name", "x"), network or linear(), **words).digest
-
-
-def test_a_digest_is_of_weights_and_preprocessing_and_not_of_the_name():
-    same = digest()
-    assert digest() == same
-    assert digest(name="another") == same
-    moved = linear()
-    with torch.no_grad():
-        moved[1].weight[0, 0] += 1e-6  # pyright: ignore[reportIndexIssue]
-    others = [
-        digest(moved),
-        digest(linear(seed=1)),
-        digest(linear().half()),
-        digest(size=(3, 3)),
-        digest(channels=1),
-        digest(mean=(0.5,) * 3, std=(0.5,) * 3),
-        digest(mean=(0.5,) * 3, std=(0.25,) * 3),
-    ]
-    assert len({same, *others}) == 8
-
-
-def test_networks_that_differ_without_differing_in_weights_have_their_own_digests():
-    smooth, sharper = linear(), linear()
-    smooth[2], sharper[2] = nn.Softplus(beta=3), nn.Softplus(beta=5)
-    shuffled = nn.Sequential(nn.Flatten(), linear()[1])
-    assert len({digest(), digest(smooth), digest(sharper), digest(shuffled)}) == 4
-
-
-def test_other_features_of_the_same_network_have_their_own_digest():
-    network = load_digits_classifier("judge")
-    assert digest(network, channels=1) != digest(network, channels=1, features=network.features)
-
-
-# --- by name -----------------------------------------------------------------------------------------------------------
+from handful.zoo.digits import load_digits_split
 
 
 @pytest.mark.parametrize("name", ["digits-guide", "digits-judge"])
@@ -174,89 +31,6 @@ def test_the_packaged_classifiers_give_penultimate_features_and_logits(name):
     enlarged = interpolate(split.test_images[:200].repeat(1, 3, 1, 1), (32, 32), mode="bicubic")
     hits = (extractor.logits(enlarged).argmax(1) == split.test_labels[:200]).double().mean()
     assert float(hits) > 0.9
-
-
-def test_an_extractor_without_logits_says_so():
-    assert not pixels().is_classifier
-    with pytest.raises(RequestError, match=r"^features: 'pixels': .*digits-judge"):
-        pixels().logits(images(1, 1, 8, 8))
-
-
-def saved(folder: Path, kind: str, said: dict[str, Any]) -> nn.Module:
-    small: dict[str, Any] = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: Any = Dinov2Model(Dinov2Config(**small)) if kind == "dinov2" else CLIPVisionModel(
-            CLIPVisionConfig(**small, intermediate_size=32)
-        )  # fmt: skip
-    model.eval().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
-    return model
-
-
-MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
-SIZES: list[dict[str, Any]] = [
-    {"crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 36}},
-    {"size": {"shortest_edge": 28}},
-    {"size": {"height": 28, "width": 28}},
-    {"size": 28},
-]
-
-
-@pytest.mark.parametrize("size", SIZES, ids=["crop", "edge", "sides", "number"])
-@pytest.mark.parametrize("kind", ["dinov2", "clip"])
-def test_a_transformers_model_gives_its_own_pooled_output(tmp_path, kind, size):
-    said = {**size, "image_mean": MEAN, "image_std": STD, "image_processor_type": "BitImageProcessor"}
-    model: Any = saved(tmp_path, kind, said)
-    extractor = load_extractor(str(tmp_path))
-    assert (extractor.size, extractor.mean, extractor.std) == ((28, 28), MEAN, STD)
-    batch = images(3, 3, 28, 28).float()
-    by_hand = ((batch + 1) / 2 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(extractor(batch), model(pixel_values=by_hand).pooler_output, rtol=1e-5, atol=1e-5)
-    larger = images(1, 1, 50, 40).float().requires_grad_()
-    extractor(larger).square().sum().backward()
-    assert larger.grad is not None
-    assert float(larger.grad.abs().sum()) > 0
-
-
-def test_a_transformers_model_that_says_no_size_is_refused_by_name(tmp_path):
-    saved(tmp_path, "dinov2", {"image_mean": MEAN, "image_std": STD})
-    with pytest.raises(RequestError, match=r"^features: .*says no size"):
-        load_extractor(str(tmp_path))
-
-
-def test_a_transformers_directory_without_preprocessing_or_weights_is_refused_by_name(tmp_path):
-    saved(tmp_path, "dinov2", {"size": 28})
-    (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(RequestError, match=r"^features: "):
-        load_extractor(str(tmp_path))
-    saved(tmp_path, "dinov2", {"size": 28})
-    (tmp_path / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(RequestError, match=r"^features: "):
-        load_extractor(str(tmp_path))
-
-
-def test_a_transformers_model_whose_weights_lack_a_part_is_refused_and_not_filled_at_random(tmp_path):
-    model = saved(tmp_path, "dinov2", {"size": 28})
-    state = {key: value for key, value in model.state_dict().items() if "layer.1." not in key}
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RequestError, match=r"^features: .*weights are missing, first encoder\.layer\.1\."):
-        load_extractor(str(tmp_path))
-
-
-def test_pickled_weights_of_transformers_are_not_read(tmp_path):
-    model = saved(tmp_path, "dinov2", {"size": 28})
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(RequestError, match=r"^features: "):
-        load_extractor(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -337,3 +111,112 @@ def test_a_users_file_that_fails_is_refused_naming_the_file_and_the_error(tmp_pa
     (tmp_path / "broken.py").write_text("import nothere\n")
     with pytest.raises(RequestError, match=r"broken.py.*No module named 'nothere'"):
         load_extractor(f"{tmp_path / 'broken.py'}:load")
+
+
+# --- the hub -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_name_that_is_not_cached_names_the_cache_and_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(RequestError, match=r"^features: 'facebook/dinov2-base': ") as caught:
+        load_extractor("dinov2")
+    for said in (str(tmp_path / "hub"), "hf download facebook/dinov2-base", "HF_HUB_OFFLINE is set"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_hub_name_in_the_cache_is_loaded_offline(tmp_path):
+    saved = tmp_path / "hub" / "models--some--body" / "snapshots" / ("0" * 40)
+    saved.mkdir(parents=True)
+    save_vision_model(saved, "Dinov2Model")
+    (saved.parents[1] / "refs").mkdir()
+    (saved.parents[1] / "refs" / "main").write_text("0" * 40)
+    code = (
+        "import sys, json; from handful.features import *; print(json.dumps([load_extractor(name).digest"
+        " for name in ('some/body', sys.argv[1])] + [str(extractor_skeleton('some/body@56').size)]))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(saved)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found, wanted, size = json.loads(done.stdout)
+    assert found == wanted
+    assert size == "(56, 56)"
+
+
+# --- skeletons ---------------------------------------------------------------------------------------------------------
+
+# The parameters of the published checkpoints, as their model cards count them.
+PUBLISHED = {
+    "dinov2-small": (22_056_576, 384),
+    "dinov2": (86_580_480, 768),
+    "dinov2-large": (304_368_640, 1024),
+    "dinov2-giant": (1_136_480_768, 1536),
+    "clip": (303_179_776, 1024),
+    "openai/clip-vit-base-patch32": (87_456_000, 768),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_well_known_networks_are_made_without_any_file(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    extractor = extractor_skeleton(name)
+    assert extractor.size == (224, 224)
+    assert extractor.digest == ""
+    batch = torch.zeros(1, 3, 256, 256, device="meta", requires_grad=True)
+    features = extractor(batch)
+    assert (sum(one.numel() for one in extractor.parameters()), features.shape[1]) == PUBLISHED[name]
+    features.sum().backward()
+    assert batch.grad is not None
+
+
+@pytest.mark.parametrize("name", ["pixels", "digits-guide"])
+def test_packaged_extractors_move_to_the_meta_device(name):
+    batch = torch.zeros(2, 1, 8, 8, device="meta", requires_grad=True)
+    features = extractor_skeleton(name)(batch)
+    assert (features.device.type, len(features)) == ("meta", 2)
+    features.sum().backward()
+
+
+STAYS = """
+class Stays(torch.nn.Module):
+    def _apply(self, *words, **more):
+        raise RuntimeError("I stay")
+
+def stays():
+    return FeatureExtractor("stays", Stays())
+"""
+
+
+def test_a_users_file_moves_to_the_meta_device_or_is_refused_by_name(tmp_path):
+    (tmp_path / "own.py").write_text(FILE + STAYS)
+    assert extractor_skeleton(f"{tmp_path / 'own.py'}:mine")(torch.zeros(2, 1, 8, 8, device="meta")).shape == (2, 4)
+    with pytest.raises(RequestError, match=r"^features: .*own\.py:stays': it can't be moved to the meta device \(I stay\)"):
+        extractor_skeleton(f"{tmp_path / 'own.py'}:stays")
+
+
+# --- another size ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pixels@8", "digits-guide@16", "own.py:mine@32", "net.pt@32"])
+def test_only_models_of_transformers_take_another_size(name):
+    with pytest.raises(
+        RequestError, match=rf"^features: '{name}': only models of transformers .* Write {name.split('@')[0]}\."
+    ):
+        load_extractor(name)
+
+
+def test_a_side_that_is_no_number_is_refused_with_the_remedy():
+    with pytest.raises(RequestError, match=r"^features: 'dinov2@small': .* Write dinov2@112"):
+        load_extractor("dinov2@small")
+
+
+def test_a_directory_with_an_at_in_its_name_is_a_directory(tmp_path):
+    (tmp_path / "mine@56").mkdir()
+    save_vision_model(tmp_path / "mine@56", "Dinov2Model")
+    assert load_extractor(str(tmp_path / "mine@56")).size == (28, 28)
+    assert load_extractor(f"{tmp_path / 'mine@56'}@56").size == (56, 56)
