@@ -34,6 +34,7 @@ from handful.generate.recipe import (
     GuidanceRequest,
     ModelRequest,
     Recipe,
+    SamplerRequest,
     for_model,
 )
 from handful.images import LabelledImages, encode_png, read_folder, write_atomically
@@ -72,9 +73,9 @@ class Entry:
 
 def entries() -> list[Entry]:
     """The methods that the demo compares, at the defaults that `handful generate` has."""
-    chamfer = for_model(ChamferRequest(), "digits")
-    margin = for_model(ChamferRequest(margin=MARGIN), "digits")
-    energy = for_model(EnergyRequest(), "digits")
+    chamfer = for_model(ChamferRequest(), "digits", SamplerRequest().steps)
+    margin = for_model(ChamferRequest(margin=MARGIN), "digits", SamplerRequest().steps)
+    energy = for_model(EnergyRequest(), "digits", SamplerRequest().steps)
     return [
         Entry("none", 0.0, 0, ()),
         *(Entry("cfg", scale, 0, (CFGRequest(scale=scale),)) for scale in CFG_SCALES),

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
 
 from handful.errors import RequestError, RunError
 from handful.images import image_folder, open_file, read_all, read_image, write_atomically
@@ -176,6 +177,22 @@ class Exemplars:
         shown = {name: [file.name for file in files[name]] or [f"image {i}" for i in range(k)] for name in files}
         images = {name: of_class[:k] for name, of_class in self.images.items()}
         return Exemplars(images, files, hashes, _repetitions(hashes, shown))
+
+    def shrunk(self, reduce: int) -> Exemplars:
+        """The same images at 1/reduce of their resolution, by averaging squares; each content hash says so.
+
+        Raises:
+            RequestError: the resolution does not divide.
+        """
+        if reduce == 1:
+            return self
+        if self.shape[1] % reduce or self.shape[2] % reduce:
+            raise RequestError("reduce", reduce, f"{self.shape[1]} x {self.shape[2]} images do not divide by it",
+                               "Use 1, or a common divisor of both sides.")  # fmt: skip
+        images = {name: avg_pool2d(of_class, reduce) for name, of_class in self.images.items()}
+        hashes = {name: tuple(hashlib.sha256(f"{each}/{reduce}".encode()).hexdigest() for each in of_class)
+                  for name, of_class in self.hashes.items()}  # fmt: skip
+        return Exemplars(images, self.files, hashes, self.warnings)
 
 
 def _draw(seed: int, file: Path) -> str:

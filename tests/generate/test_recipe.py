@@ -24,7 +24,7 @@ def refused(data: dict) -> RequestError:
 def test_every_default_is_written_out():
     recipe, _ = with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}}))
     data = yaml.safe_load(recipe_yaml(recipe))
-    assert data["sampler"] == {"name": "dpmpp_2m", "steps": 18, "spacing": None, "eta": 0.0, "clamp": None}
+    assert data["sampler"] == {"name": "dpmpp_2m", "steps": 18, "spacing": None, "eta": 0.0, "variance": None, "clamp": None}
     assert (data["per_class"], data["cohort"], data["seed"], data["format"]) == (64, 64, 0, 1)
     assert set(data["guidance"][0]) == set(ChamferRequest.model_fields)
     assert recipe_from(data) == recipe
@@ -84,17 +84,17 @@ def test_python_refuses_misspelt_names_too():
 def test_guidance_is_chamfer_where_there_are_exemplars_and_none_otherwise():
     assert with_defaults(recipe_from(DIGITS))[0].guidance == ()
     recipe, notes = with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}}))
-    assert recipe.guidance == (for_model(ChamferRequest(), "digits"),)
+    assert recipe.guidance == (for_model(ChamferRequest(), "digits", 18),)
     assert any("auto became pixels" in note for note in notes)
     assert with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}, "guidance": []}))[0].guidance == ()
 
 
 def test_another_model_compares_by_dinov2_unless_told_otherwise():
     data = {"model": {"name": "/m"}, "exemplars": {"path": "/x"}}
-    assert with_defaults(recipe_from(data))[0].guidance == (ChamferRequest(features="dinov2"),)
+    assert with_defaults(recipe_from(data))[0].guidance == (ChamferRequest(features="dinov2", every=4, hold=True),)
     told = data | {"guidance": [{"method": "chamfer", "features": "pixels"}]}
     assert with_defaults(recipe_from(told))[0].guidance == (
-        ChamferRequest(features="pixels", scale=0.2, jacobian="gaussian", every=1),
+        ChamferRequest(features="pixels", scale=0.2, jacobian="gaussian", every=1, hold=False),
     ), "in pixels any model takes the settings that were measured there"
 
 
@@ -179,6 +179,14 @@ def test_options_that_cannot_be_meant_are_refused(options: dict):
 
 
 def test_what_a_user_states_wins_over_the_models_own_defaults():
-    term = for_model(ChamferRequest(scale=0.7, jacobian="exact"), "digits")
+    term = for_model(ChamferRequest(scale=0.7, jacobian="exact"), "digits", 18)
     assert (term.scale, term.jacobian, term.features) == (0.7, "exact", "pixels")
-    assert for_model(EnergyRequest(), "/m") == EnergyRequest(features="dinov2")
+    assert for_model(EnergyRequest(), "/m", 18) == EnergyRequest(features="dinov2", every=4, hold=True)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (4, 1), (10, 2), (18, 4), (40, 10)])
+def test_every_left_open_makes_four_guided_steps_whose_direction_is_held_between(steps: int, every: int):
+    term = for_model(ChamferRequest(), "/m", steps)
+    assert (term.every, term.hold) == (every, every > 1)
+    assert for_model(ChamferRequest(normalize="none"), "/m", steps).hold is False
+    assert for_model(ChamferRequest(every=2, hold=False), "/m", steps).hold is False

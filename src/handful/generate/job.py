@@ -13,19 +13,26 @@ import pyarrow as pa
 import torch
 
 from handful.denoiser import Denoiser
-from handful.errors import HandfulError, RequestError
+from handful.errors import HandfulError, RequestError, first_line
 from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor, load_extractor
 from handful.generate.directory import RunDirectory, differences
 from handful.generate.manifest import manifest_schema
-from handful.generate.plan import Cohort, Labels, assign_labels, plan_cohorts
+from handful.generate.plan import Cohort, plan_cohorts
 from handful.generate.provenance import CONTENTS, DECIDING, choose_device, provenance_of
-from handful.generate.recipe import CFGRequest, ChamferRequest, Recipe, did_you_mean, with_defaults
+from handful.generate.recipe import (
+    ChamferRequest,
+    Recipe,
+    did_you_mean,
+)
 from handful.generate.recipe_file import PROVENANCE
-from handful.generate.terms import check_terms, energy_columns, feature_names, needs_exemplars
+from handful.generate.settle import complete, model_options, settle
+from handful.generate.terms import energy_columns, needs_exemplars, views
 from handful.generate.writers import check_class_names
 from handful.images import image_folder
-from handful.models import load
+from handful.models import load, skeleton
+from handful.models.placement import Placement, check_placement, place
+from handful.models.prompts import Prompted
 from handful.noise import Levels
 
 _BLOCK = 4096  # bytes a small file takes on a disk
@@ -91,59 +98,47 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     Raises:
         RequestError: Naming what can't be done, and the remedy.
     """
-    recipe, notes = with_defaults(recipe)
-    guidance = recipe.guidance or ()
-    check_terms(guidance)
-    if (method := needs_exemplars(guidance)) and recipe.exemplars.path is None:
+    recipe, notes = complete(recipe)
+    if (method := needs_exemplars(recipe.guidance or ())) and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
         raise RequestError("exemplars.path", None, f"{method} guidance needs exemplars", remedy)
-    if recipe.sampler.eta and recipe.sampler.name != "ddim":
-        raise RequestError("sampler.eta", recipe.sampler.eta, f"the sampler {recipe.sampler.name} has none",
-                           "Use the sampler ddim, or leave eta out.")  # fmt: skip
     directory = RunDirectory(out)
     directory.stored()
     found = _exemplar_classes(recipe, directory.path)
     device = choose_device(recipe.model.device)
 
-    denoiser, labels = _model(recipe, found)
+    options = model_options(recipe)
+    outline = skeleton(recipe.model.name, options)
+    settled = settle(recipe, outline, found)
+    placement = _placement(recipe, device)
+    check_placement(outline, placement)
+    recipe, labels = settled.recipe, settled.labels
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": str(device)})})
     notes += labels.notes
     check_class_names(labels.of, "classes")
-    for index, term in enumerate(guidance):
-        if isinstance(term, CFGRequest) and labels.null_class is None:
-            remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
-            raise RequestError(f"guidance[{index}]", "cfg", "this model has no null class to compare with", remedy)
-    pixels = type(denoiser).decode is Denoiser.decode
-    if recipe.sampler.clamp and not pixels:
-        raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
-    levels = denoiser.levels.spacing(recipe.sampler.steps, recipe.sampler.spacing)
-    image_shape = _image_shape(denoiser)
+    guidance, image_shape = recipe.guidance or (), outline.image_shape
     exemplars = _exemplars(recipe, image_shape, list(labels.of))
     notes += exemplars.warnings if exemplars else []
     for index, term in enumerate(guidance):
         if isinstance(term, ChamferRequest) and term.margin and exemplars and min(exemplars.counts.values()) < 2:
             raise RequestError(f"guidance[{index}].margin", term.margin, "a single exemplar has no neighbour to measure it by",
                                "Use 0, or 2 or more exemplars of each class.")  # fmt: skip
-    extractors = {name: _extractor(name, image_shape, device) for name in feature_names(guidance)}
+    extractors: dict[str, FeatureExtractor] = {}
+    for name, reduce in views(guidance):
+        extractors[name] = extractors.get(name) or load_extractor(name).to(device)
+        _try_extractor(name, extractors[name], image_shape, reduce)
 
-    asked = recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(
-                update={"null_class": labels.null_class, "classes": labels.model_classes, "device": str(device)}
-            ),
-            "classes": tuple(labels.of),
-            "sampler": recipe.sampler.model_copy(
-                update={
-                    "spacing": recipe.sampler.spacing or denoiser.levels.spacings[0],
-                    "clamp": pixels if recipe.sampler.clamp is None else recipe.sampler.clamp,
-                }
-            ),
-        }
-    )
-    provenance = provenance_of(denoiser, device, levels, exemplars, extractors, notes)
-    denoiser.to(device, getattr(torch, recipe.model.dtype))
+    # an outline with weights is the model itself: code of the user's, which need not run twice
+    denoiser = load(recipe.model.name, options) if any(each.is_meta for each in outline.parameters()) else outline
+    denoiser.null_class = labels.null_class
+    provenance = provenance_of(denoiser, device, settled.levels, exemplars, extractors, notes)
+    if isinstance(denoiser, Prompted):
+        denoiser.encode_prompts(list(recipe.model.prompts.values()), device)
+        denoiser.free_text_encoders()
+    place(denoiser, placement)
     energies = [column for column in energy_columns(guidance) if column]
     job = Job(
-        asked, directory, denoiser, device, levels, exemplars, extractors,
+        recipe, directory, denoiser, device, settled.levels, exemplars, extractors,
         plan_cohorts(labels.of, recipe.per_class, recipe.cohort), manifest_schema(energies), image_shape, provenance,
         notes, allow_version_change,
     )  # fmt: skip
@@ -233,26 +228,10 @@ def _exemplar_classes(recipe: Recipe, out: Path) -> list[str] | None:
     return list(files)
 
 
-def _model(recipe: Recipe, found: list[str] | None) -> tuple[Denoiser, Labels]:
-    """Loads the model and matches its labels to the classes; tells it its null class where that was concluded."""
-    denoiser: Any = load(recipe.model.name, null_class=recipe.model.null_class)
-    labels = assign_labels(
-        recipe.classes,
-        found,
-        label_count=getattr(denoiser, "label_count", 0),
-        names=denoiser.classes if recipe.model.classes is None else recipe.model.classes,
-        null_class=getattr(denoiser, "null_class", None),
-    )
-    denoiser.null_class = labels.null_class
-    return denoiser, labels
-
-
-@torch.no_grad()
-def _image_shape(denoiser: Denoiser) -> tuple[int, int, int]:
-    channels, height, width = denoiser.decode(torch.zeros(1, *denoiser.shape)).shape[1:]
-    if channels not in (1, 3):
-        raise RequestError("model", channels, "its images are neither gray nor RGB", "Use a model of 1 or 3 channels.")
-    return channels, height, width
+def _placement(recipe: Recipe, device: torch.device) -> Placement:
+    asked = recipe.model
+    return Placement(device, getattr(torch, asked.dtype), asked.attention, asked.compile, asked.offload,
+                     asked.vae_slicing, asked.vae_tiling)  # fmt: skip
 
 
 def _exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: list[str]) -> Exemplars | None:
@@ -276,16 +255,16 @@ def _exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: list[
 
 
 @torch.no_grad()
-def _extractor(name: str, image_shape: tuple[int, int, int], device: torch.device) -> FeatureExtractor:
-    """Loads an extractor and tries it on one gray image, so that what it can't take is known now."""
-    extractor = load_extractor(name).to(device)
+def _try_extractor(name: str, extractor: FeatureExtractor, image_shape: tuple[int, int, int], reduce: int) -> None:
+    """Tries an extractor on one gray image of the size that guidance shows it, so that what it can't take is known now."""
+    channels, height, width = image_shape
+    device = next(extractor.parameters(), torch.zeros(())).device
     try:
-        features = extractor(torch.zeros(1, *image_shape, device=device))
+        features = extractor(torch.zeros(1, channels, height // reduce, width // reduce, device=device))
     except HandfulError:
         raise
     except Exception as error:  # a network of the user's own may raise anything
-        raise RequestError("features", name, f"it can't take images of {image_shape} ({str(error).splitlines()[0]})",
+        raise RequestError("features", name, f"it can't take images of {image_shape} ({first_line(error)})",
                            "State its size and channels (handful.features.FeatureExtractor).") from error  # fmt: skip
     if not bool(torch.isfinite(features).all()):
         raise RequestError("features", name, "its features hold NaN or infinite values", "Use another extractor.")
-    return extractor

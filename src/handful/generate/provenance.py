@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from torch import nn
 
+from handful.denoiser import Denoiser
 from handful.digests import weights_digest
 from handful.errors import RequestError
 from handful.exemplars import Exemplars
@@ -22,25 +24,32 @@ CONTENTS = ("model_sha256", "exemplars_sha256", "features_sha256")
 
 
 def provenance_of(
-    network: nn.Module, device: torch.device, levels: Levels, exemplars: Exemplars | None,
+    denoiser: Denoiser, device: torch.device, levels: Levels, exemplars: Exemplars | None,
     extractors: Mapping[str, FeatureExtractor], notes: list[str],
 ) -> dict[str, Any]:  # fmt: skip
     """Plain data for recipe.yaml. No time, host or user is in it: the same run is the same text everywhere.
 
     Args:
-        network: With its weights as they were loaded, before any change of precision.
+        denoiser: With its weights as they were loaded, before any change of precision, text encoders included.
     """
     return {
         **{name: _version(name) for name in DECIDING},
         "python": platform.python_version(),
         "device": describe_device(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "model_sha256": weights_digest(network),
+        "model_sha256": _model_digest(denoiser),
         "exemplars_sha256": exemplars.digest if exemplars else None,
         "features_sha256": {name: extractor.digest for name, extractor in extractors.items()},
         "levels": {"alpha": levels.alpha.tolist(), "sigma": levels.sigma.tolist()},
         "notes": notes,
     }
+
+
+def _model_digest(denoiser: Denoiser) -> str:
+    digests = {name: weights_digest(network) for name, network in denoiser.components().items()}
+    if denoiser.code_sha256:
+        digests["code"] = denoiser.code_sha256
+    return digests[""] if set(digests) == {""} else hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def _version(name: str) -> str | None:

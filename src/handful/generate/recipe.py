@@ -18,6 +18,8 @@ from handful.errors import RequestError
 
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 
+# What `every` left open makes of a run: so many guided steps, however many there are (docs/findings.md, section 6).
+GUIDED_STEPS = 4
 # What `features: auto` becomes, by model.
 FEATURES_BY_MODEL = {"digits": "pixels"}
 AUTO_FEATURES = "dinov2"  # for every other model
@@ -48,21 +50,54 @@ class _Request(BaseModel):
 
 
 class ModelRequest(_Request):
-    """Which pretrained model, and how it is run.
+    """Which pretrained model, what it is told, and how it is run.
 
     Attributes:
-        name: A name of the zoo (`digits`) or a directory.
+        name: A name of the zoo (`digits`), a directory, a hub name, a single file, or `FILE.py:FUNCTION`.
         null_class: The label that stands for "no class"; None takes what the model says.
         classes: Names of the model's classes, by label; None takes what the model says.
+        resolution: [height, width] of the images; None takes the model's own.
+        template: How a class name becomes a prompt, for models that are told prompts: `a photo of a {}`, or with fields
+            that class_pattern finds in the name, `{object} in {region}`.
+        class_pattern: How a class name holds the template's fields, such as `{region}--{object}`.
+        prompts: Prompts of single classes, over the template.
+        negative_prompt: What stands for "no prompt", which cfg compares with.
+        embedded_guidance: What a guidance-distilled model (Flux) is told as its scale.
+        without: Components of a pipeline not to load, such as text_encoder_3.
+        preview_decoder: A tiny autoencoder that guidance decodes with where `reduce` is below the latents' factor.
+        config: For a single file: the directory or hub name with the pipeline's configs.
+        revision, variant: Of a hub name; of the weight files.
+        trust_pickle: Run the code in a pickled network.
         device: `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
-        dtype: The precision of the network. The sample itself is kept in float32.
+        dtype: The precision of the networks. The sample itself is kept in float32.
+        attention: An attention back end of diffusers (`set_attention_backend`); None takes its default.
+        compile: Compile the denoising network by torch.compile.
+        offload: Keep the parts of a pipeline on the CPU until they are needed: whole (`model`) or in pieces (`sequential`).
+        vae_slicing, vae_tiling: Decode image by image, or tile by tile.
     """
 
     name: Annotated[str, Field(min_length=1)]
     null_class: Annotated[int, Field(ge=0)] | None = None
     classes: ClassNames | None = None
+    resolution: tuple[Positive, Positive] | None = None
+    template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
+    class_pattern: Annotated[str, Field(min_length=1)] | None = None
+    prompts: dict[str, str] = {}
+    negative_prompt: str = ""
+    embedded_guidance: Weight = 3.5
+    without: tuple[str, ...] = ()
+    preview_decoder: Annotated[str, Field(min_length=1)] | None = None
+    config: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    variant: str | None = None
+    trust_pickle: bool = False
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    compile: bool = False
+    offload: Literal["none", "model", "sequential"] = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
 
 
 class ExemplarsRequest(_Request):
@@ -87,6 +122,7 @@ class SamplerRequest(_Request):
         steps: Denoiser steps.
         spacing: How the levels are spaced; None takes the schedule's own default.
         eta: Share of the ancestral noise, ddim only.
+        variance: Of the reverse steps, ddpm only: small, large or learned; None: learned where the model learned it.
         clamp: Keep every denoised estimate inside the images' range [-1, 1]; None: where the model works on pixels.
     """
 
@@ -94,6 +130,7 @@ class SamplerRequest(_Request):
     steps: Positive = 18
     spacing: str | None = None
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    variance: Literal["small", "large", "learned"] | None = None
     clamp: bool | None = None
 
 
@@ -103,14 +140,22 @@ NoiseInterval = tuple[Weight, Weight | None]  # None: no upper end
 
 
 class PotentialRequest(_Request):
-    """What guidance by exemplars has in common; see `handful.guidance.Pull` and `Timing`. The defaults are handful's own."""
+    """What guidance by exemplars has in common; see `handful.guidance.Pull` and `Timing`. The defaults are handful's own.
+
+    Attributes:
+        every: On every n-th step; None becomes the n that makes four guided steps of a run.
+        hold: Use the direction again on the steps between; None: where normalize and every allow it.
+        reduce: Look at images of 1/reduce of the resolution; None: 1 for pixel models, for models of latents the factor at
+            which a linear map does for the decoder.
+    """
 
     scale: Weight = 0.4
     features: Annotated[str, Field(min_length=1)] = "auto"
     jacobian: Literal["exact", "gaussian", "identity"] = "exact"
     normalize: Literal["rms", "rms-image", "none"] = "rms"
-    hold: bool = False
-    every: Positive = 2
+    hold: bool | None = None
+    reduce: Positive | None = None
+    every: Positive | None = None
     interval: Interval = (0.0, 1.0)
     noise: NoiseInterval = (0.0, None)
     gain: Gain = "constant"
@@ -218,7 +263,7 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
     for index, term in enumerate(guidance):
         if isinstance(term, PotentialRequest):
             automatic = term.features == "auto"
-            term = for_model(term, recipe.model.name)
+            term = for_model(term, recipe.model.name, recipe.sampler.steps)
             if automatic:
                 notes.append(f"guidance[{index}].features: auto became {term.features}")
         chosen.append(term)
@@ -228,12 +273,15 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
 Term = TypeVar("Term", bound=PotentialRequest)
 
 
-def for_model(term: Term, model: str) -> Term:
-    """Fills in what the term leaves open: features by the model, the rest by the features."""
+def for_model(term: Term, model: str, steps: int) -> Term:
+    """Fills in what the term leaves open but `reduce`: features by the model, the rest by the features and the steps."""
     features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
     own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
     update = {key: value for key, value in own.items() if key not in term.model_fields_set}
-    return term.model_copy(update={**update, "features": features})
+    term = term.model_copy(update={**update, "features": features})
+    every = term.every or max(1, round(steps / GUIDED_STEPS))
+    hold = (every > 1 and term.normalize != "none") if term.hold is None else term.hold
+    return term.model_copy(update={"every": every, "hold": hold})
 
 
 def _request_error(faults: list[ErrorDetails]) -> RequestError:

@@ -96,7 +96,14 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     data = deepcopy(dict(data))
     model, exemplars, guidance = data.get("model"), data.get("exemplars"), data.get("guidance")
     if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"] not in ZOO:
-        model["name"] = _absolute(model["name"], base, only_existing=True)
+        path, colon, function = model["name"].rpartition(":")  # FILE.py:FUNCTION
+        if path.endswith(".py"):
+            model["name"] = _absolute(path, base) + colon + function
+        else:
+            model["name"] = _absolute(model["name"], base, only_existing=True)
+    for key in ("config", "preview_decoder"):
+        if isinstance(model, dict) and isinstance(model.get(key), str):
+            model[key] = _absolute(model[key], base, only_existing=True)
     if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):
         exemplars["path"] = _absolute(exemplars["path"], base)
     for term in guidance if isinstance(guidance, list) else []:
@@ -112,7 +119,7 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
 def _absolute(text: str, base: Path, only_existing: bool = False) -> str:
     path = os.path.abspath(base / Path(text).expanduser())
     is_path = text.startswith((".", "/", "~"))
-    return text if not text or (only_existing and not is_path and not os.path.isdir(path)) else path
+    return text if not text or (only_existing and not is_path and not os.path.exists(path)) else path
 
 
 def overridden(

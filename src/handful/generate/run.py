@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from handful.contact_sheet import contact_sheet_png
-from handful.denoiser import Clamped
+from handful.denoiser import Clamped, shrunk
 from handful.errors import RunError
 from handful.exemplars import default_cache, exemplar_features
+from handful.features import FeatureExtractor
 from handful.generate.directory import RECIPE, full_disk_told
 from handful.generate.job import Job, check_against_stored, prepare
 from handful.generate.manifest import DONE, FAILED, guidance_text, parquet_bytes
@@ -29,11 +30,12 @@ from handful.generate.plan import Cohort, ImageNoise, image_seed
 from handful.generate.provenance import describe_device
 from handful.generate.recipe import recipe_from
 from handful.generate.recipe_file import PROVENANCE, recipe_yaml
-from handful.generate.terms import energy_columns, make_terms
+from handful.generate.terms import View, energy_columns, make_terms, views
 from handful.generate.writers import IMAGES, METADATA, image_file, metadata_jsonl
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
 from handful.images import encode_png, from_uint8, read_image, to_uint8
+from handful.models.latent import LatentDenoiser
 from handful.progress import Progress
 from handful.samplers import SAMPLERS, STOCHASTIC, start
 
@@ -100,6 +102,7 @@ def run(
         stack.enter_context(_same_arithmetic(job))
         _write_recipe(job)
         features = _exemplar_features(job, cache or default_cache())
+        _fit_preview(job)
         rows = dict(_finished(job))
         pending = [cohort for cohort in _ordered(job.cohorts, order) if cohort.key not in rows]
         summary.cohorts_resumed, summary.notes = len(rows), [*job.notes, *job.changes]
@@ -149,23 +152,32 @@ def _finished(job: Job) -> Iterator[tuple[str, list[dict[str, Any]]]]:
             yield cohort.key, rows
 
 
-def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[str, Tensor]]:
-    """Class -> extractor's name -> the exemplars' features (k, D), on the device.
+def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
+    """Class -> what a term looks at -> the exemplars' features (k, D), on the device.
 
     Kept apart by what computed them: features that another machine rounded otherwise would change the images' last bits.
     """
     threads = f" {job.threads} threads" if job.threads else ""
     cache = cache / re.sub(r"\W+", "-", f"torch {torch.__version__} {describe_device(job.device)}{threads}").strip("-")
-    by_class: dict[str, dict[str, Tensor]] = {cohort.class_name: {} for cohort in job.cohorts}
+    by_class: dict[str, dict[View, Tensor]] = {cohort.class_name: {} for cohort in job.cohorts}
     if job.exemplars is not None:
-        for name, extractor in job.extractors.items():
-            for class_name, features in exemplar_features(job.exemplars, extractor, cache).items():
-                by_class[class_name][name] = features.to(job.device)
+        for name, reduce in views(job.recipe.guidance or ()):
+            shrunk = job.exemplars.shrunk(reduce)
+            for class_name, features in exemplar_features(shrunk, job.extractors[name], cache).items():
+                by_class[class_name][name, reduce] = features.to(job.device)
     return by_class
 
 
+def _fit_preview(job: Job) -> None:
+    """Fits the linear preview of latents to all exemplars, where a term looks through it."""
+    factor = job.denoiser.preview_factor
+    linear = any(reduce > 1 and reduce % factor == 0 for _, reduce in views(job.recipe.guidance or ()))
+    if linear and isinstance(job.denoiser, LatentDenoiser) and job.exemplars is not None:
+        job.denoiser.fit_preview(torch.cat(list(job.exemplars.images.values())))
+
+
 def _make(
-    job: Job, cohort: Cohort, features: Mapping[str, Mapping[str, Tensor]], progress: Progress, summary: RunSummary
+    job: Job, cohort: Cohort, features: Mapping[str, Mapping[View, Tensor]], progress: Progress, summary: RunSummary
 ) -> tuple[list[bytes], list[dict[str, Any]]]:
     """Samples and measures one cohort.
 
@@ -215,7 +227,10 @@ def _sample(job: Job, cohort: Cohort, terms: Sequence[Guidance], noise: ImageNoi
     options: dict[str, Any] = {"noise": noise} if asked.name in STOCHASTIC else {}
     if asked.name == "ddim":
         options["eta"] = asked.eta
-    condition = guided.condition([cohort.label or 0] * cohort.count)
+    if asked.name == "ddpm":
+        options["variance"] = asked.variance or "small"
+    prompts, labels = [job.recipe.model.prompts.get(cohort.class_name, "")] * cohort.count, [cohort.label or 0] * cohort.count
+    condition = guided.condition(prompts if job.denoiser.prompted else labels)
     denoiser = Clamped(guided) if asked.clamp else guided
     x0 = SAMPLERS[asked.name](denoiser, start(noise(), job.levels), job.levels, condition, each=each, **options)
     size = guided.chunk or cohort.count
@@ -241,9 +256,10 @@ def _rows(
     potentials = [(term, column) for term, column in zip(terms, energy_columns(job.recipe.guidance or ()), strict=True)
                   if isinstance(term, Potential) and column]  # fmt: skip
     size = job.recipe.chunk or cohort.count
-    features = {term.extractor.name: torch.cat([term.extractor(part) for part in images.split(size)]) for term, _ in potentials}
-    energies = {column: term.energy(features[term.extractor.name]).expand(cohort.count).tolist() for term, column in potentials}
-    nearest = _nearest(job, cohort, potentials[0][0] if potentials else None, features)
+    seen = {_view(term): torch.cat([term.extractor(shrunk(part, term.pull.reduce)) for part in images.split(size)])
+                for term, _ in potentials}  # fmt: skip
+    energies = {column: term.energy(seen[_view(term)]).expand(cohort.count).tolist() for term, column in potentials}
+    nearest = _nearest(job, cohort, potentials[0][0] if potentials else None, seen)
     rows = _planned_rows(job, cohort, DONE)
     for place, row in enumerate(rows):
         row |= {column: values[place] for column, values in energies.items()}
@@ -254,15 +270,19 @@ def _rows(
 
 
 def _nearest(
-    job: Job, cohort: Cohort, term: Potential | None, features: Mapping[str, Tensor]
+    job: Job, cohort: Cohort, term: Potential | None, seen: Mapping[tuple[FeatureExtractor, int], Tensor]
 ) -> list[tuple[str, float]] | None:
     """For each image the nearest exemplar of its class (CLASS/FILE) and its Euclidean distance."""
     if not isinstance(term, ExemplarPotential) or job.exemplars is None:
         return None
-    distances, places = squared_distances(features[term.extractor.name], term.exemplars).min(1)
+    distances, places = squared_distances(seen[_view(term)], term.exemplars).min(1)
     files = job.exemplars.files[cohort.class_name]
     return [(f"{cohort.class_name}/{files[place].name}", distance)
             for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)]  # fmt: skip
+
+
+def _view(term: Potential) -> tuple[FeatureExtractor, int]:
+    return term.extractor, term.pull.reduce
 
 
 def _planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from handful.generate.recipe import CFGRequest, ChamferRequest, GuidanceRequest,
 from handful.guidance import CFG, Chamfer, Energy, Guidance, Pull, Timing
 
 Requests = Sequence[GuidanceRequest]
+View = tuple[str, int]
 
 
 def check_terms(requests: Requests) -> None:
@@ -36,20 +37,24 @@ def needs_exemplars(requests: Requests) -> str | None:
     return next((request.method for request in requests if isinstance(request, PotentialRequest)), None)
 
 
-def feature_names(requests: Requests) -> list[str]:
-    """The extractors that the terms use, each once, in the terms' order."""
-    return list(dict.fromkeys(request.features for request in requests if isinstance(request, PotentialRequest)))
+def views(requests: Requests) -> list[View]:
+    """What the terms look at, each once, in the terms' order: an extractor's name, and by how much images are shrunk."""
+    return list(dict.fromkeys(view_of(request) for request in requests if isinstance(request, PotentialRequest)))
+
+
+def view_of(request: PotentialRequest) -> View:
+    return request.features, request.reduce or 1
 
 
 def make_terms(
-    requests: Requests, extractors: Mapping[str, FeatureExtractor], features: Mapping[str, Tensor]
+    requests: Requests, extractors: Mapping[str, FeatureExtractor], features: Mapping[View, Tensor]
 ) -> list[Guidance]:
     """The terms for the cohorts of one class.
 
     Args:
         requests: What the recipe says.
         extractors: By name, on the device to guide on.
-        features: The class's exemplars by extractor name, (k, D) each.
+        features: The class's exemplars by view, (k, D) each.
     """
     terms: list[Guidance] = []
     for request in requests:
@@ -57,7 +62,7 @@ def make_terms(
         if isinstance(request, CFGRequest):
             terms.append(CFG(request.scale, timing))
             continue
-        common = extractors[request.features], features[request.features], request.scale
+        common = extractors[request.features], features[view_of(request)], request.scale
         if isinstance(request, ChamferRequest):
             weights = {name: getattr(request, name) for name in ("coverage_weight", "fidelity_weight", "margin")}
             terms.append(Chamfer(*common, timing=timing, pull=_pull(request), **weights))
@@ -78,11 +83,11 @@ def energy_columns(requests: Requests) -> list[str | None]:
 
 def _timing(request: GuidanceRequest) -> Timing:
     low, high = request.noise
-    return Timing(request.every, request.interval, (low, math.inf if high is None else high), request.gain)
+    return Timing(request.every or 1, request.interval, (low, math.inf if high is None else high), request.gain)
 
 
 def _pull(request: PotentialRequest) -> Pull:
-    return Pull(request.jacobian, request.normalize, request.hold)
+    return Pull(request.jacobian, request.normalize, bool(request.hold), request.reduce or 1)
 
 
 @contextmanager

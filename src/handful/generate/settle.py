@@ -1,0 +1,138 @@
+"""A recipe and the model's outline settle what was left open: labels, prompts, levels, how guidance looks at images.
+
+The outline is the denoiser without its weights (`handful.models.skeleton`), so that all this is decided, or refused, before
+anything large is read; `handful cost` stops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from handful.denoiser import Denoiser, NetworkDenoiser
+from handful.errors import RequestError
+from handful.generate.plan import Labels, assign_labels
+from handful.generate.prompting import prompts_of
+from handful.generate.recipe import CFGRequest, GuidanceRequest, PotentialRequest, Recipe, with_defaults
+from handful.generate.terms import check_terms
+from handful.models.options import ModelOptions
+from handful.noise import Levels
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe with nothing left open but the device.
+
+    Attributes:
+        recipe: Every automatic choice replaced by what it became.
+        labels: The label of each class.
+        levels: The path of the sampler.
+    """
+
+    recipe: Recipe
+    labels: Labels
+    levels: Levels
+
+
+def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """What needs no model: defaults filled in, and settings that contradict each other refused.
+
+    Returns:
+        The recipe, and a sentence for each choice that was made.
+
+    Raises:
+        RequestError: Naming the dotted field.
+    """
+    recipe, notes = with_defaults(recipe)
+    check_terms(recipe.guidance or ())
+    sampler = recipe.sampler
+    for name, owner, given in (("eta", "ddim", sampler.eta), ("variance", "ddpm", sampler.variance)):
+        if given and sampler.name != owner:
+            raise RequestError(f"sampler.{name}", given, f"the sampler {sampler.name} has none",
+                               f"Use the sampler {owner}, or leave {name} out.")  # fmt: skip
+    return recipe, notes
+
+
+def model_options(recipe: Recipe) -> ModelOptions:
+    """How the recipe asks for its model."""
+    asked = recipe.model
+    # the names of its classes are matched to the labels by `assign_labels`, which also says what it concluded
+    given = {each.name: getattr(asked, each.name) for each in fields(ModelOptions) if each.name not in ("dtype", "classes")}
+    return ModelOptions(**given, dtype=getattr(torch, asked.dtype))
+
+
+def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None) -> Settled:
+    """Decides what the model decides.
+
+    Args:
+        recipe: From `complete`.
+        outline: The denoiser, with or without weights; it is told its null class.
+        found: The classes of the exemplars; None where there are none.
+
+    Raises:
+        RequestError: Naming the dotted field that this model can't do.
+    """
+    if outline.prompted and recipe.classes is None and found is None:
+        raise RequestError("classes", None, "this model is told prompts, and which classes to generate is not said",
+                           "Name them (--classes cat,dog), or give exemplars: a folder per class.")  # fmt: skip
+    labels = assign_labels(
+        recipe.classes,
+        found,
+        label_count=outline.label_count,
+        names=outline.classes if recipe.model.classes is None else recipe.model.classes,
+        null_class=outline.null_class,
+    )
+    outline.null_class = labels.null_class
+    for index, term in enumerate(recipe.guidance or ()):
+        if isinstance(term, CFGRequest) and not outline.has_null:
+            remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
+            raise RequestError(f"guidance[{index}]", "cfg", "this model has no null class to compare with", remedy)
+    pixels = type(outline).decode is Denoiser.decode
+    sampler = recipe.sampler
+    if sampler.clamp and not pixels:
+        raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
+    levels = outline.levels.spacing(sampler.steps, sampler.spacing)
+    guidance = tuple(_with_reduce(term, index, outline) for index, term in enumerate(recipe.guidance or ()))
+    if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
+        raise RequestError("model.offload", recipe.model.offload, "an exact jacobian needs the network and the decoder at once",
+                           "Use jacobian gaussian, or leave offload out.")  # fmt: skip
+    model = {
+        "null_class": labels.null_class,
+        "classes": labels.model_classes,
+        "prompts": prompts_of(labels.of, recipe.model) if outline.prompted else {},
+        "resolution": None if pixels else outline.image_shape[1:],
+    }
+    decided = {
+        "spacing": sampler.spacing or outline.levels.spacings[0],
+        "variance": _variance(recipe, outline),
+        "clamp": pixels if sampler.clamp is None else sampler.clamp,
+    }
+    settled = recipe.model_copy(update={
+        "model": recipe.model.model_copy(update=model), "classes": tuple(labels.of), "guidance": guidance,
+        "sampler": sampler.model_copy(update=decided),
+    })  # fmt: skip
+    return Settled(settled, labels, levels)
+
+
+def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
+    asked = recipe.sampler
+    if asked.name != "ddpm":
+        return None
+    if asked.variance == "learned" and not outline.learns_variance:
+        raise RequestError("sampler.variance", "learned", "this model has not learned it", "Use small or large.")
+    return asked.variance or ("learned" if outline.learns_variance else "small")
+
+
+def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser) -> GuidanceRequest:
+    """The term with its `reduce` decided, and refused where the images or latents do not divide by it."""
+    if not isinstance(term, PotentialRequest):
+        return term
+    factor = outline.preview_factor
+    reduce = term.reduce or factor
+    averaged = reduce if reduce % factor else reduce // factor  # squares of latents
+    if any(side % averaged for side in outline.shape[1:]) or any(side % reduce for side in outline.image_shape[1:]):
+        raise RequestError(f"guidance[{index}].reduce", reduce, f"images of {outline.image_shape[1]} x "
+                           f"{outline.image_shape[2]} can't be shrunk by it", "Use 1, 2 or 4, or leave it out.")  # fmt: skip
+    return term.model_copy(update={"reduce": reduce})
