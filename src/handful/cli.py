@@ -49,7 +49,14 @@ def generate(
     recipe: Annotated[
         Path | None, typer.Argument(help="A recipe; the options below override it.", metavar="RECIPE.yaml")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="A packaged model (digits) or a directory that diffusers wrote.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A packaged model (digits), a directory that diffusers wrote, a hub name, a checkpoint (.pt, .safetensors), "
+            "FILE.py:FUNCTION.",
+            metavar="NAME",
+        ),
+    ] = None,
     exemplars: Annotated[str | None, typer.Option(metavar="DIR", help="Real images, a folder per class.")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run directory; an interrupted run goes on there.")
@@ -77,7 +84,14 @@ def generate(
         str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
     ] = None,
     null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
     ] = None,
@@ -95,6 +109,7 @@ def generate(
     Examples:
       handful generate --model digits --exemplars digits/ --out out
       handful generate --model ./cifar10-unet --exemplars photos/ --k 32 --features dinov2 --out out
+      handful generate --model stabilityai/stable-diffusion-2-1 --exemplars photos/ --dtype bfloat16 --out out
       handful generate --model digits --guidance cfg --scale 1 --per-class 256 --out baseline
       handful generate recipe.yaml --out out --set guidance.chamfer.every=1
       handful generate out/recipe.yaml --out again
@@ -106,6 +121,7 @@ def generate(
 
     flags: dict[str, Any] = {
         "model.name": model, "model.null_class": null_class, "model.classes": _listed(class_names),
+        "model.template": template, "model.dtype": dtype, "model.trust_pickle": trust_pickle or None,
         "model.device": device, "exemplars.path": exemplars, "exemplars.per_class": k, "classes": _listed(classes),
         "per_class": per_class, "cohort": cohort, "seed": seed, "sampler.name": sampler, "sampler.steps": steps,
     }  # fmt: skip
@@ -185,6 +201,43 @@ def evaluate(
         print(text)
     else:
         print_table(evaluation_table(found))
+
+
+@app.command(short_help="Say what a recipe costs, before anything runs.")
+def cost(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; the options below override it.", metavar="RECIPE.yaml")],
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Images guided together.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
+    ] = None,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+) -> None:
+    """Say what a recipe costs, before anything runs: operations an image, parameters, peak memory.
+
+    Plain sampling and classifier-free guidance of the same model stand beside it. It reads no weights and no exemplars, and
+    computes nothing. Published models are known by their hub names; others need their configs, in a directory or the hub.
+
+    \b
+    Examples:
+      handful cost recipes/sd15-chamfer.yaml
+      handful cost recipes/sd15-chamfer.yaml --set guidance.0.jacobian=gaussian --set chunk=8
+      handful cost recipe.yaml --json
+    """
+    from handful.cost import cost_of
+    from handful.generate.recipe import recipe_from
+    from handful.generate.recipe_file import overridden, read_mapping
+    from handful.tables import cost_tables, print_table
+
+    flags = {"sampler.steps": steps, "cohort": cohort, "per_class": per_class}
+    found = cost_of(recipe_from(overridden(read_mapping(recipe), flags, settings=settings or ())))
+    if json_wanted:
+        print(json.dumps(found.as_dict()))
+        return
+    for index, table in enumerate(cost_tables(found)):
+        print("\n" * (index > 0), end="")
+        print_table(table)
 
 
 @app.command(short_help="The main job on packaged digits, end to end.")

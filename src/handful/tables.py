@@ -7,8 +7,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from handful.cost import Cost
     from handful.evaluate import Evaluation
     from handful.metrics.summary import Group
+
+# The parts of a `Cost` in words.
+COST_PARTS = {
+    "denoiser": "denoiser",
+    "denoiser backward": "denoiser, back",
+    "preview": "decoding for guidance",
+    "preview backward": "decoding for guidance, back",
+    "features": "feature extractors",
+    "features backward": "feature extractors, back",
+    "other": "distances of features",
+    "decode": "decoding the images",
+}
 
 
 @dataclass
@@ -85,6 +98,36 @@ def demo_table(means: Sequence[Mapping[str, Any]]) -> Table:
         "small classifier trained on the set alone.  seconds: of sampling.",
     ]
     return table
+
+
+def cost_tables(found: Cost) -> list[Table]:
+    """What sampling costs in three ways; where the recipe's operations go; what comes once a class."""
+    height, width = found.resolution
+    chunk = "" if found.chunk is None or found.chunk >= found.cohort else f", {found.chunk} images at once"
+    ways = Table(f"{found.model}, {height} x {width}, {found.sampler}, {found.steps} steps, cohort of {found.cohort}{chunk}",
+                 ["", "TFLOPs/image", "x plain", "x CFG", "denoiser calls", "parameters", "peak memory"])  # fmt: skip
+    plain, cfg = found.plain, found.cfg
+    for name, way in (
+        ("plain", plain),
+        ("CFG" if found.null_condition else "CFG (if it had a null)", cfg),
+        ("recipe", found.recipe),
+    ):
+        ratios = (f"{way.flops_per_image / other.flops_per_image:.2f}" for other in (plain, cfg))
+        ways.rows.append([name, f"{way.flops_per_image / 1e12:.4g}", *ratios, f"{way.evaluations:g}",
+                          f"{way.parameters / 1e6:,.1f} M", f"{way.peak_bytes / 1e9:,.3g} GB"])  # fmt: skip
+    ways.notes = [
+        *(f"{method}: acts at {steps} of {found.plain.evaluations:g} evaluations" for method, steps in found.guided),
+        "A multiply-add is 2 FLOPs; matrix products, convolutions and attention are counted, the rest is not. Weights are",
+        "frozen, so going back is a gradient towards the input. Peak memory is an estimate for the whole cohort at once: the",
+        "weights and the tensors alive, without the allocator's gaps, kernels' workspace and the text encoders. Where it is",
+        "too much, state a chunk: guidance by an exact jacobian then repeats forward passes.",
+    ]  # fmt: skip
+    parts = Table("the recipe by part", ["", "TFLOPs/image", "share"])
+    for part, flops in found.recipe.parts.items():
+        parts.rows.append([COST_PARTS[part], f"{flops / 1e12:.4g}", f"{flops / found.recipe.flops_per_image:.1%}"])
+    once = Table("once a class, not in the above", ["", "TFLOPs"])
+    once.rows = [[name.replace("_", " "), f"{flops / 1e12:.4g}"] for name, flops in found.once_per_class.items()]
+    return [ways, parts, *([once] if once.rows else [])]
 
 
 def _number(value: float | None) -> str:
