@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from handful.generate.recipe import Recipe as Recipe
     from handful.generate.recipe_file import read_recipe as read_recipe
     from handful.guidance import Guided as Guided
+    from handful.models import from_pipeline as from_pipeline
     from handful.models import load as load
 
 # Where each public name lives. `handful.generate` is the package of that name, which can be called.
@@ -42,6 +43,7 @@ _HOME = {
     "Recipe": "handful.generate.recipe",
     "read_recipe": "handful.generate.recipe_file",
     "Guided": "handful.guidance",
+    "from_pipeline": "handful.models",
     "load": "handful.models",
 }
 
@@ -56,6 +58,7 @@ __all__ = [
     "RequestError",
     "RunError",
     "__version__",
+    "from_pipeline",
     "generate",
     "load",
     "load_extractor",
@@ -68,7 +71,7 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name in ("generate", "guidance", "metrics", "models", "samplers", "features", "noise", "zoo"):
+    if name in ("generate", "guidance", "metrics", "models", "samplers", "features", "noise", "zoo", "diffusers"):
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
