@@ -1,0 +1,360 @@
+"""CRDI: many images of a new domain from ten (Cao & Gong, ECCV 2024, arXiv 2407.07249): sampling with fitted embeddings.
+
+Each target image i has a learned shift of the score for each segment e of the guided steps, G[i, e] of the image's shape
+(its sample-wise guidance embeddings, SGE):
+
+    eps' = eps - sigma s G    <=>    x0_hat' = x0_hat + (sigma^2 / alpha) s G         since x_t = alpha x0_hat + sigma eps
+
+An image starts from a noised target and walks down by DDIM. Inside the guided interval it is given the G of a randomly
+chosen target ("relaxing") with an annealed perturbation; below it the model is left alone. `inversion_fit` learns G.
+
+Steps are counted from the clean end, as there: step 0 is the last one of a path, and an interval (lo, hi) holds the steps
+lo <= i < hi. alpha and sigma are the level's at unit variance (alpha^2 + sigma^2 = 1), as the paper's models have them; for
+flow and EDM paths that means x_t / n, so a network told in another form has the same embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from handful.denoiser import Condition, Denoiser
+from handful.errors import RequestError
+from handful.guidance.base import Guidance, Step, Timing
+from handful.guidance.guided import Guided
+from handful.images import write_atomically
+from handful.noise import Level, Levels, noised
+from handful.samplers import ddim
+from handful.sealed import seal, unseal
+
+Exchange = Literal["step", "image", "none"]
+
+KIND, VERSION = "sample-wise guidance embeddings", 1
+FIT_AGAIN = "Fit the targets again (handful invert)."
+_OWN, _EXCHANGE, _PERTURBATION, _START = 1, 2, 3, 4  # what an image's random numbers are for
+
+
+@dataclass(frozen=True, eq=False)
+class Embeddings:
+    """The embeddings of N targets, and all that sampling with them takes.
+
+    Attributes:
+        G: (N, eta, c, h, w) float32; segment 0 is the one at the clean end.
+        x0: The targets as the denoiser has them, pixels or latents; (N, c, h, w) float32.
+        levels: The path they were fitted on.
+        interval: (lo, hi), the guided steps counted from the clean end.
+        scale: s, the strength they were fitted with.
+        perturbation: a, the perturbation to sample with where nothing else is asked.
+        model: The digest of the model's weights, as the caller takes it.
+        targets: The targets' content hashes; empty where unknown.
+        fitted: How they were fitted, for people: what JSON can hold.
+    """
+
+    G: Tensor
+    x0: Tensor
+    levels: Levels
+    interval: tuple[int, int] = (5, 20)
+    scale: float = 2.0
+    perturbation: float = 0.05
+    model: str = ""
+    targets: tuple[str, ...] = ()
+    fitted: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.G.ndim != 5 or not len(self.G) or self.x0.shape != (len(self.G), *self.shape):
+            raise ValueError(f"embeddings {tuple(self.G.shape)} and targets {tuple(self.x0.shape)} must be (N, eta, c, h, w) "
+                             "and (N, c, h, w), N >= 1")  # fmt: skip
+        check_interval(self.interval, self.segments, self.levels)
+
+    def __len__(self) -> int:
+        return len(self.G)
+
+    @property
+    def segments(self) -> int:
+        """eta."""
+        return self.G.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(c, h, w)."""
+        return (self.G.shape[2], self.G.shape[3], self.G.shape[4])
+
+    def segment_of(self, step: int) -> int:
+        """The segment of a guided step.
+
+        Raises:
+            ValueError: If the step lies outside the interval.
+        """
+        for segment, steps in enumerate(segment_steps(self.interval, self.segments)):
+            if step in steps:
+                return segment
+        raise ValueError(f"step {step} is not inside the guided interval {self.interval}")
+
+    def step_of(self, level: Level) -> int | None:
+        """The guided step that a level belongs to, of whatever path: the fitted path's nearest in sigma / (alpha + sigma).
+
+        None outside the interval, and above the fitted path's start.
+
+        Raises:
+            ValueError: If there is a level for each image.
+        """
+        if level.alpha.ndim:
+            raise ValueError("level: embeddings belong to one level for the whole cohort, not to one for each image")
+        alpha, sigma = self.levels.alpha[:-1], self.levels.sigma[:-1]
+        path, here = sigma / (alpha + sigma), level.sigma / (level.alpha + level.sigma)
+        step = self.levels.steps - 1 - int((path - here).abs().argmin())
+        lo, hi = self.interval
+        return step if lo <= step < hi and here <= path[0] + 1e-9 else None
+
+    def interval_on(self, levels: Levels) -> tuple[int, int]:
+        """The guided interval (lo, hi) as steps of another path.
+
+        Raises:
+            RequestError: If none of its levels lies inside.
+        """
+        guided = [
+            levels.steps - 1 - index for index, (level, _) in enumerate(levels.pairs()) if self.step_of(level) is not None
+        ]
+        if not guided:
+            raise RequestError("steps", levels.steps, "no level of this path lies inside the embeddings' guided interval",
+                               f"Sample with {self.levels.steps} steps, as they were fitted.")  # fmt: skip
+        return min(guided), max(guided) + 1
+
+    def check(self, shape: tuple[int, int, int], model: str) -> None:
+        """Refuses to guide a model that they were not fitted on.
+
+        Args:
+            shape: (c, h, w) of the denoiser.
+            model: The digest of its weights.
+
+        Raises:
+            RequestError: If either is another.
+        """
+        if tuple(shape) != self.shape:
+            raise RequestError("embeddings", self.shape, f"they were fitted on a model of {_by(self.shape)}, and this one has "
+                               f"{_by(shape)}", f"Use that model. {FIT_AGAIN}")  # fmt: skip
+        if model != self.model:
+            raise RequestError("embeddings", self.model[:12], "they were fitted on another model: its weights are "
+                               f"{self.model[:12] or 'unknown'} and this one's {model[:12] or 'unknown'}",
+                               f"Use that model. {FIT_AGAIN}")  # fmt: skip
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file, atomically; the same embeddings give the same bytes.
+
+        Raises:
+            OSError: If it can't be written; nothing is left behind.
+        """
+        tensors = {"G": self.G, "x0": self.x0, "alpha": self.levels.alpha, "sigma": self.levels.sigma}
+        names = ("interval", "scale", "perturbation", "model", "targets", "fitted")
+        write_atomically(Path(path).expanduser(), seal(KIND, VERSION, {name: getattr(self, name) for name in names}, tensors))
+
+    @classmethod
+    def load(cls, path: str | Path, *, field: str = "embeddings") -> Embeddings:
+        """Reads what `save` wrote.
+
+        Args:
+            field: What the file is called in errors.
+
+        Raises:
+            RequestError: If it is no such file, of another version, damaged or cut short.
+        """
+        settings, tensors = unseal(path, KIND, VERSION, field=field, remedy=FIT_AGAIN)
+        settings |= {"interval": tuple(settings["interval"]), "targets": tuple(settings["targets"])}
+        return cls(tensors["G"], tensors["x0"], Levels(tensors["alpha"], tensors["sigma"]), **settings)
+
+
+class Inversion(Guidance):
+    """A target's embeddings as a term.
+
+    Every random choice is an image's own, a function of its seed and of the step: it does not depend on the cohort, on its
+    order or chunks, nor on how often a level is evaluated. (The original permutes the targets over its batch at every step:
+    the same for each image, but not for the batch.)
+
+    Args:
+        embeddings: Of the targets.
+        seeds: One an image of the cohort, in its order.
+        scale: 1 is the strength of the fit, 0 no guidance.
+        exchange: Whose embeddings an image is given: at every guided "step" those of a target chosen anew (the paper's
+            relaxing), for the whole "image" those of one chosen target, or with "none" its own target's.
+        own: The place of each image's own target, from which it starts; None chooses by its seed.
+        perturbation: a of G + a (step - lo) / (hi - lo) N(0, 1); None takes the embeddings'.
+        timing: Where inside the guided interval it acts.
+
+    Raises:
+        RequestError: If a setting is out of its range.
+    """
+
+    name = "inversion"
+
+    def __init__(
+        self, embeddings: Embeddings, seeds: Sequence[int], scale: float = 1.0, *, exchange: Exchange = "step",
+        own: Sequence[int] | None = None, perturbation: float | None = None, timing: Timing | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(scale, timing)
+        perturbation = embeddings.perturbation if perturbation is None else perturbation
+        if exchange not in get_args(Exchange):
+            raise RequestError("exchange", exchange, "no such exchange of embeddings",
+                               f"Choose one of: {', '.join(get_args(Exchange))}.")  # fmt: skip
+        if not (math.isfinite(perturbation) and perturbation >= 0):
+            raise RequestError("perturbation", perturbation, "it is a finite number, 0 or more", "Use 0 for none.")
+        own = list(own) if own is not None else own_targets(seeds, len(embeddings))
+        if len(own) != len(seeds) or not all(0 <= target < len(embeddings) for target in own):
+            raise RequestError("own", own, f"it names a target, 0 to {len(embeddings) - 1}, for each of {len(seeds)} images",
+                               "Leave it out to have them chosen.")  # fmt: skip
+        self.embeddings, self.seeds, self.own = embeddings, list(seeds), own
+        self.exchange: Exchange = exchange
+        self.perturbation = perturbation
+
+    def strength(self, level: Level) -> float:
+        return 0.0 if self.embeddings.step_of(level) is None else super().strength(level)
+
+    def shift(self, step: Step) -> Tensor:
+        place = self.embeddings.step_of(step.level)
+        if len(step.x_t) != len(self.seeds):
+            raise ValueError(f"the cohort has {len(step.x_t)} images, and this term the seeds of {len(self.seeds)}")
+        if place is None:
+            return torch.zeros_like(step.x_t)
+        G = self.embeddings.G[self.targets_at(place), self.embeddings.segment_of(place)]
+        lo, hi = self.embeddings.interval
+        if amount := self.perturbation * (place - lo) / (hi - lo):
+            G = G + amount * normal(self.seeds, self.embeddings.shape, place, 0, _PERTURBATION).to(G)
+        factor = self.strength(step.level) * self.embeddings.scale * score_factor(step.level)
+        return factor * G.to(step.x_t)
+
+    def targets_at(self, step: int) -> list[int]:
+        """Whose embeddings each image is given at a guided step."""
+        if self.exchange == "none":
+            return self.own
+        return _chosen(self.seeds, len(self.embeddings), step + 1 if self.exchange == "step" else 0, _EXCHANGE)
+
+
+def own_targets(seeds: Sequence[int], targets: int) -> list[int]:
+    """For each image the target that it starts from, chosen by its seed."""
+    return _chosen(seeds, targets, 0, _OWN)
+
+
+def noised_start(x0: Tensor, which: Sequence[int], noise: Tensor, levels: Levels, hi: int) -> tuple[Tensor, Levels]:
+    """Targets noised to the top of an interval, and the path from there (with plain DDIM after it: SDEdit).
+
+    Args:
+        x0: The targets (N, c, h, w).
+        which: The place of each image's target, n of them.
+        noise: Standard normal, (n, c, h, w).
+        levels: The whole path.
+        hi: The interval's upper end, as steps of this path; see `Embeddings.interval_on`.
+
+    Returns:
+        The states (n, c, h, w), and the last `hi` steps of the path.
+
+    Raises:
+        RequestError: If the path has no such step.
+    """
+    if not 1 <= hi <= levels.steps:
+        raise RequestError("interval", hi, f"a path of {levels.steps} steps does not go so far up", "Give it fewer steps.")
+    first = levels.steps - hi
+    x = noised(x0.to(noise)[list(which)], noise, levels[first])
+    return x, Levels(levels.alpha[first:], levels.sigma[first:])
+
+
+@torch.no_grad()
+def reconstruct(
+    denoiser: Denoiser, embeddings: Embeddings, seed: int = 0, *, exchange: Exchange = "none", perturbation: float = 0.0,
+    condition: Condition | None = None, chunk: int | None = None,
+) -> Tensor:  # fmt: skip
+    """The targets from their own noised selves, by DDIM with their own embeddings: how far those invert the model.
+
+    Args:
+        denoiser: The model that they were fitted on.
+        seed: Of the noise, each target's its own.
+        exchange, perturbation: As for `Inversion`; by default there is neither.
+        condition: N conditions; None: `no_condition`.
+        chunk: At most so many images at once through the network.
+
+    Returns:
+        x0 (N, c, h, w), on the targets' device.
+    """
+    keys = target_keys(seed, len(embeddings))
+    noise = normal(keys, embeddings.shape, 0, 0, _START).to(embeddings.x0)
+    own = range(len(embeddings))
+    term = Inversion(embeddings, keys, exchange=exchange, own=own, perturbation=perturbation)
+    x, levels = noised_start(embeddings.x0, own, noise, embeddings.levels, embeddings.interval[1])
+    return ddim(Guided(denoiser, [term], chunk), x, levels, condition or no_condition(denoiser, len(embeddings)))
+
+
+def no_condition(denoiser: Denoiser, n: int) -> Condition:
+    """What tells the model nothing, n times.
+
+    Raises:
+        RequestError: If it must be told something.
+    """
+    if denoiser.prompted:
+        return denoiser.condition([""] * n)
+    if denoiser.label_count and denoiser.null_class is None:
+        raise RequestError("condition", None, "this model is told labels and has none that stands for no class",
+                           "Name the label with --null-class, or give a class.")  # fmt: skip
+    return denoiser.condition([denoiser.null_class or 0] * n)
+
+
+def check_interval(interval: tuple[int, int], segments: int, levels: Levels) -> None:
+    """Refuses an interval that the path does not have, and more segments than it has guided steps.
+
+    Raises:
+        RequestError: Naming the one.
+    """
+    lo, hi = interval
+    if not 0 <= lo < hi <= levels.steps:
+        raise RequestError("interval", interval, f"the guided steps lo <= i < hi lie within the path's 0 to {levels.steps}",
+                           "Count the steps from the clean end, lo below hi; (5, 20) of 25 is the paper's.")  # fmt: skip
+    if not 1 <= segments <= hi - lo:
+        raise RequestError("segments", segments, f"{hi - lo} guided steps make 1 to {hi - lo} segments",
+                           f"Use 1 for one embedding over all steps, {hi - lo} for one each.")  # fmt: skip
+    if not bool(levels.alpha[levels.steps - hi] > 0):
+        raise RequestError("interval", interval, "it reaches up to pure noise, where there is no image to shift",
+                           f"Let it end at {hi - 1} or below.")  # fmt: skip
+
+
+def segment_steps(interval: tuple[int, int], segments: int) -> list[range]:
+    """The guided steps cut into contiguous runs, the first at the clean end; where they differ, the first are longer by one."""
+    length, longer = divmod(interval[1] - interval[0], segments)
+    ends = [interval[0] + length * e + min(e, longer) for e in range(segments + 1)]
+    return [range(*pair) for pair in pairwise(ends)]
+
+
+def score_factor(level: Level) -> float:
+    """sigma^2 / alpha at unit variance: what turns a shift of the score into one of x0_hat."""
+    return float(level.sigma**2 / (level.alpha * level.total))
+
+
+def target_keys(seed: int, n: int) -> list[int]:
+    """A key of random numbers for each of n targets: of the seed and its place, whatever their number."""
+    return [seed + ((place + 1) << 64) for place in range(n)]
+
+
+def random_at(key: int, *place: int) -> np.random.RandomState:
+    """A generator for one place of one key's own: Philox with the place (three words) in the upper part of its counter.
+
+    With any word above 0 it shares no number with the image's own noise, which starts at counter 0.
+    """
+    return np.random.RandomState(np.random.Philox(key=key, counter=[0, *place]))
+
+
+def normal(keys: Sequence[int], shape: tuple[int, ...], *place: int) -> Tensor:
+    """Standard normal noise for each key, (n, *shape) float32 on the CPU."""
+    drawn = [random_at(key, *place).standard_normal(shape).astype(np.float32) for key in keys]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def _chosen(seeds: Sequence[int], targets: int, step: int, purpose: int) -> list[int]:
+    return [int(random_at(seed, step, 0, purpose).randint(targets)) for seed in seeds]
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
