@@ -51,9 +51,7 @@ def contact_sheet_png(
                            "Give at least one class, column and row.")  # fmt: skip
     shown = classes[:_MOST_CLASSES]
     height, width = generated[shown[0]].shape[-2:]
-    factor = max(1, round(_TILE / max(height, width)))
-    shrink = min(1.0, _LARGEST / max(height, width))
-    tile = (max(1, round(height * factor * shrink)), max(1, round(width * factor * shrink)))
+    tile = tile_size(height, width)
     columns = min(columns, max(max(len(generated[name]), len(exemplars.get(name, ()))) for name in shown))
 
     blocks = [_block(name, exemplars.get(name), generated[name], tile, columns, rows) for name in shown]
@@ -66,10 +64,17 @@ def contact_sheet_png(
         sheet.paste(block, (_MARGIN, top))
         top += block.height + _MARGIN
     if note:
-        ImageDraw.Draw(sheet).text((_MARGIN, top), note, _INK, _font())
+        ImageDraw.Draw(sheet).text((_MARGIN, top), note, _INK, label_font())
     encoded = io.BytesIO()
     sheet.save(encoded, "PNG")
     return encoded.getvalue()
+
+
+def tile_size(height: int, width: int) -> tuple[int, int]:
+    """The (height, width) at which images of this size are drawn."""
+    factor = max(1, round(_TILE / max(height, width)))
+    shrink = min(1.0, _LARGEST / max(height, width))
+    return max(1, round(height * factor * shrink)), max(1, round(width * factor * shrink))
 
 
 def _block(
@@ -81,7 +86,7 @@ def _block(
     lines += [(part, _GENERATED) for part in generated[: columns * rows].split(columns)]
     label = name if len(name) <= 60 else name[:57] + "..."
     legend = "generated" if given is None else "exemplars above, generated below"
-    font = _font()
+    font = label_font()
     height, width = tile
     edge = 4  # the coloured mark at the left of a line
     line_width = edge + _GAP + columns * (width + _GAP)
@@ -95,12 +100,13 @@ def _block(
     for images, colour in lines:
         draw.rectangle((0, top, edge - 1, top + height - 1), colour)
         for place, image in enumerate(images):
-            block.paste(_drawn(image, tile), (edge + _GAP + place * (width + _GAP), top))
+            block.paste(draw_tile(image, tile), (edge + _GAP + place * (width + _GAP), top))
         top += height + (_GAP if colour == _GENERATED else 3 * _GAP)
     return block
 
 
-def _drawn(image: Tensor, tile: tuple[int, int]) -> Image.Image:
+def draw_tile(image: Tensor, tile: tuple[int, int]) -> Image.Image:
+    """One image (c, h, w) in [-1, 1] at the (height, width) of a tile, in colour."""
     larger = tile[0] >= image.shape[-2] and tile[1] >= image.shape[-1]
     batch = image[None].float().clamp(-1, 1)
     sized = interpolate(batch, tile) if larger else interpolate(batch, tile, mode="bicubic", antialias=True)
@@ -108,5 +114,6 @@ def _drawn(image: Tensor, tile: tuple[int, int]) -> Image.Image:
     return Image.fromarray(to_uint8(sized).permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The font of all labels."""
     return ImageFont.load_default(_TEXT)  # Pillow's own; the bitmap one, of fixed size, where it was built without FreeType

@@ -1,4 +1,7 @@
-"""Measurements of a generated set against a real one, from their features; numpy only, torch is never imported here."""
+"""Measurements of a generated set against a real one, from their features; numpy only, torch is never imported here.
+
+What compares images themselves needs torch and is imported by its own name: `perceptual` (distances), `lpips`, `few_shot`.
+"""
 
 from handful.metrics.copying import copied_share
 from handful.metrics.frechet import frechet, frechet_from_moments

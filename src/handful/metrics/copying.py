@@ -28,6 +28,14 @@ def copied_share(
     """
     flags = []
     for name, features in generated.items():
-        limit = np.quantile(nearest(real[name], exemplars[name])[0], quantile)
-        flags.append(nearest(features, exemplars[name])[0] < limit)
+        flags.append(_nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile))
     return float(np.concatenate(flags).mean())
+
+
+def share_nearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:
+    """The same of one class, from distances (n,) and (m,) to the nearest exemplar, whatever measured them."""
+    return float(_nearer(generated, real, quantile).mean())
+
+
+def _nearer(generated: np.ndarray, real: np.ndarray, quantile: float) -> np.ndarray:
+    return generated < np.quantile(real, quantile)
