@@ -38,6 +38,9 @@ def main(app: typer.Typer) -> NoReturn:
     # Before torch is loaded: its threads otherwise wait by spinning, and where anything else wants the same processors a
     # small model samples a hundred times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # What these libraries say of themselves at every import (that torchvision is missing, which handful does without).
+    for library in ("TRANSFORMERS", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.exit(answer(app, sys.argv[1:]))

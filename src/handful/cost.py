@@ -21,6 +21,7 @@ from handful.denoiser import Condition, Denoiser, NetworkDenoiser
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features import FeatureExtractor, extractor_skeleton
 from handful.flops import OTHER, Count
+from handful.generate.inverting import Inverted, read_inversion
 from handful.generate.recipe import CFGRequest, GuidanceRequest, Recipe
 from handful.generate.settle import complete, model_options, settle
 from handful.generate.terms import View, make_terms, views
@@ -111,11 +112,12 @@ def cost_of(recipe: Recipe) -> Cost:
     Raises:
         RequestError: If the recipe can't be run, or the model is not known here and its configs can't be read.
     """
-    recipe, notes = complete(recipe)
+    inverted = read_inversion(recipe.guidance or ())
+    recipe, notes = complete(recipe, inverted)
     source = None if recipe.model.revision else packaged_configs(recipe.model.name)
     denoiser = skeleton(source or recipe.model.name, model_options(recipe))
-    recipe = _for_any_class(recipe, denoiser)
-    settled = settle(recipe, denoiser, None)
+    recipe = recipe if inverted else _for_any_class(recipe, denoiser)
+    settled = settle(recipe, denoiser, None, inverted)
     recipe = settled.recipe
     guidance = recipe.guidance or ()
     denoiser.place(META, getattr(torch, recipe.model.dtype))
@@ -126,13 +128,13 @@ def cost_of(recipe: Recipe) -> Cost:
         denoiser.linear_preview = torch.zeros(denoiser.image_shape[0], denoiser.shape[0] + 1, device=META)
     extractors = {name: extractor_skeleton(name).to(META) for name, _ in views(guidance)}
     work = _Work(denoiser, extractors, evaluated(settled.levels, recipe), min(recipe.cohort, recipe.per_class), recipe.chunk,
-                 recipe.exemplars.per_class or UNKNOWN_EXEMPLARS)  # fmt: skip
+                 recipe.exemplars.per_class or UNKNOWN_EXEMPLARS, inverted)  # fmt: skip
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)
     networks = {name: _size(network) for name, network in denoiser.named_children()}
     networks |= {f"features: {name}": _size(extractor) for name, extractor in extractors.items() if _size(extractor)}
     return Cost(
         work.way(guidance), work.way(()), work.way((CFGRequest(),)), recipe.model.name,
-        (denoiser.image_shape[1], denoiser.image_shape[2]), recipe.sampler.name, recipe.sampler.steps,
+        (denoiser.image_shape[1], denoiser.image_shape[2]), recipe.sampler.name, settled.levels.steps,
         work.cohort, recipe.chunk, denoiser.has_null,
         [(term.method, count) for term, count in zip(guidance, work.guided(guidance), strict=True)],
         networks | encoders, work.exemplar_flops(guidance) | told, notes,
@@ -190,6 +192,7 @@ class _Work:
         evaluated: Every level at which the sampler asks.
         cohort, chunk: As in the recipe.
         exemplars: Of one class.
+        inverted: For guidance by inversion.
     """
 
     denoiser: NetworkDenoiser
@@ -198,6 +201,7 @@ class _Work:
     cohort: int
     chunk: int | None
     exemplars: int
+    inverted: Inverted | None = None
 
     @torch.no_grad()
     def way(self, guidance: Sequence[GuidanceRequest]) -> Way:
@@ -258,7 +262,7 @@ class _Work:
             for name, reduce in views(guidance):
                 features[name, reduce] = self._features(name, reduce).expand(self.exemplars, -1)
         counted: Any = {name: _CountedExtractor(extractor, count) for name, extractor in self.extractors.items()}
-        return make_terms(guidance, counted, features)
+        return make_terms(guidance, counted, features, self.inverted and self.inverted.embeddings, range(self.cohort))
 
     def _features(self, name: str, reduce: int) -> Tensor:
         """Features (1, D) of an image as guidance looks at it."""
@@ -344,7 +348,8 @@ class _CountedExtractor(nn.Module):
 def _for_any_class(recipe: Recipe, denoiser: NetworkDenoiser) -> Recipe:
     """The recipe without what only its exemplars' folder could tell of classes: none costs more than another."""
     if denoiser.prompted:
-        return recipe if recipe.classes else recipe.model_copy(update={"classes": ("image",)})
+        model = {"prompts": {"image": "image"}, "classes": None}
+        return recipe.model_copy(update={"classes": ("image",), "model": recipe.model.model_copy(update=model)})
     if not (denoiser.classes or recipe.model.classes):
         if denoiser.null_class is None and denoiser.label_count:
             denoiser.null_class = denoiser.label_count - 1  # as `assign_labels` concludes from the folders

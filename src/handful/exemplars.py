@@ -89,12 +89,7 @@ class Exemplars:
         flat = [(name, file) for name, of_class in drawn.items() for file in of_class]
 
         def read(index: int) -> tuple[Tensor, str]:
-            file = flat[index][1]
-            with open_file(file) as stream:
-                data = stream.read()
-            image = read_image(data, channels=channels, size=size, name=file)
-            target = f"handful {_READING} {channels} {size[0]} {size[1]} ".encode()
-            return image, hashlib.sha256(target + hashlib.sha256(data).digest()).hexdigest()
+            return read_hashed(flat[index][1], channels, size)
 
         read_files = read_all(read, range(len(flat)), field="exemplars", root=root, workers=workers)
         images: dict[str, list[Tensor]] = {name: [] for name in drawn}
@@ -193,6 +188,19 @@ class Exemplars:
         hashes = {name: tuple(hashlib.sha256(f"{each}/{reduce}".encode()).hexdigest() for each in of_class)
                   for name, of_class in self.hashes.items()}  # fmt: skip
         return Exemplars(images, self.files, hashes, self.warnings)
+
+
+def read_hashed(file: Path, channels: int, size: tuple[int, int]) -> tuple[Tensor, str]:
+    """An image (`handful.images.read_image`) and its content hash, which size and channels are part of.
+
+    Raises:
+        RequestError: As `read_image`.
+    """
+    with open_file(file) as stream:
+        data = stream.read()
+    image = read_image(data, channels=channels, size=size, name=file)
+    target = f"handful {_READING} {channels} {size[0]} {size[1]} ".encode()
+    return image, hashlib.sha256(target + hashlib.sha256(data).digest()).hexdigest()
 
 
 def _draw(seed: int, file: Path) -> str:

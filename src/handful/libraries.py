@@ -10,6 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from handful.errors import RequestError, first_line
 
 
+def hide_loading_bars() -> None:
+    """No bars of diffusers and transformers for the rest of the process, as beside --quiet and in log files."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 @cache
 def check_libraries() -> None:
     """Refuses an environment in which diffusers and transformers can't be imported.

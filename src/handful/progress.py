@@ -5,7 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TextIO
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a job does: `doing` so many `units`, then it has `done` them."""
+
+    doing: str
+    done: str
+    units: str
+
+
+IMAGES = Words("generating", "generated", "images")
 
 
 class Progress:
@@ -17,8 +30,8 @@ class Progress:
     def begin(self, total: int, done: int) -> None:
         """The job has `total` units (images), of which `done` were there before."""
 
-    def advance(self, amount: float) -> None:
-        """So many more units are done."""
+    def advance(self, amount: float, now: str = "") -> None:
+        """So many more units are done; `now` says where the job is, in a few words."""
 
     def note(self, text: str) -> None:
         """Something the user should see now, in one line."""
@@ -34,20 +47,25 @@ class Lines(Progress):
         stream: Where to; None: stderr.
         seconds: At most one line in so many seconds.
         clock: For tests.
+        words: What is done to what.
     """
 
-    def __init__(self, stream: TextIO | None = None, seconds: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream, self._seconds, self._clock = stream or sys.stderr, seconds, clock
-        self._total = self._before = 0
+    def __init__(
+        self, stream: TextIO | None = None, seconds: float = 5.0, clock: Callable[[], float] = time.monotonic,
+        words: Words = IMAGES,
+    ) -> None:  # fmt: skip
+        self._stream, self._seconds, self._clock, self._words = stream or sys.stderr, seconds, clock, words
+        self._total, self._before, self._now = 0, 0, ""
         self._done = self._began = self._last = 0.0
 
     def begin(self, total: int, done: int) -> None:
         self._total, self._before, self._done = total, done, 0.0
         self._began = self._last = self._clock()
-        self._say(f"generating {total - done} images" + (f" ({done} of {total} are there)" if done else ""))
+        there = f" ({done} of {total} are there)" if done else ""
+        self._say(f"{self._words.doing} {total - done} {self._words.units}{there}")
 
-    def advance(self, amount: float) -> None:
-        self._done += amount
+    def advance(self, amount: float, now: str = "") -> None:
+        self._done, self._now = self._done + amount, now
         if self._clock() - self._last >= self._seconds:
             self._last = self._clock()
             self._say(self._line())
@@ -62,17 +80,24 @@ class Lines(Progress):
     def _line(self) -> str:
         rate = self._done / max(1e-9, self._clock() - self._began)
         left = max(0.0, self._total - self._before - self._done)
-        text = f"generated {self._before + round(self._done)} of {self._total} images, {rate:.3g} images/s"
-        return text + (f", {duration(left / rate)} left" if left >= 0.5 and rate else "")
+        words = self._words
+        text = f"{words.done} {self._before + round(self._done)} of {self._total} {words.units}, {rate:.3g} {words.units}/s"
+        text += f", {duration(left / rate)} left" if left >= 0.5 and rate else ""
+        return text + (f"; {self._now}" if self._now else "")
 
     def _say(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
 
 
 class Bar(Progress):
-    """A bar with rate and time left, for terminals."""
+    """A bar with rate and time left, for terminals.
 
-    def __init__(self) -> None:
+    Args:
+        words: What is done to what.
+    """
+
+    def __init__(self, words: Words = IMAGES) -> None:
+        self._words = words
         self._bar: Any = None
         self._task: Any = None
 
@@ -81,25 +106,28 @@ class Bar(Progress):
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as RichProgress
 
+        units = self._words.units
+
         class Whole(MofNCompleteColumn):
-            """Counts whole images, though the bar moves with every step."""
+            """Counts whole units, though the bar moves with every step."""
 
             def render(self, task: Any) -> Any:
                 from rich.text import Text
 
-                return Text(f"{int(task.completed + 1e-6)}/{int(task.total or 0)} images", style="progress.download")
+                return Text(f"{int(task.completed + 1e-6)}/{int(task.total or 0)} {units}", style="progress.download")
 
         rate = TextColumn("{task.fields[rate]}")
-        self._bar = RichProgress(TextColumn("generating"), BarColumn(), Whole(), rate, TimeRemainingColumn(),
+        self._bar = RichProgress(TextColumn(self._words.doing), BarColumn(), Whole(), rate, TimeRemainingColumn(),
                                  console=Console(stderr=True), transient=False)  # fmt: skip
         self._began, self._made = time.monotonic(), 0.0
         self._task = self._bar.add_task("", total=total, completed=done, rate="")
         self._bar.start()
 
-    def advance(self, amount: float) -> None:
+    def advance(self, amount: float, now: str = "") -> None:
         self._made += amount
         rate = self._made / max(1e-9, time.monotonic() - self._began)
-        self._bar.update(self._task, advance=amount, rate=f"{rate:.3g} images/s")
+        told = f"{rate:.3g} {self._words.units}/s" + (f"; {now}" if now else "")
+        self._bar.update(self._task, advance=amount, rate=told)
 
     def note(self, text: str) -> None:
         if self._bar is None:
@@ -113,11 +141,11 @@ class Bar(Progress):
             self._bar = None
 
 
-def progress_for(quiet: bool = False) -> Progress:
+def progress_for(quiet: bool = False, words: Words = IMAGES) -> Progress:
     """What suits this stderr: nothing, a bar, or lines."""
     if quiet:
         return Progress()
-    return Bar() if sys.stderr.isatty() else Lines()
+    return Bar(words) if sys.stderr.isatty() else Lines(words=words)
 
 
 def duration(seconds: float) -> str:

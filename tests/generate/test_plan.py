@@ -154,3 +154,9 @@ def test_noise_is_standard_normal():
     assert drawn.dtype == torch.float32
     assert abs(float(drawn.mean())) < 5 / 200
     assert abs(float(drawn.var()) - 1) < 5 * (2 / 40_000) ** 0.5
+
+
+def test_a_model_that_says_itself_whether_it_has_a_null_class_is_not_guessed_to_have_one():
+    found = [f"{label}" for label in range(9)]
+    assert assign_labels(None, found, label_count=10).null_class == 9
+    assert assign_labels(None, found, label_count=10, may_have_null=False).null_class is None

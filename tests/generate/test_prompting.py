@@ -60,3 +60,8 @@ def test_what_cannot_be_filled_is_refused_by_name(words: dict[str, Any], field: 
         prompts_of(["cat"], asked(**words))
     assert caught.value.field == field
     assert said in str(caught.value)
+
+
+def test_prompts_may_say_more_than_is_generated_and_an_empty_one_is_meant():
+    said = asked(prompts={"cat": "", "dog": "a dog"})
+    assert prompts_of(["cat"], said) == {"cat": ""}

@@ -184,8 +184,8 @@ def test_what_a_user_states_wins_over_the_models_own_defaults():
     assert for_model(EnergyRequest(), "/m", 18) == EnergyRequest(features="dinov2", every=4, hold=True)
 
 
-@pytest.mark.parametrize(("steps", "every"), [(1, 1), (4, 1), (10, 2), (18, 4), (40, 10)])
-def test_every_left_open_makes_four_guided_steps_whose_direction_is_held_between(steps: int, every: int):
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (4, 1), (7, 1), (10, 2), (18, 4), (30, 7), (40, 10)])
+def test_every_left_open_guides_four_steps_or_a_few_more_and_holds_the_direction_between(steps: int, every: int):
     term = for_model(ChamferRequest(), "/m", steps)
     assert (term.every, term.hold) == (every, every > 1)
     assert for_model(ChamferRequest(normalize="none"), "/m", steps).hold is False

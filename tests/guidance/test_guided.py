@@ -759,3 +759,23 @@ def test_levels_of_each_image_are_refused_where_a_term_acts():
     assert torch.equal(Guided(denoiser, [])(x_t, many, condition), denoiser(x_t, many, condition))
     with pytest.raises(ValueError, match="one level for the whole cohort, not at 3"):
         Guided(denoiser, [chamfer()])(x_t, many, condition)
+
+
+def test_terms_that_are_held_at_different_turns_keep_their_own_directions():
+    """Two terms of one Pull, every 2nd and every 4th step: on a step where neither acts, both directions are added."""
+    denoiser, levels, condition = Latent(), VP.cosine().spacing(8), Condition(torch.tensor([0, 1, 2]), 3)
+    pull = Pull("gaussian", hold=True)
+
+    def walked(*terms: Guidance) -> list[Tensor]:
+        guided, x = Guided(denoiser, terms), normal(3, *LATENT)
+        return [guided(x, at, condition) - denoiser(x, at, condition) for at, _ in levels.pairs()]
+
+    def often() -> Guidance:
+        return chamfer(0.3, pull, Timing(every=2))
+
+    def seldom() -> Guidance:
+        return chamfer(0.2, pull, Timing(every=4))
+
+    both, apart = walked(often(), seldom()), zip(walked(often()), walked(seldom()), strict=True)
+    for found, (one, other) in zip(both, apart, strict=True):
+        torch.testing.assert_close(found, one + other, rtol=1e-9, atol=1e-12)

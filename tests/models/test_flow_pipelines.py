@@ -59,9 +59,9 @@ def test_a_skeleton_is_the_loaded_denoiser_without_its_weights(tmp_path, family)
 @families
 def test_the_digest_names_every_network_that_is_there(family):
     denoiser: Any = from_pipeline(MAKERS[family]())
-    assert set(denoiser.components()) == {"transformer", "vae", *ENCODERS[family]}
+    assert set(denoiser.components()) == {"network", "vae", *ENCODERS[family]}
     denoiser.free_text_encoders()
-    assert set(denoiser.components()) == {"transformer", "vae"}
+    assert set(denoiser.components()) == {"network", "vae"}
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------

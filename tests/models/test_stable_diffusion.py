@@ -178,11 +178,11 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path, part):
 
 
 def test_the_digest_names_every_network():
-    assert set(from_pipeline(tiny_stable_diffusion()).components()) == {"unet", "vae", "text_encoder"}
+    assert set(from_pipeline(tiny_stable_diffusion()).components()) == {"network", "vae", "text_encoder"}
     denoiser: Any = from_pipeline(tiny_sdxl())
-    assert set(denoiser.components()) == {"unet", "vae", "text_encoder", "text_encoder_2"}
+    assert set(denoiser.components()) == {"network", "vae", "text_encoder", "text_encoder_2"}
     denoiser.free_text_encoders()
-    assert set(denoiser.components()) == {"unet", "vae"}
+    assert set(denoiser.components()) == {"network", "vae"}
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------------
@@ -274,12 +274,12 @@ def test_sdxl_keeps_its_autoencoder_in_float32_where_the_weights_are_float16(tmp
     placed: Any = from_pipeline(tiny_sdxl())
     placed.place("cpu", torch.float16)
     for denoiser in (load(tmp_path, dtype=torch.float16), placed):
-        network, vae = denoiser.components()["unet"], denoiser.components()["vae"]
+        network, vae = denoiser.components()["network"], denoiser.components()["vae"]
         assert (next(network.parameters()).dtype, next(vae.parameters()).dtype) == (torch.float16, torch.float32)
     loaded: Any = load(tmp_path, dtype=torch.float16)
     assert loaded.vae is loaded.pipeline.vae  # so that offloading the pipeline offloads it too
     half = load(tmp_path, dtype=torch.bfloat16).components()
-    assert next(half["unet"].parameters()).dtype == next(half["vae"].parameters()).dtype == torch.bfloat16
+    assert next(half["network"].parameters()).dtype == next(half["vae"].parameters()).dtype == torch.bfloat16
 
 
 def test_a_pipeline_in_float16_keeps_its_own_autoencoder_as_it_was():

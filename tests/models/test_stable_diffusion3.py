@@ -112,7 +112,7 @@ def test_without_t5_the_pipeline_without_it_is_loaded_and_its_weights_are_not_re
     wanted = pipelines_own(tiny_sd3(t5=False), 4, 4.0)
     assert distance(sampled(denoiser, 4, 4.0), wanted) < 1e-5
     assert distance(sampled(from_pipeline(tiny_sd3()), 4, 4.0), wanted) > 1e-3
-    assert set(denoiser.components()) == {"transformer", "vae", "text_encoder", "text_encoder_2"}
+    assert set(denoiser.components()) == {"network", "vae", "text_encoder", "text_encoder_2"}
     text = skeleton(tmp_path, without=without).condition(PROMPTS).embeddings["text"]
     assert text.shape == denoiser.condition(PROMPTS).embeddings["text"].shape == (2, 77 + 256, 32)
     assert bool((denoiser.condition(PROMPTS).embeddings["text"][:, 77:] == 0).all())

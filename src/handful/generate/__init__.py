@@ -4,7 +4,7 @@
     plan.py         classes, cohorts, noise        job.py          all checks before the work
     run.py          the work                       directory.py    commits, resume, ownership
     manifest.py, writers.py, provenance.py         what is written
-    terms.py        guidance from its request
+    terms.py        guidance from its request      inverting.py    what guidance by inversion decides
 
 Importing this package imports no torch, so that a misspelt recipe is refused at once.
 """

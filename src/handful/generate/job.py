@@ -17,6 +17,7 @@ from handful.errors import HandfulError, RequestError, first_line
 from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor, load_extractor
 from handful.generate.directory import RunDirectory, differences
+from handful.generate.inverting import Inverted, read_inversion
 from handful.generate.manifest import manifest_schema
 from handful.generate.plan import Cohort, plan_cohorts
 from handful.generate.provenance import CONTENTS, DECIDING, choose_device, provenance_of
@@ -56,6 +57,7 @@ class Job:
         image_shape: (c, h, w) of one image.
         provenance: For recipe.yaml.
         notes: What was concluded, in words for the user.
+        inverted: What guidance by inversion takes; None without.
         threads: Of the CPU; as many as the run was begun with, since another number adds up in another order.
         changes: What is not as it was when the run began, where cohorts of then are kept and others made now.
         done: Keys of the cohorts that lie finished in the directory.
@@ -75,6 +77,7 @@ class Job:
     provenance: dict[str, Any]
     notes: list[str]
     allow_version_change: bool = False
+    inverted: Inverted | None = None
     threads: int | None = None
     changes: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
@@ -98,7 +101,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     Raises:
         RequestError: Naming what can't be done, and the remedy.
     """
-    recipe, notes = complete(recipe)
+    inverted = read_inversion(recipe.guidance or ())
+    recipe, notes = complete(recipe, inverted)
     if (method := needs_exemplars(recipe.guidance or ())) and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
         raise RequestError("exemplars.path", None, f"{method} guidance needs exemplars", remedy)
@@ -109,8 +113,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
 
     options = model_options(recipe)
     outline = skeleton(recipe.model.name, options)
-    settled = settle(recipe, outline, found)
-    placement = _placement(recipe, device)
+    settled = settle(recipe, outline, found, inverted)
+    placement = placement_of(recipe, device)
     check_placement(outline, placement)
     recipe, labels = settled.recipe, settled.labels
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": str(device)})})
@@ -131,7 +135,10 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     # an outline with weights is the model itself: code of the user's, which need not run twice
     denoiser = load(recipe.model.name, options) if any(each.is_meta for each in outline.parameters()) else outline
     denoiser.null_class = labels.null_class
-    provenance = provenance_of(denoiser, device, settled.levels, exemplars, extractors, notes)
+    provenance = provenance_of(denoiser, device, settled.levels, exemplars, extractors, notes,
+                               inverted.sha256 if inverted else None)  # fmt: skip
+    if inverted is not None:
+        inverted.check(denoiser, provenance["model_sha256"])
     if isinstance(denoiser, Prompted):
         denoiser.encode_prompts(list(recipe.model.prompts.values()), device)
         denoiser.free_text_encoders()
@@ -140,7 +147,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     job = Job(
         recipe, directory, denoiser, device, settled.levels, exemplars, extractors,
         plan_cohorts(labels.of, recipe.per_class, recipe.cohort), manifest_schema(energies), image_shape, provenance,
-        notes, allow_version_change,
+        notes, allow_version_change, inverted,
     )  # fmt: skip
     check_against_stored(job)
     return job
@@ -164,6 +171,10 @@ def check_against_stored(job: Job) -> None:
             for data in (there, here):
                 if isinstance(data.get(part), dict) and data[part].get(key) is not None:
                     data[part][key] = "..."
+        if before.get("embeddings_sha256") == now["embeddings_sha256"]:
+            for term in [*(there.get("guidance") or ()), *(here["guidance"] or ())]:
+                if "embeddings" in term:
+                    term["embeddings"] = "..."
         unlike = differences(there, here) + contents
         if unlike:
             raise RequestError("out", job.directory.path, "it holds the run of another recipe:\n  " + "\n  ".join(unlike),
@@ -228,7 +239,8 @@ def _exemplar_classes(recipe: Recipe, out: Path) -> list[str] | None:
     return list(files)
 
 
-def _placement(recipe: Recipe, device: torch.device) -> Placement:
+def placement_of(recipe: Recipe, device: torch.device) -> Placement:
+    """How the recipe asks for its model to be run."""
     asked = recipe.model
     return Placement(device, getattr(torch, asked.dtype), asked.attention, asked.compile, asked.offload,
                      asked.vae_slicing, asked.vae_tiling)  # fmt: skip

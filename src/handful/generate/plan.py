@@ -65,7 +65,7 @@ class Labels:
 
 def assign_labels(
     wanted: Sequence[str] | None, found: Sequence[str] | None, *,
-    label_count: int, names: Sequence[str] = (), null_class: int | None = None,
+    label_count: int, names: Sequence[str] = (), null_class: int | None = None, may_have_null: bool = True,
 ) -> Labels:  # fmt: skip
     """Finds the model's label for each class name.
 
@@ -80,6 +80,7 @@ def assign_labels(
         label_count: Labels that the model takes, the null class included; 0 for an unconditional model.
         names: The model's class names by label, without the null class; empty where unknown.
         null_class: The label for "no class", where it is known.
+        may_have_null: Whether one of the labels may stand for "no class" without the model saying so.
 
     Raises:
         RequestError: If a name can't be matched, saying which names there are and how to state the mapping.
@@ -97,7 +98,7 @@ def assign_labels(
 
     notes: list[str] = []
     counts = len(names) or len(found or ())
-    if null_class is None and counts == label_count - 1 and _could_be_all(names or found or (), label_count):
+    if may_have_null and null_class is None and counts == label_count - 1 and _could_be_all(names or found or (), label_count):
         null_class = label_count - 1
         notes.append(
             f"null class: label {null_class}, the last, as the model has {label_count} labels and there are {counts} classes"

@@ -13,14 +13,15 @@ from handful.generate.recipe import ModelRequest, did_you_mean
 def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str]:
     """A prompt for each class.
 
-    In a class name underscores stand for spaces. What `asked.prompts` says of a class is taken as it is.
+    In a class name underscores stand for spaces. What `asked.prompts` says of a class is taken as it is; it may say more than
+    is generated, as a run's recipe.yaml does where fewer classes are asked for.
 
     Raises:
         RequestError: If the template or the pattern can't be filled, or a prompt is for no class.
     """
     classes = list(classes)
     stray = [name for name in asked.prompts if name not in classes]
-    if stray:
+    if stray and not set(classes) <= set(asked.prompts):
         raise RequestError("model.prompts", stray[0], "there is no such class", did_you_mean(stray[0], classes, "Classes"))
     fields = _fields("model.template", asked.template)
     if not fields:
@@ -31,7 +32,7 @@ def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str]:
     if pattern is not None and lacking:
         raise RequestError("model.template", asked.template, f"the class pattern has no field {{{lacking[0]}}}",
                            f"Its fields are: {', '.join(pattern.groupindex)}.")  # fmt: skip
-    return {name: asked.prompts.get(name) or _filled(asked, fields, pattern, name) for name in classes}
+    return {name: asked.prompts[name] if name in asked.prompts else _filled(asked, fields, pattern, name) for name in classes}
 
 
 def _filled(asked: ModelRequest, fields: list[str], pattern: re.Pattern[str] | None, name: str) -> str:

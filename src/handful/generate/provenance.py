@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from torch import nn
 
 from handful.denoiser import Denoiser
 from handful.digests import weights_digest
@@ -20,36 +21,57 @@ from handful.noise import Levels
 
 # Another version of these may give other bytes: of the images (pillow: of the files), of the markers and the manifest.
 DECIDING = ("handful", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
-CONTENTS = ("model_sha256", "exemplars_sha256", "features_sha256")
+CONTENTS = ("model_sha256", "exemplars_sha256", "features_sha256", "embeddings_sha256")
 
 
 def provenance_of(
     denoiser: Denoiser, device: torch.device, levels: Levels, exemplars: Exemplars | None,
-    extractors: Mapping[str, FeatureExtractor], notes: list[str],
+    extractors: Mapping[str, FeatureExtractor], notes: list[str], embeddings_sha256: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Plain data for recipe.yaml. No time, host or user is in it: the same run is the same text everywhere.
 
     Args:
-        denoiser: With its weights as they were loaded, before any change of precision, text encoders included.
+        denoiser: With its weights as they were loaded; see `model_digest`.
+        embeddings_sha256: Of the file that guides by inversion; None where there is none.
     """
     return {
         **{name: _version(name) for name in DECIDING},
         "python": platform.python_version(),
         "device": describe_device(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "model_sha256": _model_digest(denoiser),
+        "model_sha256": model_digest(denoiser),
         "exemplars_sha256": exemplars.digest if exemplars else None,
         "features_sha256": {name: extractor.digest for name, extractor in extractors.items()},
+        "embeddings_sha256": embeddings_sha256,
         "levels": {"alpha": levels.alpha.tolist(), "sigma": levels.sigma.tolist()},
         "notes": notes,
     }
 
 
-def _model_digest(denoiser: Denoiser) -> str:
-    digests = {name: weights_digest(network) for name, network in denoiser.components().items()}
-    if denoiser.code_sha256:
-        digests["code"] = denoiser.code_sha256
-    return digests[""] if set(digests) == {""} else hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+def model_digest(denoiser: Denoiser) -> str:
+    """What identifies a model: SHA-256 of all weights that decide its images, of how they are used, and of a user's own code.
+
+    Args:
+        denoiser: With its weights as they were loaded, before any change of precision, text encoders included.
+    """
+    told: dict[str, Any] = {
+        name: [weights_digest(network), _config_of(network)] for name, network in denoiser.components().items()
+    }
+    told["code"] = denoiser.code_sha256
+    # the same weights under another prediction or schedule are another model
+    told["prediction"] = getattr(denoiser, "prediction", None)
+    told["schedule"] = [
+        [float(at.alpha), float(at.sigma), float(denoiser.levels.time(at))] for at, _ in denoiser.levels.spacing(8).pairs()
+    ]
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _config_of(network: nn.Module) -> dict[str, str]:
+    """What a network's config says beyond its weights (scaling factors, heads), without paths and versions."""
+    config: Any = getattr(network, "config", None) or getattr(getattr(network, "network", None), "config", None) or {}
+    held = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    left_out = ("transformers_version", "dtype", "torch_dtype")
+    return {key: str(value) for key, value in held.items() if not key.startswith("_") and key not in left_out}
 
 
 def _version(name: str) -> str | None:

@@ -18,7 +18,7 @@ from handful.errors import RequestError
 
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 
-# What `every` left open makes of a run: so many guided steps, however many there are (docs/findings.md, section 6).
+# What `every` left open makes of a run: so many guided steps, or up to three more (docs/findings.md, section 6).
 GUIDED_STEPS = 4
 # What `features: auto` becomes, by model.
 FEATURES_BY_MODEL = {"digits": "pixels"}
@@ -143,7 +143,8 @@ class PotentialRequest(_Request):
     """What guidance by exemplars has in common; see `handful.guidance.Pull` and `Timing`. The defaults are handful's own.
 
     Attributes:
-        every: On every n-th step; None becomes the n that makes four guided steps of a run.
+        every: On every n-th step; None becomes the largest n that guides at least four steps of a run (Heun's method
+            evaluates most of them twice).
         hold: Use the direction again on the steps between; None: where normalize and every allow it.
         reduce: Look at images of 1/reduce of the resolution; None: 1 for pixel models, for models of latents the factor at
             which a linear map does for the decoder.
@@ -187,7 +188,31 @@ class CFGRequest(_Request):
     gain: Gain = "constant"
 
 
-GuidanceRequest = Annotated[ChamferRequest | EnergyRequest | CFGRequest, Field(discriminator="method")]
+class InversionRequest(_Request):
+    """Guidance by a new domain's fitted embeddings (CRDI); see `handful.guidance.inversion.Inversion`.
+
+    Images start from noised targets, and path, clamp and condition are those of the fit.
+
+    Attributes:
+        embeddings: The file that `handful invert` wrote.
+        scale: 1 is the strength of the fit; 0 noises and denoises the targets without guidance (SDEdit).
+        exchange: Whose embeddings an image is given: those of another target at every "step", of one for the whole
+            "image", or with "none" those of the target that it starts from.
+        perturbation: Of the embeddings, annealed; None takes what the file says.
+    """
+
+    method: Literal["inversion"] = "inversion"
+    embeddings: Annotated[str, Field(min_length=1)]
+    scale: Weight = 1.0
+    exchange: Literal["step", "image", "none"] = "step"
+    perturbation: Weight | None = None
+    every: Positive = 1
+    interval: Interval = (0.0, 1.0)
+    noise: NoiseInterval = (0.0, None)
+    gain: Gain = "constant"
+
+
+GuidanceRequest = Annotated[ChamferRequest | EnergyRequest | CFGRequest | InversionRequest, Field(discriminator="method")]
 
 
 class Recipe(_Request):
@@ -222,7 +247,9 @@ class Recipe(_Request):
         return self.model_dump(mode="json")
 
 
-METHODS: dict[str, type[_Request]] = {"chamfer": ChamferRequest, "energy": EnergyRequest, "cfg": CFGRequest}
+METHODS: dict[str, type[_Request]] = {
+    "chamfer": ChamferRequest, "energy": EnergyRequest, "cfg": CFGRequest, "inversion": InversionRequest,
+}  # fmt: skip
 _PARTS: dict[tuple[str, ...], type[_Request]] = {
     (): Recipe,
     ("model",): ModelRequest,
@@ -248,8 +275,11 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
                            "Put quotes around dates and other special values.") from None  # fmt: skip
 
 
-def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, list[str]]:
     """Replaces what is automatic and needs no model to decide: guidance, and each term's `features: auto`.
+
+    Args:
+        steps: Of the run, where they are not `sampler.steps`.
 
     Returns:
         The recipe, and a sentence for each choice that was made.
@@ -263,7 +293,7 @@ def with_defaults(recipe: Recipe) -> tuple[Recipe, list[str]]:
     for index, term in enumerate(guidance):
         if isinstance(term, PotentialRequest):
             automatic = term.features == "auto"
-            term = for_model(term, recipe.model.name, recipe.sampler.steps)
+            term = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
             if automatic:
                 notes.append(f"guidance[{index}].features: auto became {term.features}")
         chosen.append(term)
@@ -279,7 +309,7 @@ def for_model(term: Term, model: str, steps: int) -> Term:
     own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
     update = {key: value for key, value in own.items() if key not in term.model_fields_set}
     term = term.model_copy(update={**update, "features": features})
-    every = term.every or max(1, round(steps / GUIDED_STEPS))
+    every = term.every or max(1, steps // GUIDED_STEPS)
     hold = (every > 1 and term.normalize != "none") if term.hold is None else term.hold
     return term.model_copy(update={"every": every, "hold": hold})
 
@@ -300,8 +330,12 @@ def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
         keys = list(_PARTS[part].model_fields) if part in _PARTS else []
         return field, value, "there is no such key", did_you_mean(str(place[-1]), keys, "Keys here")
     if kind == "missing":
-        model = "Name a model of the zoo, such as digits, or a model's directory (--model)."
-        return field, None, "it is missing", model if field.startswith("model") else "State it."
+        remedy = "State it."
+        if field.startswith("model"):
+            remedy = "Name a model of the zoo, such as digits, or a model's directory (--model)."
+        elif field.endswith(".embeddings"):
+            remedy = "Name the file that handful invert wrote (--embeddings FILE)."
+        return field, None, "it is missing", remedy
     if kind.startswith("union_tag"):
         given = value.get("method") if isinstance(value, Mapping) else value
         return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")

@@ -107,6 +107,8 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):
         exemplars["path"] = _absolute(exemplars["path"], base)
     for term in guidance if isinstance(guidance, list) else []:
+        if isinstance(term, dict) and isinstance(term.get("embeddings"), str):
+            term["embeddings"] = _absolute(term["embeddings"], base)
         if isinstance(term, dict) and isinstance(term.get("features"), str):
             path, colon, attribute = term["features"].rpartition(":")
             if path.endswith(".py"):
@@ -124,7 +126,7 @@ def _absolute(text: str, base: Path, only_existing: bool = False) -> str:
 
 def overridden(
     data: Mapping[str, Any], flags: Mapping[str, Any], *, guidance: Sequence[str] | None = None,
-    scale: float | None = None, features: str | None = None, settings: Sequence[str] = (),
+    scale: float | None = None, features: str | None = None, embeddings: str | None = None, settings: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Lays the command line over unchecked recipe data.
 
@@ -133,7 +135,7 @@ def overridden(
         flags: Dotted field -> value; None leaves the field alone. Paths are relative to the working directory.
         guidance: Methods that replace the recipe's terms; a method that the recipe has keeps its settings there.
             ["none"] means no guidance.
-        scale, features: Of the one term they can mean.
+        scale, features, embeddings: Of the one term they can mean.
         settings: `dotted.key=value` texts, the value in YAML; `guidance.0.scale` or `guidance.chamfer.scale` reach a term.
 
     Raises:
@@ -145,7 +147,7 @@ def overridden(
             _put(result, field.split("."), value, field)
     if guidance:
         result["guidance"] = _terms(result.get("guidance"), guidance)
-    for name, value in (("scale", scale), ("features", features)):
+    for name, value in (("scale", scale), ("features", features), ("embeddings", embeddings)):
         if value is not None:
             _term_for(result, name, value)[name] = value
     for setting in settings:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from handful.contact_sheet import contact_sheet_png
-from handful.denoiser import Clamped, shrunk
+from handful.denoiser import Clamped, Condition, shrunk
 from handful.errors import RunError
 from handful.exemplars import default_cache, exemplar_features
 from handful.features import FeatureExtractor
@@ -34,6 +34,7 @@ from handful.generate.terms import View, energy_columns, make_terms, views
 from handful.generate.writers import IMAGES, METADATA, image_file, metadata_jsonl
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
+from handful.guidance.inversion import no_condition
 from handful.images import encode_png, from_uint8, read_image, to_uint8
 from handful.models.latent import LatentDenoiser
 from handful.progress import Progress
@@ -41,6 +42,9 @@ from handful.samplers import SAMPLERS, STOCHASTIC, start
 
 __all__ = ["Job", "RunSummary", "prepare", "run"]
 
+_AT_ONCE = 16  # images through the decoder or an extractor where no chunk is stated
+_FITTED = 128  # exemplars that the linear preview is fitted to: every latent pixel of each counts
+_EXPLAINED = 0.5  # share of the colours' variance below which it is pointed out
 _SHEET_COLUMNS = 16  # of the contact sheet: no more images of a class are read back for it than two rows
 
 
@@ -99,13 +103,14 @@ def run(
     summary = RunSummary(job.directory.path)
     with full_disk_told(job.directory.path), job.directory.locked(), ExitStack() as stack:
         check_against_stored(job)  # again, now that nobody else can begin here
-        stack.enter_context(_same_arithmetic(job))
+        stack.enter_context(same_arithmetic(job.threads))
         _write_recipe(job)
         features = _exemplar_features(job, cache or default_cache())
-        _fit_preview(job)
         rows = dict(_finished(job))
         pending = [cohort for cohort in _ordered(job.cohorts, order) if cohort.key not in rows]
         summary.cohorts_resumed, summary.notes = len(rows), [*job.notes, *job.changes]
+        if pending:
+            _fit_preview(job, progress)
         progress.begin(job.images, job.images - sum(cohort.count for cohort in pending))
         try:
             for cohort in pending:
@@ -168,12 +173,21 @@ def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
     return by_class
 
 
-def _fit_preview(job: Job) -> None:
-    """Fits the linear preview of latents to all exemplars, where a term looks through it."""
-    factor = job.denoiser.preview_factor
-    linear = any(reduce > 1 and reduce % factor == 0 for _, reduce in views(job.recipe.guidance or ()))
-    if linear and isinstance(job.denoiser, LatentDenoiser) and job.exemplars is not None:
-        job.denoiser.fit_preview(torch.cat(list(job.exemplars.images.values())))
+def _fit_preview(job: Job, progress: Progress) -> None:
+    """Fits the linear preview of latents to the exemplars, some of each class, where a term looks through it.
+
+    Raises:
+        RunError: If the autoencoder gives no finite latents for them.
+    """
+    if job.exemplars is None or not isinstance(job.denoiser, LatentDenoiser):
+        return
+    if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.recipe.guidance or ())):
+        return
+    each = max(1, _FITTED // len(job.exemplars.classes))
+    explained = job.denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))
+    if not explained > _EXPLAINED:
+        progress.note(f"the linear preview explains {explained:.0%} of the exemplars' colours: guidance sees little; state a "
+                      "reduce of 4 or 2 to look through the decoder")  # fmt: skip
 
 
 def _make(
@@ -187,8 +201,9 @@ def _make(
     Raises:
         RunError: If the model or the guidance gives NaN or infinite values; naming model, class, cohort and step.
     """
-    terms = make_terms(job.recipe.guidance or (), job.extractors, features[cohort.class_name])
     seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in _indices(cohort)]
+    embeddings = job.inverted.embeddings if job.inverted else None
+    terms = make_terms(job.recipe.guidance or (), job.extractors, features[cohort.class_name], embeddings, seeds)
     steps, at, told = job.levels.steps, 0, 0.0
 
     def each(index: int, x0_hat: Tensor) -> None:
@@ -200,19 +215,20 @@ def _make(
 
     began = time.perf_counter()
     try:
-        images = _sample(job, cohort, terms, ImageNoise(seeds, job.denoiser.shape, job.device), each)
+        images = _sample(job, cohort, terms, seeds, each)
+        summary.seconds += time.perf_counter() - began
+        contents = [encode_png(image) for image in images]
+        # Measured as the files hold them, so that anyone can measure the same.
+        rows = _rows(job, cohort, seeds, terms, from_uint8(to_uint8(images)).to(job.device), contents)
     except (_NotFinite, RunError, torch.OutOfMemoryError) as error:
         progress.advance(cohort.count - told)  # done with, if not done
         if isinstance(error, _NotFinite):
             error = RunError("the denoised images hold NaN or infinite values. " + _remedy(job))
         elif isinstance(error, torch.OutOfMemoryError):  # `Guided` has tried smaller chunks already
             error = RunError("out of memory. State a smaller chunk, or use model.dtype bfloat16.")
-        place = f"step {at + 1} of {steps}" if at < steps else "decoding"
+        place = f"step {at + 1} of {steps}" if at < steps else "decoding and measuring"
         raise RunError(f"model '{job.recipe.model.name}', {cohort}, {place}: {error}") from None
-    summary.seconds += time.perf_counter() - began
-    contents = [encode_png(image) for image in images]
-    # Measured as the files hold them, so that anyone can measure the same.
-    return contents, _rows(job, cohort, seeds, terms, from_uint8(to_uint8(images)).to(job.device), contents)
+    return contents, rows
 
 
 def _indices(cohort: Cohort) -> range:
@@ -220,24 +236,42 @@ def _indices(cohort: Cohort) -> range:
 
 
 @torch.no_grad()
-def _sample(job: Job, cohort: Cohort, terms: Sequence[Guidance], noise: ImageNoise, each: Any) -> Tensor:
+def _sample(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Sequence[int], each: Any) -> Tensor:
     """Noise -> images (n, c, h, w) in [-1, 1], float32 on the CPU."""
-    guided = Guided(job.denoiser, terms, job.recipe.chunk)
-    asked = job.recipe.sampler
+    asked, noise = job.recipe.sampler, ImageNoise(seeds, job.denoiser.shape, job.device)
+    # Embeddings shift the clamped estimate, as at the fit: clamped after it, targets are reconstructed worse.
+    inside, outside = asked.clamp and job.inverted is not None, asked.clamp and job.inverted is None
+    guided = Guided(Clamped(job.denoiser) if inside else job.denoiser, terms, job.recipe.chunk)
     options: dict[str, Any] = {"noise": noise} if asked.name in STOCHASTIC else {}
     if asked.name == "ddim":
         options["eta"] = asked.eta
     if asked.name == "ddpm":
         options["variance"] = asked.variance or "small"
-    prompts, labels = [job.recipe.model.prompts.get(cohort.class_name, "")] * cohort.count, [cohort.label or 0] * cohort.count
-    condition = guided.condition(prompts if job.denoiser.prompted else labels)
-    denoiser = Clamped(guided) if asked.clamp else guided
-    x0 = SAMPLERS[asked.name](denoiser, start(noise(), job.levels), job.levels, condition, each=each, **options)
-    size = guided.chunk or cohort.count
-    images = torch.cat([guided.decode(x0[i : i + size]) for i in range(0, cohort.count, size)]).float().cpu()
+    denoiser = Clamped(guided) if outside else guided
+    x = job.inverted.start(seeds, noise()) if job.inverted else start(noise(), job.levels)
+    x0 = SAMPLERS[asked.name](denoiser, x, job.levels, _condition(job, cohort, guided), each=each, **options)
+    images = _in_parts(guided.decode, x0, guided.chunk or _AT_ONCE).float().cpu()
     if not bool(images.isfinite().all()):
         raise _NotFinite
     return images.clamp(-1, 1)
+
+
+def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Tensor:
+    """`call` on parts of a cohort, smaller ones for as long as the device is out of memory."""
+    while True:
+        try:
+            return torch.cat([call(part) for part in cohort.split(size)])
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = (size + 1) // 2
+
+
+def _condition(job: Job, cohort: Cohort, guided: Guided) -> Condition:
+    if job.denoiser.prompted:
+        return guided.condition([job.recipe.model.prompts[cohort.class_name]] * cohort.count)
+    label = job.inverted.told.label if job.inverted else cohort.label or 0
+    return no_condition(guided, cohort.count) if label is None else guided.condition([label] * cohort.count)
 
 
 def _remedy(job: Job) -> str:
@@ -255,9 +289,8 @@ def _rows(
     """The cohort's rows of the manifest; images (n, c, h, w) as the files hold them."""
     potentials = [(term, column) for term, column in zip(terms, energy_columns(job.recipe.guidance or ()), strict=True)
                   if isinstance(term, Potential) and column]  # fmt: skip
-    size = job.recipe.chunk or cohort.count
-    seen = {_view(term): torch.cat([term.extractor(shrunk(part, term.pull.reduce)) for part in images.split(size)])
-                for term, _ in potentials}  # fmt: skip
+    size = job.recipe.chunk or _AT_ONCE
+    seen = {_view(term): _in_parts(term.extractor, shrunk(images, term.pull.reduce), size) for term, _ in potentials}
     energies = {column: term.energy(seen[_view(term)]).expand(cohort.count).tolist() for term, column in potentials}
     nearest = _nearest(job, cohort, potentials[0][0] if potentials else None, seen)
     rows = _planned_rows(job, cohort, DONE)
@@ -326,14 +359,18 @@ def _contact_sheet(job: Job, rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 @contextmanager
-def _same_arithmetic(job: Job) -> Iterator[None]:
-    """The sums of every start of a run in the same order: threads as at the first, no algorithm chosen by its timing."""
+def same_arithmetic(wanted: int | None = None) -> Iterator[None]:
+    """The sums of every start of a run in the same order: threads as at the first, no algorithm chosen by its timing.
+
+    Args:
+        wanted: Threads; None leaves them.
+    """
     cudnn: Any = torch.backends.cudnn
     threads = torch.get_num_threads()
     before = cudnn.deterministic, cudnn.benchmark
     cudnn.deterministic, cudnn.benchmark = True, False
-    if job.threads and job.threads != threads:
-        torch.set_num_threads(job.threads)
+    if wanted and wanted != threads:
+        torch.set_num_threads(wanted)
     try:
         yield
     finally:

@@ -7,17 +7,20 @@ anything large is read; `handful cost` stops here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
 from handful.denoiser import Denoiser, NetworkDenoiser
 from handful.errors import RequestError
+from handful.generate.inverting import Inverted, as_fitted
 from handful.generate.plan import Labels, assign_labels
 from handful.generate.prompting import prompts_of
 from handful.generate.recipe import CFGRequest, GuidanceRequest, PotentialRequest, Recipe, with_defaults
 from handful.generate.terms import check_terms
+from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions
+from handful.models.unet2d import UNet2DDenoiser
 from handful.noise import Levels
 
 
@@ -36,8 +39,11 @@ class Settled:
     levels: Levels
 
 
-def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
+def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, list[str]]:
     """What needs no model: defaults filled in, and settings that contradict each other refused.
+
+    Args:
+        inverted: From `read_inversion`: its path replaces what the recipe leaves open.
 
     Returns:
         The recipe, and a sentence for each choice that was made.
@@ -45,8 +51,11 @@ def complete(recipe: Recipe) -> tuple[Recipe, list[str]]:
     Raises:
         RequestError: Naming the dotted field.
     """
-    recipe, notes = with_defaults(recipe)
-    check_terms(recipe.guidance or ())
+    if inverted is not None:
+        recipe = as_fitted(recipe, inverted)
+    steps = inverted.levels.steps if inverted else recipe.sampler.steps
+    recipe, notes = with_defaults(recipe, steps)
+    check_terms(recipe.guidance or (), steps)
     sampler = recipe.sampler
     for name, owner, given in (("eta", "ddim", sampler.eta), ("variance", "ddpm", sampler.variance)):
         if given and sampler.name != owner:
@@ -63,27 +72,37 @@ def model_options(recipe: Recipe) -> ModelOptions:
     return ModelOptions(**given, dtype=getattr(torch, asked.dtype))
 
 
-def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None) -> Settled:
+def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None, inverted: Inverted | None = None) -> Settled:
     """Decides what the model decides.
 
     Args:
         recipe: From `complete`.
         outline: The denoiser, with or without weights; it is told its null class.
         found: The classes of the exemplars; None where there are none.
+        inverted: As `complete` was given it. The model is told what it was told at the fit, whatever a class is called.
 
     Raises:
         RequestError: Naming the dotted field that this model can't do.
     """
-    if outline.prompted and recipe.classes is None and found is None:
+    if inverted is not None:
+        inverted.check(outline)
+    elif outline.prompted and recipe.classes is None and found is None:
         raise RequestError("classes", None, "this model is told prompts, and which classes to generate is not said",
                            "Name them (--classes cat,dog), or give exemplars: a folder per class.")  # fmt: skip
+    if outline.prompted and recipe.model.classes is not None:
+        raise RequestError("model.classes", list(recipe.model.classes), "this model is told prompts, not labels",
+                           "Leave it out: every class's name becomes a prompt.")  # fmt: skip
     labels = assign_labels(
         recipe.classes,
         found,
-        label_count=outline.label_count,
+        label_count=0 if inverted else outline.label_count,
         names=outline.classes if recipe.model.classes is None else recipe.model.classes,
         null_class=outline.null_class,
+        may_have_null=null_may_be_unsaid(outline),
     )
+    if inverted is not None:
+        null = inverted.told.null_class if outline.null_class is None else outline.null_class
+        labels = replace(labels, null_class=null, model_classes=recipe.model.classes)
     outline.null_class = labels.null_class
     for index, term in enumerate(recipe.guidance or ()):
         if isinstance(term, CFGRequest) and not outline.has_null:
@@ -93,7 +112,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     sampler = recipe.sampler
     if sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
-    levels = outline.levels.spacing(sampler.steps, sampler.spacing)
+    levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
     guidance = tuple(_with_reduce(term, index, outline) for index, term in enumerate(recipe.guidance or ()))
     if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
         raise RequestError("model.offload", recipe.model.offload, "an exact jacobian needs the network and the decoder at once",
@@ -101,11 +120,11 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     model = {
         "null_class": labels.null_class,
         "classes": labels.model_classes,
-        "prompts": prompts_of(labels.of, recipe.model) if outline.prompted else {},
+        "prompts": _prompts(recipe, labels, inverted) if outline.prompted else {},
         "resolution": None if pixels else outline.image_shape[1:],
     }
     decided = {
-        "spacing": sampler.spacing or outline.levels.spacings[0],
+        "spacing": sampler.spacing if inverted else sampler.spacing or outline.levels.spacings[0],
         "variance": _variance(recipe, outline),
         "clamp": pixels if sampler.clamp is None else sampler.clamp,
     }
@@ -114,6 +133,22 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         "sampler": sampler.model_copy(update=decided),
     })  # fmt: skip
     return Settled(settled, labels, levels)
+
+
+def null_may_be_unsaid(outline: NetworkDenoiser) -> bool:
+    """Whether one of the labels may stand for "no class" without the model saying so."""
+    return isinstance(outline, UNet2DDenoiser) and outline.null_may_be_unsaid
+
+
+def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[str, str]:
+    if inverted is None:
+        return prompts_of(labels.of, recipe.model)
+    prompt = inverted.told.prompt or ""
+    for name, given in recipe.model.prompts.items():
+        if given != prompt:
+            raise RequestError("model.prompts", {name: given}, f"the embeddings were fitted with the prompt {prompt!r}, and "
+                               "guide that one alone", "Leave prompts out, or fit again with --condition.")  # fmt: skip
+    return dict.fromkeys(labels.of, prompt)
 
 
 def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
@@ -129,10 +164,10 @@ def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser) -> Guidan
     """The term with its `reduce` decided, and refused where the images or latents do not divide by it."""
     if not isinstance(term, PotentialRequest):
         return term
-    factor = outline.preview_factor
-    reduce = term.reduce or factor
-    averaged = reduce if reduce % factor else reduce // factor  # squares of latents
+    reduce = term.reduce or outline.preview_factor
+    averaged = outline.averaged(reduce) if isinstance(outline, LatentDenoiser) else reduce
     if any(side % averaged for side in outline.shape[1:]) or any(side % reduce for side in outline.image_shape[1:]):
-        raise RequestError(f"guidance[{index}].reduce", reduce, f"images of {outline.image_shape[1]} x "
-                           f"{outline.image_shape[2]} can't be shrunk by it", "Use 1, 2 or 4, or leave it out.")  # fmt: skip
+        size = f"{outline.image_shape[1]} x {outline.image_shape[2]}"
+        raise RequestError(f"guidance[{index}].reduce", reduce, f"images of {size} can't be shrunk by it",
+                           "Use a divisor of their sides, and of their latents', or leave it out.")  # fmt: skip
     return term.model_copy(update={"reduce": reduce})

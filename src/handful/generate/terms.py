@@ -10,22 +10,28 @@ from torch import Tensor
 
 from handful.errors import RequestError
 from handful.features import FeatureExtractor
-from handful.generate.recipe import CFGRequest, ChamferRequest, GuidanceRequest, PotentialRequest
+from handful.generate.recipe import CFGRequest, ChamferRequest, GuidanceRequest, InversionRequest, PotentialRequest
 from handful.guidance import CFG, Chamfer, Energy, Guidance, Pull, Timing
+from handful.guidance.inversion import Embeddings, Inversion
 
 Requests = Sequence[GuidanceRequest]
 View = tuple[str, int]
 
 
-def check_terms(requests: Requests) -> None:
+def check_terms(requests: Requests, steps: int) -> None:
     """Refuses settings that contradict each other, before anything is loaded.
+
+    Args:
+        requests: What the recipe says.
+        steps: Of the sampler.
 
     Raises:
         RequestError: Naming the dotted field.
     """
     for index, request in enumerate(requests):
-        with _named(index):
-            _timing(request)
+        with named(index):
+            if _timing(request).every > steps:
+                raise RequestError("every", request.every, f"of {steps} steps none has its turn", f"Use {steps} or less.")
             if isinstance(request, PotentialRequest):
                 _pull(request)
             if isinstance(request, ChamferRequest) and not (request.coverage_weight or request.fidelity_weight):
@@ -47,20 +53,28 @@ def view_of(request: PotentialRequest) -> View:
 
 
 def make_terms(
-    requests: Requests, extractors: Mapping[str, FeatureExtractor], features: Mapping[View, Tensor]
-) -> list[Guidance]:
-    """The terms for the cohorts of one class.
+    requests: Requests, extractors: Mapping[str, FeatureExtractor], features: Mapping[View, Tensor],
+    embeddings: Embeddings | None = None, seeds: Sequence[int] = (),
+) -> list[Guidance]:  # fmt: skip
+    """The terms for one cohort.
 
     Args:
         requests: What the recipe says.
         extractors: By name, on the device to guide on.
         features: The class's exemplars by view, (k, D) each.
+        embeddings: For inversion; None where no request asks for it.
+        seeds: Of the cohort's images, for inversion.
     """
     terms: list[Guidance] = []
     for request in requests:
         timing = _timing(request)
         if isinstance(request, CFGRequest):
             terms.append(CFG(request.scale, timing))
+            continue
+        if isinstance(request, InversionRequest):
+            assert embeddings is not None, "a recipe with inversion has its embeddings read (inverting.py)"
+            terms.append(Inversion(embeddings, seeds, request.scale, exchange=request.exchange,
+                                   perturbation=request.perturbation, timing=timing))  # fmt: skip
             continue
         common = extractors[request.features], features[view_of(request)], request.scale
         if isinstance(request, ChamferRequest):
@@ -91,7 +105,7 @@ def _pull(request: PotentialRequest) -> Pull:
 
 
 @contextmanager
-def _named(index: int) -> Iterator[None]:
+def named(index: int) -> Iterator[None]:
     """Puts the term's place before the field that an error names."""
     try:
         yield

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from handful.denoiser import Condition, Denoiser
 from handful.errors import RunError
-from handful.guidance.base import Guidance, Potential, Pull, Step, in_chunks
+from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
 from handful.noise import Level
+
+Turn = tuple[Pull, Timing]  # potentials that go back together, and whose direction is held together
 
 
 class Guided(Denoiser):
@@ -44,7 +46,7 @@ class Guided(Denoiser):
         self.denoiser, self.terms, self.chunk = denoiser, tuple(terms), chunk
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
         self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
-        self._held: dict[Pull, Tensor] = {}
+        self._held: dict[Turn, Tensor] = {}
 
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)
@@ -92,12 +94,12 @@ class Guided(Denoiser):
             for term in self.terms:
                 term.begin()
         active = [term for term in self.terms if term.strength(level) > 0]
-        due: dict[Pull, list[Potential]] = {}
+        due: dict[Turn, list[Potential]] = {}
         for term in active:
-            if isinstance(term, Potential):
-                due.setdefault(term.pull, []).append(term)
-        shifts = [-_radius(level) * direction for pull, direction in self._held.items()
-                  if pull not in due and self._holds(pull, level)]  # fmt: skip
+            if isinstance(term, Potential):  # directions that are held end with their own timing
+                due.setdefault((term.pull, term.timing if term.pull.hold else Timing()), []).append(term)
+        shifts = [-_radius(level) * direction for turn, direction in self._held.items()
+                  if turn not in due and turn[1].covers(level)]  # fmt: skip
         if not active and not shifts:
             return self._plain(x_t, level, condition), None
         if level.alpha.ndim:
@@ -105,7 +107,7 @@ class Guided(Denoiser):
                              "guide images of other levels apart")  # fmt: skip
 
         outside = torch.is_grad_enabled() and x_t.requires_grad
-        backward = any(pull.jacobian == "exact" for pull in due)
+        backward = any(pull.jacobian == "exact" for pull, _ in due)
         whole = self.chunk is None or len(x_t) <= self.chunk  # then one graph serves forward and backward
         x = x_t if outside else x_t.detach().requires_grad_(backward)
         with torch.set_grad_enabled(outside or (backward and whole)):
@@ -116,7 +118,7 @@ class Guided(Denoiser):
         if due:
             estimate = x0_hat if x0_hat.requires_grad else x0_hat.detach().requires_grad_()
         views: dict[int, Tensor] = {}  # what potentials look at, by its reduction
-        for pull, terms in due.items():
+        for (pull, timing), terms in due.items():
             if pull.reduce not in views:
                 with torch.set_grad_enabled(whole):
                     views[pull.reduce] = self._preview(estimate, pull.reduce)
@@ -136,13 +138,9 @@ class Guided(Denoiser):
                 continue
             direction = weight * _unit(gradient, terms)
             if pull.hold:
-                self._held[pull] = direction
+                self._held[pull, timing] = direction
             shifts.append(-_radius(level) * direction)
         return x0_hat if outside else x0_hat.detach(), torch.stack(shifts).sum(0)
-
-    def _holds(self, pull: Pull, level: Level) -> bool:
-        """Whether a potential that holds its direction is inside its intervals here."""
-        return any(isinstance(t, Potential) and t.pull == pull and t.timing.covers(level) for t in self.terms)
 
     def _plain(self, x: Tensor, level: Level, condition: Condition) -> Tensor:
         """x0_hat under the condition; what the network learned of the variance is kept of this evaluation alone."""

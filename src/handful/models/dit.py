@@ -18,7 +18,7 @@ from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 from handful.noise import Schedule
 
-UNUSED = ("negative_prompt", "embedded_guidance", "without", "config")
+UNUSED = ("negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
 
 
 class DiTDenoiser(LatentDenoiser):

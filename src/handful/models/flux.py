@@ -7,7 +7,6 @@ classifier-free guidance is another thing. FLUX.1-schnell is told none.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from handful.models.flow_pipelines import (
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, preview_decoder
-from handful.models.prompts import Embeddings, Prompted, Prompts, refuse_for_prompts, text_encoders
+from handful.models.prompts import Embeddings, Prompted, Prompts, refuse_for_prompts
 from handful.models.source import Source
 
 PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
@@ -81,9 +80,6 @@ class FluxDenoiser(Prompted, LatentDenoiser):
             txt_ids=time.new_zeros(text.shape[1], 3), return_dict=False,
         )[0]  # fmt: skip
         return unpacked(out, height, width)
-
-    def components(self) -> Mapping[str, nn.Module]:
-        return {"transformer": self.network, "vae": self.vae, **text_encoders(self.pipeline)}
 
 
 def packed(latents: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from handful.denoiser import NetworkDenoiser, Prediction, shrunk
 from handful.errors import RequestError
+from handful.models.prompts import text_encoders
 from handful.noise import Schedule
 
 
@@ -27,6 +29,8 @@ class LatentDenoiser(NetworkDenoiser):
         preview_vae: An `AutoencoderTiny` that guidance decodes with; None decodes with the vae. See `preview`.
 
     Attributes:
+        factor: Pixels of an image to one of its latents, along a side.
+        pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
         vae_overflows: Whether its autoencoder gives no numbers in float16. Only SDXL's does; the `force_upcast` in configs
             does not tell, since it is true by default.
 
@@ -34,7 +38,9 @@ class LatentDenoiser(NetworkDenoiser):
         RequestError: If the resolution does not fit.
     """
 
+    factor: int
     vae_overflows: bool = False
+    pipeline: Any = None
 
     def __init__(
         self, network: nn.Module, vae: nn.Module, prediction: Prediction, levels: Schedule, resolution: tuple[int, int], *,
@@ -51,6 +57,9 @@ class LatentDenoiser(NetworkDenoiser):
         if tiny and tiny.latent_channels != config.latent_channels:
             raise RequestError("model.preview_decoder", f"latents of {tiny.latent_channels} channels",
                                f"this model's have {config.latent_channels}", "Name one of this model's latents.")  # fmt: skip
+        if tiny and 2 ** (len(tiny.decoder_block_out_channels) - 1) != factor:
+            raise RequestError("model.preview_decoder", f"{len(tiny.decoder_block_out_channels)} blocks", "its images are of "
+                               "another size than this model's", "Name one of this model's latents.")  # fmt: skip
         height, width = (side // factor for side in resolution)
         super().__init__(network, prediction, (config.latent_channels, height, width), levels)
         self.factor, self.resolution = factor, resolution
@@ -63,20 +72,33 @@ class LatentDenoiser(NetworkDenoiser):
         config: Any = self.vae.config
         return config.out_channels, *self.resolution
 
+    def components(self) -> Mapping[str, nn.Module]:
+        held = {"network": self.network, "vae": self.vae, "preview_vae": self.preview_vae}
+        return {name: network for name, network in held.items() if network is not None} | text_encoders(self.pipeline)
+
     @property
     def preview_factor(self) -> int:
-        return self.factor
+        return self.factor if self.preview_vae is None else 1  # whoever names a tiny decoder wants it used
 
     def decode(self, x0: Tensor) -> Tensor:
+        """Latents (n, *shape) -> images (n, 3, *resolution); differentiable."""
         vae: Any = self.vae
         return vae.decode(self._from_unit(x0).to(_dtype(vae)), return_dict=False)[0].to(x0.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (n, 3, h, w) in [-1, 1] -> the mode of their latents."""
+        """Images (n, 3, *resolution) in [-1, 1] -> the mode of their latents, (n, *shape)."""
         vae: Any = self.vae
         encoded = vae.encode(images.to(_dtype(vae)))
         latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
         return self._to_unit(latents.to(images.dtype))
+
+    def is_linear(self, reduce: int) -> bool:
+        """Whether a preview at this reduction goes through the fitted linear map."""
+        return reduce > 1 and reduce % self.factor == 0
+
+    def averaged(self, reduce: int) -> int:
+        """The sides of the squares of latents that a preview at this reduction averages."""
+        return reduce // self.factor if self.is_linear(reduce) else reduce
 
     def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
         """Images of 1/reduce of the resolution: decoded from averaged latents, or by the fitted linear map.
@@ -84,14 +106,17 @@ class LatentDenoiser(NetworkDenoiser):
         The linear map (see `fit_preview`) serves where reduce is the autoencoder's own factor or a multiple of it: every
         latent pixel is one pixel then, and neither decoder nor tiny decoder is needed.
 
+        Returns:
+            (n, 3, h / reduce, w / reduce) for images of (h, w); differentiable.
+
         Raises:
             RuntimeError: If the linear map is asked for and has not been fitted.
         """
-        if reduce > 1 and reduce % self.factor == 0:
+        if self.is_linear(reduce):
             if self.linear_preview is None:
                 raise RuntimeError("the linear preview has not been fitted: call fit_preview(images) first")
             weight = self.linear_preview.to(x0)
-            small = shrunk(x0, reduce // self.factor)
+            small = shrunk(x0, self.averaged(reduce))
             return torch.einsum("nchw,oc->nohw", small, weight[:, :-1]) + weight[:, -1].view(1, -1, 1, 1)
         if self.preview_vae is None:
             return self.decode(shrunk(x0, reduce))
@@ -109,7 +134,7 @@ class LatentDenoiser(NetworkDenoiser):
         Returns:
             The share of the colours' variance that the map explains, 1 for all of it.
         """
-        device = next(self.vae.parameters()).device
+        device = self.device
         latents = torch.cat([self.encode(part.to(device)).cpu() for part in images.split(batch)]).double()
         wanted = shrunk(images.cpu().double(), self.factor).movedim(1, -1).flatten(0, -2)
         given = latents.movedim(1, -1).flatten(0, -2)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import torch
 from torch import nn
 
 from handful.errors import RequestError, first_line
+from handful.libraries import hide_loading_bars
 from handful.models.options import ModelOptions
 from handful.models.source import Source
 
@@ -50,6 +55,7 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
     """
     import diffusers
 
+    preview_decoder(options)  # a few MB: a wrong name is said before the large files are read
     cls: Any = getattr(diffusers, kind)
     words: dict[str, Any] = {"torch_dtype": options.dtype} if options.dtype else {}
     words |= dict.fromkeys(options.without)
@@ -57,22 +63,28 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
     if kind == "StableDiffusionPipeline":
         words |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
-        if source.file is not None:
-            config = {} if options.config is None else {"config": str(options.config)}
-            pipeline = cls.from_single_file(str(source.file), **config, **words)
-        else:
-            words |= {"variant": options.variant} if options.variant else {}
-            words |= {"revision": source.revision} if source.revision else {}
-            pipeline = cls.from_pretrained(str(source.folder or source.name), use_safetensors=True, **words)
+        with _quiet():
+            if source.file is not None:
+                config = {} if options.config is None else {"config": str(options.config)}
+                pipeline = cls.from_single_file(str(source.file), **config, **words)
+            else:
+                words |= {"variant": options.variant} if options.variant else {}
+                words |= {"revision": source.revision} if source.revision else {}
+                pipeline = cls.from_pretrained(str(source.folder or source.name), use_safetensors=True, **words)
     except Exception as error:  # diffusers raises many kinds for files that are missing or damaged; all mean the same
         raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})",
                            "Copy the whole pipeline again, with its safetensors weights.") from error  # fmt: skip
     for name, part in pipeline.components.items():
-        weights = part.state_dict() if isinstance(part, nn.Module) else {}
-        if absent := [key for key, value in weights.items() if value.is_meta]:  # diffusers only warns of them
-            raise RequestError("model", source.name, f"it lacks {len(absent)} tensors of its {name}, first {absent[0]}",
-                               "Copy weights and configs of the same model.")  # fmt: skip
+        if isinstance(part, nn.Module):
+            _refuse_lacking(part, "model", source.name, f" of its {name}")
     return pipeline
+
+
+def _refuse_lacking(network: nn.Module, field: str, name: str, which: str = "") -> None:
+    """Refuses a network whose file lacked tensors; diffusers only warns of them."""
+    if absent := [key for key, value in network.state_dict().items() if value.is_meta]:
+        raise RequestError(field, name, f"it lacks {len(absent)} tensors{which}, first {absent[0]}",
+                           "Copy weights and configs of the same model.")  # fmt: skip
 
 
 def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int = 4) -> nn.Module | None:
@@ -91,10 +103,25 @@ def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int 
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
     name = str(options.preview_decoder)
-    if meta and not Path(name).is_dir():  # its config is always this one; the hub need not be asked
+    is_path = Path(name).is_dir() or name.startswith((".", "/", "~"))
+    if meta and not is_path:  # its config is always this one; the hub need not be asked
         return on_meta("AutoencoderTiny", {"latent_channels": channels})
     try:
-        return AutoencoderTiny.from_pretrained(name, torch_dtype=options.dtype or torch.float32)
+        with _quiet():
+            tiny: Any = AutoencoderTiny.from_pretrained(name, torch_dtype=options.dtype or torch.float32, use_safetensors=True)
     except Exception as error:
         raise RequestError("model.preview_decoder", name, f"it can't be loaded ({first_line(error)})",
                            "Name an AutoencoderTiny of this model's latents: madebyollin/taesd or kin.") from error  # fmt: skip
+    _refuse_lacking(tiny, "model.preview_decoder", name)
+    return tiny
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' word on `torch_dtype`, which older versions that we support know by no other name, and outside a
+    terminal without bars."""
+    if not sys.stderr.isatty():
+        hide_loading_bars()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+        yield

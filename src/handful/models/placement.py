@@ -46,8 +46,20 @@ def check_placement(denoiser: NetworkDenoiser, asked: Placement) -> None:
             raise RequestError("model.offload", asked.offload, "this model is no pipeline", "Leave it out.")
         if asked.device.type == "cpu":
             raise RequestError("model.offload", asked.offload, "the model runs on the CPU anyway", "Leave it out.")
-    if asked.attention is not None and not hasattr(getattr(denoiser, "network", None), "set_attention_backend"):
-        raise RequestError("model.attention", asked.attention, "this network has no choice of attention", "Leave it out.")
+    if asked.attention is not None:
+        _check_attention(denoiser, asked.attention)
+
+
+def _check_attention(denoiser: NetworkDenoiser, name: str) -> None:
+    """Refuses a name that diffusers does not know, and a network whose layers it passes over in silence."""
+    processors = [getattr(module, "processor", None) for module in denoiser.modules()]
+    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+        raise RequestError("model.attention", name, "this network's attention has no choice of back ends", "Leave it out.")
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = [backend.value for backend in AttentionBackendName]
+    if name not in known:
+        raise RequestError("model.attention", name, "diffusers has no such back end", f"Choose one of: {', '.join(known)}.")
 
 
 def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
@@ -73,6 +85,8 @@ def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
         vae.enable_tiling()
     if asked.offload != "none":
         denoiser.offloaded_to = asked.device
+        if (preview_vae := getattr(denoiser, "preview_vae", None)) is not None:  # small, and no part of the pipeline
+            preview_vae.to(asked.device)
         getattr(pipeline, f"enable_{asked.offload}_cpu_offload")(device=asked.device)
     if asked.compile:
         network.compile()

@@ -84,7 +84,7 @@ class Source:
         except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
             remedy = "Check the name and revision, accept its licence on the hub, and run hf auth login."
             raise RequestError("model", self.name, f"the hub does not give it ({first_line(error)})", remedy) from error
-        except (OSError, hub.HfHubHTTPError) as error:
+        except (OSError, ValueError, hub.HfHubHTTPError) as error:  # a name that can't be one is a ValueError
             raise RequestError("model", self.name, f"the hub can't be reached ({first_line(error)})",
                                "Give a local directory, or try again.") from error  # fmt: skip
 

@@ -17,9 +17,9 @@ from handful.denoiser import Condition, Prediction
 from handful.errors import RequestError
 from handful.models import single_file
 from handful.models.latent import LatentDenoiser
-from handful.models.options import ModelOptions
+from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, load_pipeline, preview_decoder
-from handful.models.prompts import Prompted, Prompts, free_encoders, refuse_for_prompts, runs_on, text_encoders
+from handful.models.prompts import Prompted, Prompts, free_encoders, refuse_for_prompts, runs_on
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 from handful.noise import Schedule
@@ -62,9 +62,6 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
             added = {"text_embeds": told["pooled"].to(scaled), "time_ids": told["time_ids"].to(scaled.device)}
         text = told["text"].to(scaled)
         return self.network(scaled, time, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
-
-    def components(self) -> Mapping[str, nn.Module]:
-        return {"unet": self.network, "vae": self.vae, **text_encoders(self.pipeline)}
 
 
 def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
@@ -191,6 +188,7 @@ def _refuse(
         pooled: Width of what the second text encoder gives for SDXL's pooled embedding; None where unknown.
     """
     refuse_for_prompts(options, UNUSED)
+    refuse_options(options, "trust_pickle", "embedded_guidance")
     xl = _is_xl(unet)
     other = "Use the family's base model for text to image."
     needed = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ()))

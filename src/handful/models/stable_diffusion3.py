@@ -7,7 +7,6 @@ skipped layers, which SD 3.5 Medium's authors suggest, is not offered.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +29,7 @@ from handful.models.flow_pipelines import (
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, preview_decoder
-from handful.models.prompts import Embeddings, Prompted, Prompts, refuse_for_prompts, text_encoders
+from handful.models.prompts import Embeddings, Prompted, Prompts, refuse_for_prompts
 from handful.models.source import Source
 
 PIPELINE, TRANSFORMER = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
@@ -79,9 +78,6 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
             scaled, timestep=time, encoder_hidden_states=told["text"].to(scaled), pooled_projections=told["pooled"].to(scaled),
             return_dict=False,
         )[0]  # fmt: skip
-
-    def components(self) -> Mapping[str, nn.Module]:
-        return {"transformer": self.network, "vae": self.vae, **text_encoders(self.pipeline)}
 
 
 def skeleton(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:

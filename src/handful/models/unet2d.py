@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from handful.denoiser import Condition, NetworkDenoiser, Prediction
 from handful.errors import RequestError, first_line
 from handful.models.labels import label_condition, set_labels
-from handful.models.options import ModelOptions, refuse_resolution
+from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import on_meta
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 from handful.noise import Schedule
+
+UNUSED = ("negative_prompt", "embedded_guidance", "without", "preview_decoder", "config", "variant", "trust_pickle")
 
 
 class UNet2DDenoiser(NetworkDenoiser):
@@ -44,6 +46,8 @@ class UNet2DDenoiser(NetworkDenoiser):
         super().__init__(network, prediction, (config.in_channels, height, width), levels)
         set_labels(self, config.num_class_embeds or 0, classes, null_class)
 
+    null_may_be_unsaid: bool = True  # diffusers' config has no field for it; other families say whether they have one
+
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return label_condition(self, labels)
 
@@ -53,6 +57,7 @@ class UNet2DDenoiser(NetworkDenoiser):
 
 def skeleton(source: Source, options: ModelOptions) -> UNet2DDenoiser:
     """The denoiser without its weights, from the configs alone: on the meta device."""
+    refuse_options(options, *UNUSED)
     config = source.read_json(f"{_inside(source)}config.json")
     return _denoiser(on_meta("UNet2DModel", config or {}), source, options)
 
@@ -84,7 +89,7 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         raise RequestError("model", str(where), f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
                            "Copy config.json and weights from the same checkpoint.")  # fmt: skip
-    return _denoiser(network, source, options)
+    return _denoiser(network if options.dtype is None else network.to(options.dtype), source, options)
 
 
 def _inside(source: Source) -> str:

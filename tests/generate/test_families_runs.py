@@ -1,0 +1,137 @@
+"""Runs of models of latents and prompts: what only they can get wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.pipelines import tiny_stable_diffusion
+from support.pipelines_dit import tiny_dit
+from support.runs import contents
+
+from handful.errors import RequestError
+from handful.generate import prepare
+from handful.generate.plan import Cohort
+from handful.generate.recipe import Recipe, recipe_from
+from handful.generate.recipe_file import read_recipe
+from handful.generate.run import run
+from handful.images import write_png
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, random = tmp_path_factory.mktemp("photos"), torch.Generator().manual_seed(0)
+    for name in ("cat", "golden_retriever"):
+        for place in range(4):
+            (root / name).mkdir(exist_ok=True)
+            write_png(root / name / f"{place}.png", torch.rand(3, 20, 20, generator=random) * 2 - 1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def stable_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd")
+    tiny_stable_diffusion(folder)
+    return folder
+
+
+def recipe(folder: Path, photos: Path | None, **changes: Any) -> Recipe:
+    data: dict[str, Any] = {"model": {"name": str(folder)}, "per_class": 3, "cohort": 2, "sampler": {"steps": 4}}
+    if photos is not None:
+        data |= {"exemplars": {"path": str(photos)}, "guidance": [{"method": "chamfer", "features": "pixels", "scale": 0.3}]}
+    return recipe_from({**data, **changes})
+
+
+def test_a_text_model_generates_a_folder_a_class_and_writes_every_prompt_out(stable_diffusion, photos, tmp_path):
+    job = prepare(recipe(stable_diffusion, photos), tmp_path / "out")
+    summary = run(job)
+    assert (summary.images, summary.failures) == (6, [])
+    written = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert written.model.prompts == {"cat": "a photo of a cat", "golden_retriever": "a photo of a golden retriever"}
+    term: Any = (written.guidance or ())[0]
+    assert term.reduce == job.denoiser.preview_factor > 1, "latents are looked at through the linear map"
+    assert len(list((tmp_path / "out" / "images" / "cat").glob("*.png"))) == 3
+
+
+def test_an_interrupted_run_through_the_linear_preview_ends_with_the_same_bytes(stable_diffusion, photos, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(prepare(recipe(stable_diffusion, photos), whole))
+    run(prepare(recipe(stable_diffusion, photos), parts), order=[3, 2, 1, 0])
+    for name in ("cat-0000", "golden_retriever-0001"):
+        (parts / ".handful" / "cohorts" / f"{name}.parquet").unlink()
+    run(prepare(recipe(stable_diffusion, photos), parts))
+    assert contents(parts) == contents(whole)
+
+
+def test_a_written_recipe_can_be_narrowed_to_some_of_its_classes(stable_diffusion, photos, tmp_path):
+    run(prepare(recipe(stable_diffusion, photos), tmp_path / "out"))
+    narrowed = read_recipe(tmp_path / "out" / "recipe.yaml").model_copy(update={"classes": ("cat",)})
+    assert [cohort.class_name for cohort in prepare(narrowed, tmp_path / "less").cohorts] == ["cat", "cat"]
+
+
+def test_the_same_weights_with_another_scheduler_or_scaling_are_another_model(stable_diffusion, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(stable_diffusion, model)
+    asked = recipe(model, None, classes=["cat"])
+    run(prepare(asked, tmp_path / "out"))
+    for file, key, value in (("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+                             ("vae/config.json", "scaling_factor", 0.5)):  # fmt: skip
+        before = (model / file).read_text()
+        (model / file).write_text(json.dumps({**json.loads(before), key: value}))
+        with pytest.raises(RequestError, match="model_sha256"):
+            prepare(asked, tmp_path / "out")
+        (model / file).write_text(before)
+    prepare(asked, tmp_path / "out")
+
+
+def test_a_text_model_must_be_told_which_classes(stable_diffusion, tmp_path):
+    with pytest.raises(RequestError, match=r"^classes: .*--classes cat,dog"):
+        prepare(recipe(stable_diffusion, None), tmp_path / "out")
+    with pytest.raises(RequestError, match=r"^model\.classes: .*prompts, not labels"):
+        prepare(recipe(stable_diffusion, None, model={"name": str(stable_diffusion), "classes": ["cat"]}, classes=["cat"]),
+                tmp_path / "out")  # fmt: skip
+
+
+def test_decoding_is_halved_while_memory_is_short(stable_diffusion, photos, tmp_path, monkeypatch):
+    job = prepare(recipe(stable_diffusion, photos, classes=["cat"]), tmp_path / "out")
+    decode: Any = job.denoiser.decode
+
+    def short(x0: torch.Tensor) -> torch.Tensor:
+        if len(x0) > 1:
+            raise torch.OutOfMemoryError
+        return decode(x0)
+
+    monkeypatch.setattr(job.denoiser, "decode", short)
+    summary = run(job)
+    assert (summary.images, summary.failures) == (3, [])
+
+
+def test_what_the_configs_tell_is_refused_without_weights(stable_diffusion, photos, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(stable_diffusion, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    for field, changes in (
+        ("model.resolution", {"model": {"name": str(model), "resolution": [17, 16]}}),
+        ("guidance[0].reduce", {"guidance": [{"method": "chamfer", "features": "pixels", "reduce": 3}]}),
+        ("model.template", {"model": {"name": str(model), "template": "a photo"}}),
+        ("features", {"guidance": [{"method": "chamfer", "features": "/nowhere"}]}),
+        ("model", {}),
+    ):
+        with pytest.raises(RequestError) as caught:
+            prepare(recipe(model, photos, **changes), tmp_path / "out")
+        assert caught.value.field == field, str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_dit_takes_its_labels_and_its_null_class(photos, tmp_path):
+    tiny_dit(tmp_path / "dit")
+    guidance = [{"method": "cfg", "scale": 1.0}, {"method": "chamfer", "features": "pixels", "reduce": 1}]
+    for name, label in (("cat", "3"), ("golden_retriever", "207")):
+        shutil.copytree(photos / name, tmp_path / "by-label" / label)
+    job = prepare(recipe(tmp_path / "dit", tmp_path / "by-label", guidance=guidance), tmp_path / "out")
+    assert job.recipe.model.null_class == 1000
+    assert job.cohorts[0] == Cohort("3", 3, 0, 0, 2)
+    assert run(job).failures == []
