@@ -142,6 +142,10 @@ def generate(
     if order not in ("plan", "reversed"):
         raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
 
+    if quiet:
+        from handful.libraries import hide_loading_bars
+
+        hide_loading_bars()
     from handful.generate.job import prepare
     from handful.generate.run import run
     from handful.progress import progress_for

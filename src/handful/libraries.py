@@ -12,6 +12,7 @@ from handful.errors import RequestError, first_line
 
 def hide_loading_bars() -> None:
     """No bars of diffusers and transformers for the rest of the process, as beside --quiet and in log files."""
+    check_libraries()
     import diffusers.utils.logging
     import transformers.utils.logging
 

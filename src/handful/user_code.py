@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from handful.errors import HandfulError, RequestError
+from handful.errors import HandfulError, RequestError, first_line
 
 
 def run_user_file(path: Path, attribute: str, field: str) -> Any:
@@ -37,10 +37,10 @@ def run_user_file(path: Path, attribute: str, field: str) -> Any:
         return made() if callable(made) and not isinstance(made, nn.Module) else made
     except HandfulError:
         raise  # says itself what is wrong, and better
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises, sys.exit too
         remedy = f"Mend {path}: python {path} shows where."
         if isinstance(error, ModuleNotFoundError):
             remedy = "Install it, or put the folder that holds it on PYTHONPATH."
         raise RequestError(
-            field, f"{path}:{attribute}", f"running it failed ({type(error).__name__}: {error})", remedy
+            field, f"{path}:{attribute}", f"running it failed ({type(error).__name__}: {first_line(error)})", remedy
         ) from error

@@ -73,12 +73,13 @@ def test_a_written_recipe_can_be_narrowed_to_some_of_its_classes(stable_diffusio
     assert [cohort.class_name for cohort in prepare(narrowed, tmp_path / "less").cohorts] == ["cat", "cat"]
 
 
-def test_the_same_weights_with_another_scheduler_or_scaling_are_another_model(stable_diffusion, tmp_path):
+def test_the_same_weights_with_another_scheduler_tokenizer_or_scaling_are_another_model(stable_diffusion, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(stable_diffusion, model)
     asked = recipe(model, None, classes=["cat"])
     run(prepare(asked, tmp_path / "out"))
     for file, key, value in (("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+                             ("tokenizer/tokenizer_config.json", "model_max_length", 5),
                              ("vae/config.json", "scaling_factor", 0.5)):  # fmt: skip
         before = (model / file).read_text()
         (model / file).write_text(json.dumps({**json.loads(before), key: value}))

@@ -49,6 +49,7 @@ def test_what_is_impossible_is_said_before_anything_is_written(
         ("guidance[0].every", tiny_recipe("digits", exemplars=real, sampler={"steps": 4}, guidance=[chamfer | {"every": 5}]),
          tmp_path / "out"),
         ("model.preview_decoder", tiny_recipe(plain, model={"name": plain, "preview_decoder": "x/y"}), tmp_path / "out"),
+        ("model.template", tiny_recipe(plain, model={"name": plain, "template": "a sketch of a {}"}), tmp_path / "out"),
         ("model.attention", tiny_recipe(plain, model={"name": plain, "attention": "flash"}), tmp_path / "out"),
         ("model.vae_slicing", tiny_recipe(plain, model={"name": plain, "vae_slicing": True}), tmp_path / "out"),
         ("model.offload", tiny_recipe(plain, model={"name": plain, "offload": "model"}), tmp_path / "out"),

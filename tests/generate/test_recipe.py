@@ -190,3 +190,16 @@ def test_every_left_open_guides_four_steps_or_a_few_more_and_holds_the_direction
     assert (term.every, term.hold) == (every, every > 1)
     assert for_model(ChamferRequest(normalize="none"), "/m", steps).hold is False
     assert for_model(ChamferRequest(every=2, hold=False), "/m", steps).hold is False
+
+
+@pytest.mark.parametrize("given", ["{region}--{object}", "'{region}--{object}'", '"{region}--{object}"'])
+def test_a_text_needs_no_quotes_on_the_command_line(given: str):
+    assert overridden(DIGITS, {}, settings=[f"model.class_pattern={given}"])["model"]["class_pattern"] == "{region}--{object}"
+
+
+def test_a_folder_of_features_becomes_absolute_with_its_size_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "dino").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, wanted in (("dino", f"{tmp_path}/dino"), ("dino@56", f"{tmp_path}/dino@56"), ("dinov2@112", "dinov2@112")):
+        data = overridden(DIGITS, {}, guidance=["chamfer"], features=given)
+        assert data["guidance"][0]["features"] == wanted

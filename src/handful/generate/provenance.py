@@ -17,6 +17,7 @@ from handful.digests import weights_digest
 from handful.errors import RequestError
 from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor
+from handful.models.prompts import tokenizer_digests
 from handful.noise import Levels
 
 # Another version of these may give other bytes: of the images (pillow: of the files), of the markers and the manifest.
@@ -58,6 +59,7 @@ def model_digest(denoiser: Denoiser) -> str:
         name: [weights_digest(network), _config_of(network)] for name, network in denoiser.components().items()
     }
     told["code"] = denoiser.code_sha256
+    told["tokenizers"] = tokenizer_digests(getattr(denoiser, "pipeline", None))
     # the same weights under another prediction or schedule are another model
     told["prediction"] = getattr(denoiser, "prediction", None)
     told["schedule"] = [

@@ -22,6 +22,9 @@ from handful.zoo import ZOO
 PROVENANCE = "provenance"  # what a run directory's recipe.yaml says beyond the request; not part of a request
 
 
+_TEXTS = ("model.template", "model.class_pattern", "model.negative_prompt")
+
+
 class _Loader(yaml.SafeLoader):
     """The safe loader, which also refuses a key given twice (YAML's own takes the last in silence)."""
 
@@ -113,8 +116,10 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
             path, colon, attribute = term["features"].rpartition(":")
             if path.endswith(".py"):
                 term["features"] = _absolute(path, base) + colon + attribute
-            elif "/" in term["features"]:  # a hub's name, unless there is such a folder
-                term["features"] = _absolute(term["features"], base, only_existing=True)
+            else:  # a known name or the hub's, unless there is such a folder; NAME@SIDE is fed another size
+                name, at, side = term["features"].rpartition("@")
+                name, suffix = (name, at + side) if name and side.isdecimal() else (term["features"], "")
+                term["features"] = _absolute(name, base, only_existing=True) + suffix
     return data
 
 
@@ -154,8 +159,19 @@ def overridden(
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
             raise RequestError("--set", setting, "this is not KEY=VALUE", "Write for instance --set sampler.steps=20.")
-        _put(result, key.split("."), parse_yaml(text, "--set", setting), setting)
+        _put(result, key.split("."), _setting(key, text, setting), setting)
     return anchored(result, Path.cwd())
+
+
+def _setting(key: str, text: str, setting: str) -> Any:
+    """The value of a setting; texts need no YAML quotes, though they may have them: "{region}--{object}" is one."""
+    if key not in _TEXTS and not key.startswith("model.prompts."):
+        return parse_yaml(text, "--set", setting)
+    try:
+        value = parse_yaml(text, "--set", setting)
+    except RequestError:
+        return text
+    return value if isinstance(value, str) or text == "null" else text
 
 
 def _terms(present: object, methods: Sequence[str]) -> list[dict[str, Any]]:

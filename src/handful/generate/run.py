@@ -186,8 +186,8 @@ def _fit_preview(job: Job, progress: Progress) -> None:
     each = max(1, _FITTED // len(job.exemplars.classes))
     explained = job.denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))
     if not explained > _EXPLAINED:
-        progress.note(f"the linear preview explains {explained:.0%} of the exemplars' colours: guidance sees little; state a "
-                      "reduce of 4 or 2 to look through the decoder")  # fmt: skip
+        progress.note(f"note: the linear preview explains {explained:.0%} of the exemplars' colours, so guidance sees little; "
+                      "guidance.chamfer.reduce=1 looks through the decoder")  # fmt: skip
 
 
 def _make(

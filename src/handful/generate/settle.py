@@ -16,7 +16,7 @@ from handful.errors import RequestError
 from handful.generate.inverting import Inverted, as_fitted
 from handful.generate.plan import Labels, assign_labels
 from handful.generate.prompting import prompts_of
-from handful.generate.recipe import CFGRequest, GuidanceRequest, PotentialRequest, Recipe, with_defaults
+from handful.generate.recipe import CFGRequest, GuidanceRequest, ModelRequest, PotentialRequest, Recipe, with_defaults
 from handful.generate.terms import check_terms
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions
@@ -89,6 +89,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     elif outline.prompted and recipe.classes is None and found is None:
         raise RequestError("classes", None, "this model is told prompts, and which classes to generate is not said",
                            "Name them (--classes cat,dog), or give exemplars: a folder per class.")  # fmt: skip
+    _refuse_unread(recipe, outline)
     if outline.prompted and recipe.model.classes is not None:
         raise RequestError("model.classes", list(recipe.model.classes), "this model is told prompts, not labels",
                            "Leave it out: every class's name becomes a prompt.")  # fmt: skip
@@ -117,6 +118,11 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
         raise RequestError("model.offload", recipe.model.offload, "an exact jacobian needs the network and the decoder at once",
                            "Use jacobian gaussian, or leave offload out.")  # fmt: skip
+    reduces = [term.reduce or 1 for term in guidance if isinstance(term, PotentialRequest)]
+    tiny = recipe.model.preview_decoder
+    if tiny and reduces and isinstance(outline, LatentDenoiser) and all(map(outline.is_linear, reduces)):
+        raise RequestError("model.preview_decoder", tiny, f"at reduce {reduces[0]} a linear map does for it",
+                           "Leave it out, or use reduce 1.")  # fmt: skip
     model = {
         "null_class": labels.null_class,
         "classes": labels.model_classes,
@@ -149,6 +155,15 @@ def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[
             raise RequestError("model.prompts", {name: given}, f"the embeddings were fitted with the prompt {prompt!r}, and "
                                "guide that one alone", "Leave prompts out, or fit again with --condition.")  # fmt: skip
     return dict.fromkeys(labels.of, prompt)
+
+
+def _refuse_unread(recipe: Recipe, outline: Denoiser) -> None:
+    """Refuses prompts for a model that is told labels, so that nothing asked for is passed over in silence."""
+    if outline.prompted:
+        return
+    for name in ("template", "class_pattern", "prompts"):
+        if (given := getattr(recipe.model, name)) != ModelRequest.model_fields[name].default:
+            raise RequestError(f"model.{name}", given, "this model is told labels or nothing, not prompts", "Leave it out.")
 
 
 def _variance(recipe: Recipe, outline: Denoiser) -> str | None:

@@ -24,6 +24,7 @@ from handful.denoiser import NetworkDenoiser
 from handful.errors import RequestError
 from handful.libraries import check_libraries
 from handful.models.options import ModelOptions
+from handful.models.pipelines import check_components
 from handful.models.source import Source, find_source
 from handful.zoo import ZOO, zoo_path
 
@@ -100,7 +101,9 @@ def _found(
         raise RequestError("model", name, "there is no such directory, and the zoo has no such model",
                            "Give a directory that diffusers wrote, a checkpoint file, a hub name such as org/model, or one of: "
                            f"{', '.join(ZOO)}.")  # fmt: skip
-    return source, options, _family(family_of(source))
+    family = family_of(source)
+    check_components(source, options)
+    return source, options, _family(family)
 
 
 def family_of(source: Source) -> str:

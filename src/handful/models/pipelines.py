@@ -17,6 +17,8 @@ from handful.libraries import hide_loading_bars
 from handful.models.options import ModelOptions
 from handful.models.source import Source
 
+DECIDING = ("unet", "transformer", "vae")  # and text encoders and tokenizers: parts that images depend on
+
 
 def on_meta(kind: str, config: dict[str, Any]) -> nn.Module:
     """A network of diffusers by its class's name and config, without weights or memory.
@@ -41,6 +43,24 @@ def component_on_meta(source: Source, component: str, default: str) -> nn.Module
     """A component of a pipeline on the meta device; `default` is its class where its config names none."""
     config = source.config(component)
     return on_meta(str(config.get("_class_name", default)), config)
+
+
+def check_components(source: Source, options: ModelOptions) -> None:
+    """Refuses a pipeline's directory that lacks a component which its model_index.json names.
+
+    transformers makes an empty tokenizer of a folder that is not there, and images of nothing.
+
+    Raises:
+        RequestError: Naming the component.
+    """
+    if source.folder is None:
+        return
+    for name, value in (source.read_json("model_index.json") or {}).items():
+        decides = name in DECIDING or name.startswith(("text_encoder", "tokenizer"))
+        there = isinstance(value, list) and bool(value) and value[0] is not None and name not in options.without
+        if decides and there and not any((source.folder / name).glob("*")):
+            raise RequestError("model", source.name, f"it has no {name}/, which its model_index.json names",
+                               "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
 
 
 def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer: nn.Module | None = None) -> Any:
@@ -72,8 +92,7 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
                 words |= {"revision": source.revision} if source.revision else {}
                 pipeline = cls.from_pretrained(str(source.folder or source.name), use_safetensors=True, **words)
     except Exception as error:  # diffusers raises many kinds for files that are missing or damaged; all mean the same
-        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})",
-                           "Copy the whole pipeline again, with its safetensors weights.") from error  # fmt: skip
+        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})", remedy(source)) from error
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             _refuse_lacking(part, "model", source.name, f" of its {name}")
@@ -110,10 +129,25 @@ def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int 
         with _quiet():
             tiny: Any = AutoencoderTiny.from_pretrained(name, torch_dtype=options.dtype or torch.float32, use_safetensors=True)
     except Exception as error:
+        get = "" if is_path else f" Of a hub name that is not in the cache ({hub_cache()}): hf download {name}, once online."
         raise RequestError("model.preview_decoder", name, f"it can't be loaded ({first_line(error)})",
-                           "Name an AutoencoderTiny of this model's latents: madebyollin/taesd or kin.") from error  # fmt: skip
+                           f"Name an AutoencoderTiny of these latents: madebyollin/taesd or kin.{get}") from error  # fmt: skip
     _refuse_lacking(tiny, "model.preview_decoder", name)
     return tiny
+
+
+def remedy(source: Source) -> str:
+    """What to do about a model that can't be loaded."""
+    if source.folder or source.file:
+        return "Copy the whole model again, with its safetensors weights."
+    return f"Get the whole of it into the hub's cache ({hub_cache()}), once online: hf download {source.name}."
+
+
+def hub_cache() -> str:
+    """Where the hub keeps what it gave."""
+    from huggingface_hub import constants
+
+    return str(constants.HF_HUB_CACHE)
 
 
 @contextmanager

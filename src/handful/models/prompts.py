@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -116,6 +118,13 @@ def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
     """The text encoders that a diffusers pipeline has, by name; none where there is no pipeline."""
     held = {name: getattr(pipeline, name, None) for name in ENCODERS}
     return {name: encoder for name, encoder in held.items() if encoder is not None}
+
+
+def tokenizer_digests(pipeline: Any) -> dict[str, str]:
+    """SHA-256 of what each tokenizer of a diffusers pipeline makes of texts: its vocabulary, and how long it lets them be."""
+    held = {name: getattr(pipeline, name, None) for name in TOKENIZERS}
+    told = {name: [sorted(one.get_vocab().items()), one.model_max_length] for name, one in held.items() if one is not None}
+    return {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in told.items()}
 
 
 def free_encoders(pipeline: Any) -> None:

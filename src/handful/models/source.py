@@ -76,6 +76,8 @@ class Source:
         try:
             return Path(hf_hub_download(self.name, path, revision=self.revision))
         except hub.LocalEntryNotFoundError as error:  # offline, or no connection, and not in the cache
+            if self._is_cached():  # the model is there, and just has no such file
+                return None
             raise RequestError("model", self.name, f"the hub can't be reached, and its cache ({constants.HF_HUB_CACHE}) does "
                                f"not hold {path}", "Give a local directory, or go online once: hf download "
                                f"{self.name}.") from error  # fmt: skip
@@ -87,6 +89,13 @@ class Source:
         except (OSError, ValueError, hub.HfHubHTTPError) as error:  # a name that can't be one is a ValueError
             raise RequestError("model", self.name, f"the hub can't be reached ({first_line(error)})",
                                "Give a local directory, or try again.") from error  # fmt: skip
+
+    def _is_cached(self) -> bool:
+        """Whether the hub's cache holds the model: its index, or the config of a network alone."""
+        from huggingface_hub import try_to_load_from_cache
+
+        told = ("model_index.json", "config.json", "unet/config.json")
+        return any(isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str) for file in told)
 
 
 def find_source(name_or_path: str | Path, revision: str | None = None) -> Source | None:

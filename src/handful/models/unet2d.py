@@ -11,7 +11,7 @@ from handful.denoiser import Condition, NetworkDenoiser, Prediction
 from handful.errors import RequestError, first_line
 from handful.models.labels import label_condition, set_labels
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
-from handful.models.pipelines import on_meta
+from handful.models.pipelines import on_meta, remedy
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 from handful.noise import Schedule
@@ -83,7 +83,7 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
         loaded: Any = UNet2DModel.from_pretrained(where, output_loading_info=True, **words)
     except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
         raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})",
-                           "Copy the model again, with its safetensors weights.") from error  # fmt: skip
+                           remedy(source)) from error  # fmt: skip
     network, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
