@@ -11,7 +11,6 @@ import json
 import math
 import os
 import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from handful.denoiser import Clamped, Condition, Denoiser, NetworkDenoiser
 from handful.errors import RequestError
-from handful.exemplars import read_hashed
 from handful.generate.directory import differences
 from handful.generate.inverting import Told
 from handful.generate.job import placement_of
@@ -33,13 +31,13 @@ from handful.generate.run import same_arithmetic
 from handful.generate.settle import model_options, null_may_be_unsaid
 from handful.guidance.inversion import Embeddings, check_interval, no_condition, reconstruct
 from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, fit
-from handful.images import image_folder, list_images, read_all, read_image
 from handful.metrics.few_shot import Mean, Reconstruction, reconstruction
 from handful.models import load, skeleton
 from handful.models.placement import check_placement, place
 from handful.models.prompts import Prompted
 from handful.noise import Levels
 from handful.progress import Progress, Words
+from handful.targets import read_targets, target_files
 
 EPOCHS_DONE = Words("fitting", "fitted", "epochs")
 PAPER = (5, 20, 25)  # the guided steps lo <= i < hi of so many
@@ -221,7 +219,7 @@ def prepare(request: InvertRequest, targets: str | Path, out: str | Path) -> Inv
         RequestError: Naming what can't be done, and the remedy.
     """
     out = _writable(Path(out).expanduser().absolute())
-    files = _target_files(targets)
+    files = target_files(targets)
     recipe = recipe_from({
         "model": dict(request.model), "chunk": request.chunk,
         "sampler": {"name": "ddim", "steps": request.steps, "spacing": request.spacing, "clamp": request.clamp},
@@ -235,7 +233,7 @@ def prepare(request: InvertRequest, targets: str | Path, out: str | Path) -> Inv
     interval = request.interval or scaled_interval(request.steps)
     segments = min(MOST_SEGMENTS, interval[1] - interval[0]) if request.segments is None else request.segments
     check_interval(interval, segments, levels)
-    images, hashes, seen = _read_targets(files, targets, outline.image_shape)
+    images, hashes, seen = read_targets(files, targets, outline.image_shape)
     notes += seen
 
     denoiser = load(recipe.model.name, options) if any(each.is_meta for each in outline.parameters()) else outline
@@ -365,49 +363,6 @@ def _told(request: InvertRequest, recipe: Recipe, outline: NetworkDenoiser) -> t
     else:
         raise RequestError("condition", asked, "the model knows no such class", did_you_mean(asked, labels.of, "It knows"))
     return Told(label=label, null_class=null, clamp=clamp, spacing=spacing), notes
-
-
-def _target_files(root: str | Path) -> list[Path]:
-    """The images of a folder, or of the one folder in it."""
-    folder = Path(root).expanduser()
-    try:
-        flat = list_images(folder) if folder.is_dir() else []
-    except PermissionError:
-        raise RequestError("targets", folder, "you may not read this", "Change its permissions.") from None
-    if flat:
-        return flat
-    by_class = image_folder(folder, field="targets")
-    if len(by_class) > 1:
-        raise RequestError("targets", folder, f"it holds {len(by_class)} folders of images, and one set of targets is fitted",
-                           f"Give one of them, such as '{folder / next(iter(by_class))}'.")  # fmt: skip
-    return next(iter(by_class.values()))
-
-
-def _read_targets(
-    files: list[Path], root: str | Path, shape: tuple[int, int, int]
-) -> tuple[Tensor, tuple[str, ...], list[str]]:
-    """Images (N, c, h, w) as the model has them, their content hashes, and what is odd but usable."""
-    channels, height, width = shape
-
-    def read(index: int) -> tuple[Tensor, str, bool, bool]:
-        image, content = read_hashed(files[index], channels, (height, width))
-        own = read_image(files[index], channels=3)
-        return image, content, bool((own == own[:1]).all()), own.shape[1:] != image.shape[1:]
-
-    found = read_all(read, range(len(files)), field="targets", root=root)
-    images, hashes, gray, resized = zip(*found, strict=True)
-    notes = []
-    if any(resized):
-        notes.append(f"targets: {sum(resized)} of {len(files)} have another size than {height} x {width}: cropped and resized")
-    if channels == 3 and any(gray):
-        notes.append(f"targets: {sum(gray)} of {len(files)} are gray, and the model's images have colours")
-    if channels == 1 and not all(gray):
-        notes.append(f"targets: {len(files) - sum(gray)} of {len(files)} have colours, and are taken as gray")
-    for content, count in Counter(hashes).items():
-        if count > 1:
-            same = " = ".join(file.name for file, each in zip(files, hashes, strict=True) if each == content)
-            notes.append(f"targets: the same image more than once: {same}")
-    return torch.stack(images), hashes, notes
 
 
 def _writable(out: Path) -> Path:
