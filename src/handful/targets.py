@@ -41,8 +41,8 @@ def read_targets(files: list[Path], root: str | Path, shape: tuple[int, int, int
         shape: (c, h, w) of the model's images.
 
     Returns:
-        Images (N, c, h, w) in [-1, 1], cropped and resized as exemplars are; their content hashes; and what is odd but usable, in
-        words.
+        Images (N, c, h, w) in [-1, 1], cropped and resized as exemplars are; their content hashes; and in words what is odd
+        but usable.
 
     Raises:
         RequestError: A file can't be read.
