@@ -29,6 +29,7 @@ from handful.guidance import Guidance, Guided
 from handful.models import skeleton
 from handful.models.architectures import packaged_configs
 from handful.models.latent import LatentDenoiser
+from handful.models.prompts import ENCODERS
 from handful.models.source import Source, find_source
 from handful.noise import Level, Levels
 from handful.samplers import SAMPLERS, STOCHASTIC
@@ -167,7 +168,7 @@ def text_encoders(source: Source | None, without: Sequence[str] = ()) -> tuple[d
         return flops, sizes
     index = source.read_json("model_index.json") or {}
     kind = str(index.get("_class_name"))
-    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+    for name in ENCODERS:
         config = source.read_json(f"{name}/config.json") if name in index and name not in without else None
         cls: Any = getattr(transformers, (config or {}).get("architectures", [""])[0], None)
         if config is None or cls is None:
@@ -247,8 +248,8 @@ class _Work:
                 told[f"features: {name}, 1/{reduce} size" if reduce > 1 else f"features: {name}"] = float(
                     self.exemplars * count.total
                 )
-        factor = self.denoiser.preview_factor
-        if any(reduce > 1 and reduce % factor == 0 for _, reduce in views(guidance)):
+        denoiser = self.denoiser
+        if isinstance(denoiser, LatentDenoiser) and any(denoiser.is_linear(reduce) for _, reduce in views(guidance)):
             with Count() as count:
                 self.denoiser.encode(self._empty(self.denoiser.image_shape, 1))
             if count.total:

@@ -23,7 +23,7 @@ from handful.denoiser import Clamped, Condition, Denoiser, NetworkDenoiser
 from handful.errors import RequestError
 from handful.generate.directory import differences
 from handful.generate.inverting import Told
-from handful.generate.job import placement_of
+from handful.generate.job import make_ready, placement_of, with_weights
 from handful.generate.plan import assign_labels
 from handful.generate.provenance import choose_device, describe_device, model_digest
 from handful.generate.recipe import Recipe, did_you_mean, recipe_from
@@ -32,9 +32,8 @@ from handful.generate.settle import model_options, null_may_be_unsaid
 from handful.guidance.inversion import Embeddings, check_interval, no_condition, reconstruct
 from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, fit
 from handful.metrics.few_shot import Mean, Reconstruction, reconstruction
-from handful.models import load, skeleton
-from handful.models.placement import check_placement, place
-from handful.models.prompts import Prompted
+from handful.models import skeleton
+from handful.models.placement import check_placement
 from handful.noise import Levels
 from handful.progress import Progress, Words
 from handful.targets import read_targets, target_files
@@ -236,13 +235,9 @@ def prepare(request: InvertRequest, targets: str | Path, out: str | Path) -> Inv
     images, hashes, seen = read_targets(files, targets, outline.image_shape)
     notes += seen
 
-    denoiser = load(recipe.model.name, options) if any(each.is_meta for each in outline.parameters()) else outline
-    denoiser.null_class = told.null_class
+    denoiser = with_weights(outline, recipe.model.name, options, told.null_class)
     digest = model_digest(denoiser)
-    if isinstance(denoiser, Prompted):
-        denoiser.encode_prompts([told.prompt or ""], device)
-        denoiser.free_text_encoders()
-    place(denoiser, placement)
+    make_ready(denoiser, [told.prompt or ""], placement)
     epochs = EPOCHS[request.method] if request.epochs is None else request.epochs
     request = replace(request, segments=segments, interval=interval, epochs=epochs, clamp=told.clamp, spacing=told.spacing)
     asked = {

@@ -99,6 +99,11 @@ class Levels:
     def __iter__(self) -> Iterator[Level]:
         return (self[i] for i in range(len(self)))
 
+    def last(self, steps: int) -> Levels:
+        """The path of its last `steps` steps."""
+        first = self.steps - steps
+        return Levels(self.alpha[first:], self.sigma[first:])
+
     def pairs(self) -> Iterator[tuple[Level, Level]]:
         """The steps: `(from, to)` level pairs."""
         return ((self[i], self[i + 1]) for i in range(self.steps))

@@ -71,9 +71,7 @@ class Inverted:
     @cached_property
     def levels(self) -> Levels:
         """The path from the interval's top, where the noised targets stand."""
-        whole = self.embeddings.levels
-        first = whole.steps - self.embeddings.interval[1]
-        return Levels(whole.alpha[first:], whole.sigma[first:])
+        return self.embeddings.levels.last(self.embeddings.interval[1])
 
     def start(self, seeds: Sequence[int], noise: Tensor) -> Tensor:
         """The states (n, c, h, w) that images start from: each its own target, chosen by its seed, with noise (n, c, h, w)."""

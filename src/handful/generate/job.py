@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from handful.denoiser import Denoiser
+from handful.denoiser import Denoiser, NetworkDenoiser
 from handful.errors import HandfulError, RequestError, first_line
 from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor, load_extractor
@@ -32,6 +32,7 @@ from handful.generate.terms import energy_columns, needs_exemplars, views
 from handful.generate.writers import check_class_names
 from handful.images import image_folder
 from handful.models import load, skeleton
+from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place
 from handful.models.prompts import Prompted
 from handful.noise import Levels
@@ -132,17 +133,12 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         extractors[name] = extractors.get(name) or load_extractor(name).to(device)
         _try_extractor(name, extractors[name], image_shape, reduce)
 
-    # an outline with weights is the model itself: code of the user's, which need not run twice
-    denoiser = load(recipe.model.name, options) if any(each.is_meta for each in outline.parameters()) else outline
-    denoiser.null_class = labels.null_class
+    denoiser = with_weights(outline, recipe.model.name, options, labels.null_class)
     provenance = provenance_of(denoiser, device, settled.levels, exemplars, extractors, notes,
                                inverted.sha256 if inverted else None)  # fmt: skip
     if inverted is not None:
         inverted.check(denoiser, provenance["model_sha256"])
-    if isinstance(denoiser, Prompted):
-        denoiser.encode_prompts(list(recipe.model.prompts.values()), device)
-        denoiser.free_text_encoders()
-    place(denoiser, placement)
+    make_ready(denoiser, list(recipe.model.prompts.values()), placement)
     energies = [column for column in energy_columns(guidance) if column]
     job = Job(
         recipe, directory, denoiser, device, settled.levels, exemplars, extractors,
@@ -151,6 +147,21 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     )  # fmt: skip
     check_against_stored(job)
     return job
+
+
+def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, null_class: int | None) -> NetworkDenoiser:
+    """The model of an outline, loaded; an outline with weights is the model itself: code of the user's need not run twice."""
+    denoiser = load(name, options) if any(each.is_meta for each in outline.parameters()) else outline
+    denoiser.null_class = null_class
+    return denoiser
+
+
+def make_ready(denoiser: NetworkDenoiser, prompts: list[str], placement: Placement) -> None:
+    """Encodes what the model will be told, lets its text encoders go, and moves it to where it runs."""
+    if isinstance(denoiser, Prompted):
+        denoiser.encode_prompts(prompts, placement.device)
+        denoiser.free_text_encoders()
+    place(denoiser, placement)
 
 
 def check_against_stored(job: Job) -> None:

@@ -167,18 +167,14 @@ def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
     by_class: dict[str, dict[View, Tensor]] = {cohort.class_name: {} for cohort in job.cohorts}
     if job.exemplars is not None:
         for name, reduce in views(job.recipe.guidance or ()):
-            shrunk = job.exemplars.shrunk(reduce)
-            for class_name, features in exemplar_features(shrunk, job.extractors[name], cache).items():
+            seen = job.exemplars.shrunk(reduce)
+            for class_name, features in exemplar_features(seen, job.extractors[name], cache).items():
                 by_class[class_name][name, reduce] = features.to(job.device)
     return by_class
 
 
 def _fit_preview(job: Job, progress: Progress) -> None:
-    """Fits the linear preview of latents to the exemplars, some of each class, where a term looks through it.
-
-    Raises:
-        RunError: If the autoencoder gives no finite latents for them.
-    """
+    """Fits the linear preview of latents to the exemplars, some of each class, where a term looks through it."""
     if job.exemplars is None or not isinstance(job.denoiser, LatentDenoiser):
         return
     if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.recipe.guidance or ())):

@@ -259,9 +259,8 @@ def noised_start(x0: Tensor, which: Sequence[int], noise: Tensor, levels: Levels
     """
     if not 1 <= hi <= levels.steps:
         raise RequestError("interval", hi, f"a path of {levels.steps} steps does not go so far up", "Give it fewer steps.")
-    first = levels.steps - hi
-    x = noised(x0.to(noise)[list(which)], noise, levels[first])
-    return x, Levels(levels.alpha[first:], levels.sigma[first:])
+    path = levels.last(hi)
+    return noised(x0.to(noise)[list(which)], noise, path[0]), path
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from handful.denoiser import Condition, Prediction
 from handful.errors import RequestError
 from handful.models.labels import label_condition, set_labels
-from handful.models.latent import LatentDenoiser
+from handful.models.latent import LatentDenoiser, factor_of
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import component_on_meta, load_pipeline, on_meta, preview_decoder
 from handful.models.schedulers import schedule_of
@@ -50,7 +50,7 @@ class DiTDenoiser(LatentDenoiser):
             raise RequestError("model", f"out_channels {config.out_channels}", "the transformer predicts neither the latents "
                                "alone nor latents and variance", "Use one with as many output as input channels, or twice "
                                "as many.")  # fmt: skip
-        side = config.sample_size * 2 ** (len(latents.block_out_channels) - 1)
+        side = config.sample_size * factor_of(latents)
         super().__init__(network, vae, prediction, levels, (side, side), patch=config.patch_size, preview_vae=preview_vae)
         last = config.num_embeds_ada_norm
         set_labels(self, last + 1, classes, last if null_class is None else null_class)
@@ -67,11 +67,7 @@ def skeleton(source: Source, options: ModelOptions) -> DiTDenoiser:
     # by name: the published configs call it a Transformer2DModel, as diffusers once did
     network = on_meta("DiTTransformer2DModel", source.config("transformer"))
     vae = component_on_meta(source, "vae", "AutoencoderKL")
-    scheduler = source.read_json("scheduler/scheduler_config.json")
-    if scheduler is None:
-        raise RequestError("model", source.name, "it has no scheduler/scheduler_config.json, so its noise levels are unknown",
-                           "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
-    return _denoiser(network, vae, scheduler, options, _id2label(source), preview_decoder(options, meta=True))
+    return _denoiser(network, vae, source.scheduler(), options, _id2label(source), preview_decoder(options, meta=True))
 
 
 def load(source: Source, options: ModelOptions) -> DiTDenoiser:

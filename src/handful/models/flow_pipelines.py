@@ -34,10 +34,7 @@ def scheduler_of(source: Source) -> Any:
     Raises:
         RequestError: If there is none, or it is of another kind.
     """
-    told = source.read_json("scheduler/scheduler_config.json")
-    if told is None:
-        raise RequestError("model", source.name, "it has no scheduler/scheduler_config.json, so its noise levels are unknown",
-                           "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
+    told = source.scheduler()
     _refuse_kind(str(told.get("_class_name", SCHEDULER)))
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
@@ -91,15 +88,6 @@ def pipeline_prompts(pipeline: Any, options: ModelOptions, encode: Callable[[lis
         return encode(prompts, runs_on(pipeline.text_encoder))
 
     return Prompts(here, lambda: here([options.negative_prompt]), lambda: free_encoders(pipeline))
-
-
-def blank_prompts(**shapes: tuple[int, ...]) -> Prompts:
-    """Zeros of the right shapes, by name, for any prompt: a skeleton's."""
-
-    def encode(prompts: list[str]) -> Embeddings:
-        return {name: torch.zeros(len(prompts), *shape) for name, shape in shapes.items()}
-
-    return Prompts(encode, lambda: encode([""]))
 
 
 def load_flow_pipeline(source: Source, options: ModelOptions, kind: str, transformer: str) -> Any:

@@ -16,7 +16,6 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from handful.denoiser import Condition
 from handful.models.flow_pipelines import (
     UNUSED,
-    blank_prompts,
     configs_of,
     flow_levels,
     load_flow_pipeline,
@@ -25,10 +24,10 @@ from handful.models.flow_pipelines import (
     refuse_missing,
     scheduler_of,
 )
-from handful.models.latent import LatentDenoiser
+from handful.models.latent import LatentDenoiser, factor_of
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, preview_decoder
-from handful.models.prompts import Embeddings, Prompted, Prompts, refuse_for_prompts
+from handful.models.prompts import Embeddings, Prompted, Prompts, blank_prompts, refuse_for_prompts
 from handful.models.source import Source
 
 PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
@@ -60,7 +59,7 @@ class FluxDenoiser(Prompted, LatentDenoiser):
         config: Any = network.config
         latents: Any = vae.config
         refuse_channels(PIPELINE, config.in_channels, PATCH**2 * latents.latent_channels)
-        factor = 2 ** (len(latents.block_out_channels) - 1)
+        factor = factor_of(latents)
         height, width = resolution or (SAMPLE_SIZE * factor,) * 2
         levels = flow_levels(scheduler, (height // factor // PATCH) * (width // factor // PATCH),
                              time_scale=1.0, given_times=True)  # fmt: skip

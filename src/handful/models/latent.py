@@ -47,7 +47,7 @@ class LatentDenoiser(NetworkDenoiser):
         patch: int = 1, preview_vae: nn.Module | None = None,
     ) -> None:  # fmt: skip
         config: Any = vae.config
-        factor = 2 ** (len(config.block_out_channels) - 1)
+        factor = factor_of(config)
         for side in resolution:
             if side < 1 or side % (factor * patch):
                 near = max(1, round(side / (factor * patch))) * factor * patch
@@ -165,6 +165,11 @@ class LatentDenoiser(NetworkDenoiser):
         if mean is not None and std is not None:
             return (latents - _channels(mean, latents)) * config.scaling_factor / _channels(std, latents)
         return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+
+
+def factor_of(vae: Any) -> int:
+    """Pixels of an image to one of its latents, along a side, by an autoencoder's config."""
+    return 2 ** (len(vae.block_out_channels) - 1)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -18,7 +18,7 @@ class ModelOptions:
     Attributes:
         null_class: The label that stands for "no class"; None takes what the model says.
         classes: Names of its classes by label; None takes what the model says.
-        dtype: The precision to load the weights in; None leaves them as they are saved (UNets of pixels: float32).
+        dtype: The precision to load the weights in; None: float32.
         resolution: (height, width) of the images; None takes the model's own.
         negative_prompt: What stands for "no prompt".
         embedded_guidance: What a guidance-distilled network (Flux) is told as its scale.

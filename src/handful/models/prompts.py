@@ -114,6 +114,15 @@ class Prompted:
         return self.prompts.condition(labels, device)
 
 
+def blank_prompts(**shapes: tuple[int, ...]) -> Prompts:
+    """Zeros of the right shapes, by name, for any prompt: a skeleton's."""
+
+    def encode(prompts: list[str]) -> Embeddings:
+        return {name: torch.zeros(len(prompts), *shape) for name, shape in shapes.items()}
+
+    return Prompts(encode, lambda: encode([""]))
+
+
 def text_encoders(pipeline: Any) -> dict[str, nn.Module]:
     """The text encoders that a diffusers pipeline has, by name; none where there is no pipeline."""
     held = {name: getattr(pipeline, name, None) for name in ENCODERS}

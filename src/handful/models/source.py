@@ -69,6 +69,18 @@ class Source:
                                "Copy the whole pipeline, as its save_pretrained wrote it.") from None  # fmt: skip
         return data
 
+    def scheduler(self) -> dict[str, Any]:
+        """`scheduler/scheduler_config.json`.
+
+        Raises:
+            RequestError: If there is none, or as `read_json`.
+        """
+        data = self.read_json("scheduler/scheduler_config.json")
+        if data is None:
+            raise RequestError("model", self.name, "it has no scheduler/scheduler_config.json, so its noise levels are unknown",
+                               "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
+        return data
+
     def _from_hub(self, path: str) -> Path | None:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub import errors as hub

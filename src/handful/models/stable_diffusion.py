@@ -19,7 +19,7 @@ from handful.models import single_file
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, load_pipeline, preview_decoder
-from handful.models.prompts import Prompted, Prompts, free_encoders, refuse_for_prompts, runs_on
+from handful.models.prompts import Prompted, Prompts, blank_prompts, free_encoders, refuse_for_prompts, runs_on
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 from handful.noise import Schedule
@@ -82,10 +82,7 @@ def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
     missing = [name for name, value in index.items() if isinstance(value, list) and value[:1] == [None]]
     pooled = (source.read_json("text_encoder_2/config.json") or {}).get("projection_dim")
     _refuse(source.name, unet.config, vae.config, index, missing, pooled, options)
-    told = source.read_json("scheduler/scheduler_config.json")
-    if told is None:
-        raise RequestError("model", source.name, "there is no scheduler/scheduler_config.json, so its noise levels are unknown",
-                           "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
+    told = source.scheduler()
     if not _is_xl(unet.config):
         told["steps_offset"] = 1  # what the pipeline itself makes of older configs
     levels, prediction = schedule_of(told)
@@ -162,17 +159,11 @@ def _prompts(pipeline: Any, resolution: tuple[int, int], options: ModelOptions) 
 
 
 def _blank_prompts(unet: Mapping[str, Any], length: int) -> Prompts:
-    """Embeddings of the right shapes for any prompt, for a skeleton."""
     width = unet["cross_attention_dim"]
-
-    def encode(prompts: list[str]) -> dict[str, Tensor]:
-        text = torch.zeros(len(prompts), length, width if isinstance(width, int) else width[0])
-        if not _is_xl(unet):
-            return {"text": text}
-        return {"text": text, "pooled": torch.zeros(len(prompts), _pooled_width(unet)),
-                "time_ids": torch.zeros(len(prompts), SIZES)}  # fmt: skip
-
-    return Prompts(encode, lambda: encode([""]))
+    text = (length, width if isinstance(width, int) else width[0])
+    return (
+        blank_prompts(text=text, pooled=(_pooled_width(unet),), time_ids=(SIZES,)) if _is_xl(unet) else blank_prompts(text=text)
+    )
 
 
 def _refuse(

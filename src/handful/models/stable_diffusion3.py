@@ -17,7 +17,6 @@ from handful.denoiser import Condition
 from handful.errors import RequestError
 from handful.models.flow_pipelines import (
     UNUSED,
-    blank_prompts,
     configs_of,
     flow_levels,
     load_flow_pipeline,
@@ -26,10 +25,10 @@ from handful.models.flow_pipelines import (
     refuse_missing,
     scheduler_of,
 )
-from handful.models.latent import LatentDenoiser
+from handful.models.latent import LatentDenoiser, factor_of
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, preview_decoder
-from handful.models.prompts import Embeddings, Prompted, Prompts, refuse_for_prompts
+from handful.models.prompts import Embeddings, Prompted, Prompts, blank_prompts, refuse_for_prompts
 from handful.models.source import Source
 
 PIPELINE, TRANSFORMER = "StableDiffusion3Pipeline", "SD3Transformer2DModel"
@@ -60,7 +59,7 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
         config: Any = network.config
         latents: Any = vae.config
         refuse_channels(PIPELINE, config.in_channels, latents.latent_channels)
-        factor = 2 ** (len(latents.block_out_channels) - 1)
+        factor = factor_of(latents)
         height, width = resolution or (config.sample_size * factor,) * 2
         largest = config.pos_embed_max_size * config.patch_size * factor
         if max(height, width) > largest:
