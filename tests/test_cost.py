@@ -281,3 +281,12 @@ def test_a_tiny_decoder_is_counted_for_latents_of_any_width():
         assert source is not None
         tiny: Any = skeleton(source, preview_decoder="madebyollin/any").preview_vae
         assert tiny.config.latent_channels == channels
+
+
+def test_through_a_tiny_decoder_no_exemplar_is_encoded():
+    name = "stabilityai/stable-diffusion-3.5-medium"
+    data = {"model": {"name": name, "preview_decoder": "madebyollin/taesd3", "resolution": [64, 64]}, "per_class": 1}
+    term = {"method": "chamfer", "features": "pixels", "reduce": 2}
+    through = cost_of(recipe_from({**data, "exemplars": {"path": "/x"}, "guidance": [term]}))
+    assert through.recipe.parts["preview"] > 0
+    assert "encoding exemplars" not in through.once_per_class
