@@ -29,7 +29,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 from handful.denoiser import shrunk
 from handful.features import FeatureExtractor, extractor_skeleton
-from handful.generate.recipe import ChamferRequest, for_model
+from handful.generate.guidance_requests import ChamferRequest
+from handful.generate.recipe import for_model
 from handful.generate.terms import make_terms
 from handful.guidance import Guided
 from handful.images import write_atomically

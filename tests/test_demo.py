@@ -10,7 +10,7 @@ from PIL import Image
 
 from handful.demo import COLUMNS, demo, entries, means
 from handful.errors import RequestError
-from handful.generate.recipe import ChamferRequest
+from handful.generate.guidance_requests import ChamferRequest
 
 
 @pytest.fixture(scope="module")

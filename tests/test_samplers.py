@@ -21,8 +21,8 @@ from handful.denoiser import Clamped, Condition, Denoiser, Prediction
 from handful.errors import RequestError
 from handful.models import load
 from handful.models.unet2d import UNet2DDenoiser
-from handful.noise import EDM, VP, Flow, Level, Levels, Schedule, noised
-from handful.samplers import SAMPLERS, STOCHASTIC, ddim, ddpm, dpmpp_2m, heun, posterior_deviation, start
+from handful.noise import EDM, VP, Flow, Level, Levels, Schedule, noised, posterior_deviation
+from handful.samplers import SAMPLERS, STOCHASTIC, ddim, ddpm, dpmpp_2m, heun, start
 
 CIFAR = Path(__file__).resolve().parents[2] / "shared" / "models" / "cifar10-unet"
 NOTHING = Condition(None)

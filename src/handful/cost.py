@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from handful.denoiser import Condition, Denoiser, NetworkDenoiser
 from handful.errors import HandfulError, RequestError, first_line
-from handful.features import FeatureExtractor, extractor_skeleton
+from handful.features import FeatureExtractor
 from handful.flops import OTHER, Count
+from handful.generate.classifying import extractors_wanted, load_for
+from handful.generate.guidance_requests import CFGRequest, GuidanceRequest
 from handful.generate.inverting import Inverted, read_inversion
-from handful.generate.recipe import CFGRequest, GuidanceRequest, Recipe
+from handful.generate.recipe import Recipe
 from handful.generate.settle import complete, model_options, settle
 from handful.generate.terms import View, make_terms, views
 from handful.guidance import Guidance, Guided
@@ -127,7 +129,8 @@ def cost_of(recipe: Recipe) -> Cost:
             getattr(denoiser.vae, method)()
     if isinstance(denoiser, LatentDenoiser):  # stands for the map that a run fits to its exemplars
         denoiser.linear_preview = torch.zeros(denoiser.image_shape[0], denoiser.shape[0] + 1, device=META)
-    extractors = {name: extractor_skeleton(name).to(META) for name, _ in views(guidance)}
+    classes = list(settled.labels.of)
+    extractors = {key: load_for(term, classes, meta=True).to(META) for key, term in extractors_wanted(guidance).items()}
     work = _Work(denoiser, extractors, evaluated(settled.levels, recipe), min(recipe.cohort, recipe.per_class), recipe.chunk,
                  recipe.exemplars.per_class or UNKNOWN_EXEMPLARS, inverted)  # fmt: skip
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)
@@ -210,21 +213,27 @@ class _Work:
         count = Count()
         counted, terms = _Counted(self.denoiser, count), self._terms(guidance, count)
         kinds: dict[tuple[bool, ...], list[Level]] = {}
+        entered: set[int | None] = set()  # Heun's method evaluates a level twice, and enters a step there once
         for level in self.evaluated:
-            kinds.setdefault(tuple(term.strength(level) > 0 for term in terms), []).append(level)
+            again = level.index in entered
+            entered.add(level.index)
+            kinds.setdefault((again, *(term.strength(level) > 0 for term in terms)), []).append(level)
         flops, evaluations = Counter[str](), 0
-        for levels in kinds.values():
+        for (again, *_), levels in kinds.items():
             count.flops.clear()
             counted.images = 0
             with count:
-                Guided(counted, terms, self.chunk)(self._empty(self.denoiser.shape), levels[0], self._condition)
+                guided, x = Guided(counted, terms, self.chunk), self._empty(self.denoiser.shape)
+                if not again:
+                    guided.moved_before(x, levels[0], self._condition)
+                guided(x, levels[0], self._condition)
             flops.update({part: each * len(levels) for part, each in count.flops.items()})
             evaluations += counted.images * len(levels)
         count.flops.clear()
         with count:
             torch.cat([counted.decode(part) for part in self._empty(self.denoiser.shape).split(self.chunk or self.cohort)])
         flops.update(count.flops)
-        networks = [self.denoiser, *(self.extractors[name] for name in {name: None for name, _ in views(guidance)})]
+        networks = [self.denoiser, *(self.extractors[name] for name in extractors_wanted(guidance))]
         return Way(
             flops.total() / self.cohort,
             {part: flops[part] / self.cohort for part in PARTS if flops[part]},
@@ -263,7 +272,8 @@ class _Work:
             for name, reduce in views(guidance):
                 features[name, reduce] = self._features(name, reduce).expand(self.exemplars, -1)
         counted: Any = {name: _CountedExtractor(extractor, count) for name, extractor in self.extractors.items()}
-        return make_terms(guidance, counted, features, self.inverted and self.inverted.embeddings, range(self.cohort))
+        embeddings = self.inverted and self.inverted.embeddings
+        return make_terms(guidance, counted, features, embeddings, range(self.cohort), levels=self.denoiser.levels)
 
     def _features(self, name: str, reduce: int) -> Tensor:
         """Features (1, D) of an image as guidance looks at it."""
@@ -340,10 +350,25 @@ class _CountedExtractor(nn.Module):
 
     def __init__(self, extractor: FeatureExtractor, count: Count) -> None:
         super().__init__()
-        self.extractor, self.count = extractor, count
+        self.extractor, self.count, self.name = extractor, count, extractor.name
+        self.is_classifier, self.network = extractor.is_classifier, _CountedNetwork(extractor.network, count)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.count.through("features", self.extractor, images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.count.through("features", self.extractor.logits, images)
+
+
+class _CountedNetwork(nn.Module):
+    """A classifier of noisy images, counted as features."""
+
+    def __init__(self, network: nn.Module, count: Count) -> None:
+        super().__init__()
+        self.network, self.count = network, count
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.count.through("features", lambda images: self.network(images, time), x)
 
 
 def _for_any_class(recipe: Recipe, denoiser: NetworkDenoiser) -> Recipe:

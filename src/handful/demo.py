@@ -26,17 +26,8 @@ from handful.evaluate import Judge
 from handful.exemplars import Exemplars
 from handful.features import load_extractor
 from handful.generate import generate
-from handful.generate.recipe import (
-    CFGRequest,
-    ChamferRequest,
-    EnergyRequest,
-    ExemplarsRequest,
-    GuidanceRequest,
-    ModelRequest,
-    Recipe,
-    SamplerRequest,
-    for_model,
-)
+from handful.generate.guidance_requests import CFGRequest, ChamferRequest, EnergyRequest, GuidanceRequest
+from handful.generate.recipe import ExemplarsRequest, ModelRequest, Recipe, SamplerRequest, for_model
 from handful.images import LabelledImages, encode_png, read_folder, write_atomically
 from handful.metrics.copying import copied_share
 from handful.utility import downstream_accuracy

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
 from handful.errors import RequestError
-from handful.noise import Level, Schedule
+from handful.noise import Level, Levels, Schedule
 
 Prediction = Literal["eps", "v", "x0", "flow", "edm"]
 
@@ -103,6 +103,14 @@ class Denoiser(nn.Module):
     @abstractmethod
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         """Makes the condition for n labels, or for n prompts where the network is told those."""
+
+    def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
+        """What guidance makes of the sample x (n, c, h, w) before step `index` of a path is evaluated; samplers call it."""
+        return x
+
+    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
+        """What guidance makes of the sample x (n, c, h, w) that step `index` arrived at; samplers call it."""
+        return x
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -254,6 +262,12 @@ class Clamped(Denoiser):
         x0_hat = self.denoiser(x_t, level, condition).clamp(-1, 1)
         self.learned_variance = self.denoiser.learned_variance
         return x0_hat
+
+    def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
+        return self.denoiser.enter(x, levels, index, condition)
+
+    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
+        return self.denoiser.leave(x, levels, index)
 
     @property
     def learns_variance(self) -> bool:

@@ -109,6 +109,12 @@ class Levels:
         return ((self[i], self[i + 1]) for i in range(self.steps))
 
 
+def posterior_deviation(t: Level, s: Level) -> Tensor:
+    """Standard deviation of x_s given x_t and x0, for any process: the noise an ancestral step adds; shape ()."""
+    forward = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
+    return forward.clamp_min(0).sqrt() * s.sigma / t.sigma
+
+
 def noised(x0: Tensor, eps: Tensor, at: Level) -> Tensor:
     """`alpha * x0 + sigma * eps`; x0 and eps of one shape (n, c, h, w)."""
     alpha, sigma = at.on(x0)

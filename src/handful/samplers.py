@@ -2,7 +2,8 @@
 
 Each walks `levels` from its first level to its last, and reads like its paper. With x_t = alpha x0 + sigma eps, the
 denoised estimate splits x_t into x0_hat and eps_hat = (x_t - alpha x0_hat) / sigma; a step re-mixes the two at the next
-level. Written so, the start of a flow (alpha = 0) and the clean end (sigma = 0) need no special case.
+level. Written so, the start of a flow (alpha = 0) and the clean end (sigma = 0) need no special case. Before and after each
+step a guided denoiser may move the sample itself (`Denoiser.enter`, `leave`), as some papers' rules do.
 
 `x` is the start, (n, c, h, w), in the precision to sample in: `sigma_0 * noise` (see `start`). `condition` holds n
 conditions. `each(index, x0_hat)` is called after every step. All return x at the last level.
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from handful.denoiser import Condition, Denoiser
 from handful.errors import RequestError
-from handful.noise import Level, Levels
+from handful.noise import Level, Levels, posterior_deviation
 
 Noise = Callable[[], Tensor]  # fresh standard normal noise of x's shape
 Each = Callable[[int, Tensor], None]
@@ -43,20 +44,27 @@ def _split(denoiser: Denoiser, x: Tensor, level: Level, condition: Condition) ->
 
 def ddim(
     denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *,
-    eta: float = 0.0, noise: Noise | None = None, each: Each | None = None,
+    eta: float = 0.0, noise: Noise | None = None, recurrence: int = 1, each: Each | None = None,
 ) -> Tensor:  # fmt: skip
     """DDIM (Song et al. 2021, arXiv 2010.02502, equation 12); eta = 0 is the Euler method on the probability-flow ODE.
 
     Args:
         eta: Share of the ancestral noise, 0 (none) to 1 (DDPM).
-        noise: Draws fresh noise; needed where eta > 0.
+        noise: Draws fresh noise; needed where eta > 0 or recurrence > 1.
+        recurrence: So many times each step is made: noised again, a guided sample is corrected by the model (RePaint; Bansal
+            et al. 2023; TFG). Each costs its evaluations.
     """
     for index, (t, s) in enumerate(levels.pairs()):
-        x0, eps = _split(denoiser, x, t, condition)
         fresh = eta * posterior_deviation(t, s)
-        x = s.alpha * x0 + (s.sigma**2 - fresh**2).clamp_min(0).sqrt() * eps
-        if fresh > 0:
-            x = x + fresh * _drawn(noise)
+        for more in reversed(range(recurrence)):
+            x = denoiser.enter(x, levels, index, condition)
+            x0, eps = _split(denoiser, x, t, condition)
+            x = s.alpha * x0 + (s.sigma**2 - fresh**2).clamp_min(0).sqrt() * eps
+            if fresh > 0:
+                x = x + fresh * _drawn(noise)
+            x = denoiser.leave(x, levels, index)
+            if more:
+                x = _noised_again(x, s, t, _drawn(noise))
         if each:
             each(index, x0)
     return x
@@ -64,7 +72,7 @@ def ddim(
 
 def ddpm(
     denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *,
-    noise: Noise, variance: Variance = "small", each: Each | None = None,
+    noise: Noise, variance: Variance = "small", recurrence: int = 1, each: Each | None = None,
 ) -> Tensor:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the levels.
 
@@ -73,6 +81,7 @@ def ddpm(
         variance: Of the reverse step: "small", the posterior's, or "large", the forward step's (their two choices of
             sigma_t^2), or "learned": what the network says, each pixel between those two on a logarithmic scale (Nichol &
             Dhariwal 2021, equation 15). The last step, to sigma = 0, adds no noise in any case.
+        recurrence: As for `ddim`.
 
     Raises:
         RequestError: If the variance is to be the learned one and the network learned none.
@@ -80,14 +89,19 @@ def ddpm(
     if variance == "learned" and not denoiser.learns_variance:
         raise RequestError("sampler.variance", variance, "this model has not learned it", "Use small or large.")
     for index, (t, s) in enumerate(levels.pairs()):
-        x0, eps = _split(denoiser, x, t, condition)
         posterior = posterior_deviation(t, s)
-        x = s.alpha * x0 + (s.sigma**2 - posterior**2).clamp_min(0).sqrt() * eps  # the posterior's mean
-        if s.sigma > 0:
-            # the forward step t|s has variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, the posterior that times
-            # (sigma_s / sigma_t)^2
-            share = _share_of_large(denoiser) if variance == "learned" else float(variance == "large")
-            x = x + posterior * float(t.sigma / s.sigma) ** share * _drawn(noise)
+        for more in reversed(range(recurrence)):
+            x = denoiser.enter(x, levels, index, condition)
+            x0, eps = _split(denoiser, x, t, condition)
+            x = s.alpha * x0 + (s.sigma**2 - posterior**2).clamp_min(0).sqrt() * eps  # the posterior's mean
+            if s.sigma > 0:
+                # the forward step t|s has variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, the posterior that times
+                # (sigma_s / sigma_t)^2
+                share = _share_of_large(denoiser) if variance == "learned" else float(variance == "large")
+                x = x + posterior * float(t.sigma / s.sigma) ** share * _drawn(noise)
+            x = denoiser.leave(x, levels, index)
+            if more:
+                x = _noised_again(x, s, t, _drawn(noise))
         if each:
             each(index, x0)
     return x
@@ -102,6 +116,7 @@ def heun(
     and the flow's where alpha = 1 - sigma. A step to sigma = 0 is Euler's, as there.
     """
     for index, (t, s) in enumerate(levels.pairs()):
+        x = denoiser.enter(x, levels, index, condition)
         x0, eps = _split(denoiser, x, t, condition)
         euler = s.alpha * x0 + s.sigma * eps
         if s.sigma > 0:
@@ -109,6 +124,7 @@ def heun(
             x = x + (s.alpha - t.alpha) * (x0 + x0_s) / 2 + (s.sigma - t.sigma) * (eps + eps_s) / 2
         else:
             x = euler
+        x = denoiser.leave(x, levels, index)
         if each:
             each(index, x0)
     return x
@@ -125,28 +141,30 @@ def dpmpp_2m(
     lam = torch.log(levels.alpha / levels.sigma)
     before = None
     for index, (t, s) in enumerate(levels.pairs()):
+        x = denoiser.enter(x, levels, index, condition)
         x0 = denoiser(x, t, condition)
         blend = x0
         width, width_before = lam[index + 1] - lam[index], lam[index] - lam[index - 1] if index else lam.new_tensor(0.0)
         if before is not None and width.isfinite() and width_before.isfinite():
             blend = x0 + (width / (2 * width_before)) * (x0 - before)
         x = (s.sigma / t.sigma) * x + (s.alpha - t.alpha * s.sigma / t.sigma) * blend
+        x = denoiser.leave(x, levels, index)
         before = x0
         if each:
             each(index, x0)
     return x
 
 
-def posterior_deviation(t: Level, s: Level) -> Tensor:
-    """Standard deviation of x_s given x_t and x0, for any process: the noise an ancestral step adds; shape ()."""
-    forward = t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2
-    return forward.clamp_min(0).sqrt() * s.sigma / t.sigma
-
-
 def _share_of_large(denoiser: Denoiser) -> Tensor:
     """v of equation 15: how far the learned variance lies from the small to the large one, the shape of x_t."""
     assert denoiser.learned_variance is not None, "a denoiser that learns its variance sets it at each evaluation"
     return (denoiser.learned_variance + 1) / 2
+
+
+def _noised_again(x_s: Tensor, s: Level, t: Level, fresh: Tensor) -> Tensor:
+    """A draw of x_t given x_s by the forward process; `fresh` standard normal, of their shape."""
+    kept = t.alpha / s.alpha
+    return kept * x_s + (t.sigma**2 - (kept * s.sigma) ** 2).clamp_min(0).sqrt() * fresh
 
 
 def _drawn(noise: Noise | None) -> Tensor:

@@ -9,7 +9,8 @@ import yaml
 from pydantic import ValidationError
 
 from handful.errors import RequestError
-from handful.generate.recipe import CFGRequest, ChamferRequest, EnergyRequest, Recipe, for_model, recipe_from, with_defaults
+from handful.generate.guidance_requests import CFGRequest, ChamferRequest, EnergyRequest
+from handful.generate.recipe import Recipe, for_model, recipe_from, with_defaults
 from handful.generate.recipe_file import overridden, parse_yaml, read_recipe, recipe_yaml
 
 DIGITS = {"model": {"name": "digits"}}

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from handful.denoiser import Denoiser
 from handful.errors import RequestError
-from handful.generate.recipe import GuidanceRequest, InversionRequest, Recipe
+from handful.generate.guidance_requests import GuidanceRequest, InversionRequest
+from handful.generate.recipe import Recipe
 from handful.generate.terms import named
 from handful.guidance.inversion import FIT_AGAIN, Embeddings, noised_start, own_targets
 from handful.noise import Levels

@@ -11,24 +11,29 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from handful.denoiser import Denoiser, NetworkDenoiser
 from handful.errors import HandfulError, RequestError, first_line
 from handful.exemplars import Exemplars
-from handful.features import FeatureExtractor, load_extractor
+from handful.features import FeatureExtractor
+from handful.generate.classifying import extractor_key, extractors_wanted, load_for, targets_of
 from handful.generate.directory import RunDirectory, differences
+from handful.generate.guidance_requests import (
+    ChamferRequest,
+    ClassifierRequest,
+    FeaturesRequest,
+    NoisyClassifierRequest,
+    PotentialRequest,
+)
 from handful.generate.inverting import Inverted, read_inversion
 from handful.generate.manifest import manifest_schema
 from handful.generate.plan import Cohort, plan_cohorts
 from handful.generate.provenance import CONTENTS, DECIDING, choose_device, provenance_of
-from handful.generate.recipe import (
-    ChamferRequest,
-    Recipe,
-    did_you_mean,
-)
+from handful.generate.recipe import Recipe, did_you_mean
 from handful.generate.recipe_file import PROVENANCE
 from handful.generate.settle import complete, model_options, settle
-from handful.generate.terms import energy_columns, needs_exemplars, views
+from handful.generate.terms import energy_columns, named, needs_exemplars
 from handful.generate.writers import check_class_names
 from handful.images import image_folder
 from handful.models import load, skeleton
@@ -59,6 +64,7 @@ class Job:
         provenance: For recipe.yaml.
         notes: What was concluded, in words for the user.
         inverted: What guidance by inversion takes; None without.
+        targets: For classifiers, by class and by the term's place: which of its classes that is.
         threads: Of the CPU; as many as the run was begun with, since another number adds up in another order.
         changes: What is not as it was when the run began, where cohorts of then are kept and others made now.
         done: Keys of the cohorts that lie finished in the directory.
@@ -79,6 +85,7 @@ class Job:
     notes: list[str]
     allow_version_change: bool = False
     inverted: Inverted | None = None
+    targets: dict[str, dict[int, int]] = field(default_factory=dict)
     threads: int | None = None
     changes: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
@@ -128,10 +135,19 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         if isinstance(term, ChamferRequest) and term.margin and exemplars and min(exemplars.counts.values()) < 2:
             raise RequestError(f"guidance[{index}].margin", term.margin, "a single exemplar has no neighbour to measure it by",
                                "Use 0, or 2 or more exemplars of each class.")  # fmt: skip
-    extractors: dict[str, FeatureExtractor] = {}
-    for name, reduce in views(guidance):
-        extractors[name] = extractors.get(name) or load_extractor(name).to(device)
-        _try_extractor(name, extractors[name], image_shape, reduce)
+    extractors = {
+        key: load_for(term, list(labels.of)).to(device) for key, term in extractors_wanted(recipe.guidance or ()).items()
+    }
+    targets: dict[str, dict[int, int]] = {name: {} for name in labels.of}
+    for index, term in enumerate(guidance):
+        if isinstance(term, PotentialRequest):
+            with named(index):
+                answer = _tried(term, extractors[extractor_key(term)], outline)
+                if isinstance(term, ClassifierRequest | NoisyClassifierRequest):
+                    classes = labels.model_classes or outline.classes
+                    names = extractors[extractor_key(term)].classes
+                    for name, target in targets_of(term, names, answer.shape[1], labels.of, classes).items():
+                        targets[name][index] = target
 
     denoiser = with_weights(outline, recipe.model.name, options, labels.null_class)
     provenance = provenance_of(denoiser, device, settled.levels, exemplars, extractors, notes,
@@ -143,7 +159,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     job = Job(
         recipe, directory, denoiser, device, settled.levels, exemplars, extractors,
         plan_cohorts(labels.of, recipe.per_class, recipe.cohort), manifest_schema(energies), image_shape, provenance,
-        notes, allow_version_change, inverted,
+        notes, allow_version_change, inverted, targets,
     )  # fmt: skip
     check_against_stored(job)
     return job
@@ -278,16 +294,29 @@ def _exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: list[
 
 
 @torch.no_grad()
-def _try_extractor(name: str, extractor: FeatureExtractor, image_shape: tuple[int, int, int], reduce: int) -> None:
-    """Tries an extractor on one gray image of the size that guidance shows it, so that what it can't take is known now."""
-    channels, height, width = image_shape
+def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoiser) -> Tensor:
+    """What an extractor answers to a gray image of the size that guidance shows it: what it can't take is known now."""
+    channels, height, width = outline.image_shape
+    reduce, name = term.reduce or 1, extractor_key(term)
     device = next(extractor.parameters(), torch.zeros(())).device
+    gray = torch.zeros(1, channels, height // reduce, width // reduce, device=device)
     try:
-        features = extractor(torch.zeros(1, channels, height // reduce, width // reduce, device=device))
+        if isinstance(term, NoisyClassifierRequest):
+            answer = extractor.network(torch.zeros(1, *outline.shape, device=device), torch.zeros(1, device=device))
+        else:
+            answer = extractor.logits(gray) if isinstance(term, ClassifierRequest) else extractor(gray)
     except HandfulError:
         raise
     except Exception as error:  # a network of the user's own may raise anything
-        raise RequestError("features", name, f"it can't take images of {image_shape} ({first_line(error)})",
+        raise RequestError(_field(term), name, f"it can't take images of {tuple(gray.shape[1:])} ({first_line(error)})",
                            "State its size and channels (handful.features.FeatureExtractor).") from error  # fmt: skip
-    if not bool(torch.isfinite(features).all()):
-        raise RequestError("features", name, "its features hold NaN or infinite values", "Use another extractor.")
+    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 1:
+        raise RequestError(_field(term), name, f"it answers {tuple(getattr(answer, 'shape', ()))} to one image",
+                           "It must give a row of numbers for each image.")  # fmt: skip
+    if not bool(torch.isfinite(answer).all()):
+        raise RequestError(_field(term), name, "its features hold NaN or infinite values", "Use another.")
+    return answer
+
+
+def _field(term: PotentialRequest) -> str:
+    return "features" if isinstance(term, FeaturesRequest) else "classifier"

@@ -11,10 +11,21 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from handful.errors import RequestError
+from handful.generate.guidance_requests import (
+    METHODS,
+    ChamferRequest,
+    ClassNames,
+    FeaturesRequest,
+    GuidanceRequest,
+    Positive,
+    PotentialRequest,
+    Request,
+    Weight,
+)
 
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 
@@ -31,25 +42,7 @@ DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def _names(value: object) -> object:
-    """Class names: `classes: [0, 1]` in YAML are numbers, and mean the folders "0" and "1"."""
-    if isinstance(value, (list, tuple)):
-        return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value)
-    return value
-
-
-ClassNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names)]
-Positive = Annotated[int, Field(ge=1)]
-Weight = Annotated[float, Field(ge=0)]
-
-
-class _Request(BaseModel):
-    """A misspelt key is refused, never ignored; no number is infinite or NaN."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelRequest(_Request):
+class ModelRequest(Request):
     """Which pretrained model, what it is told, and how it is run.
 
     Attributes:
@@ -82,7 +75,7 @@ class ModelRequest(_Request):
     resolution: tuple[Positive, Positive] | None = None
     template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
     class_pattern: Annotated[str, Field(min_length=1)] | None = None
-    prompts: dict[str, str] = {}
+    prompts: dict[str, str] = Field(default_factory=dict)
     negative_prompt: str = ""
     embedded_guidance: Weight = 3.5
     without: tuple[str, ...] = ()
@@ -100,7 +93,7 @@ class ModelRequest(_Request):
     vae_tiling: bool = False
 
 
-class ExemplarsRequest(_Request):
+class ExemplarsRequest(Request):
     """Which real images guide.
 
     Attributes:
@@ -114,7 +107,7 @@ class ExemplarsRequest(_Request):
     seed: int = 0
 
 
-class SamplerRequest(_Request):
+class SamplerRequest(Request):
     """How noise becomes images.
 
     Attributes:
@@ -123,6 +116,7 @@ class SamplerRequest(_Request):
         spacing: How the levels are spaced; None takes the schedule's own default.
         eta: Share of the ancestral noise, ddim only.
         variance: Of the reverse steps, ddpm only: small, large or learned; None: learned where the model learned it.
+        recurrence: So many times each step is made, ddim and ddpm only.
         clamp: Keep every denoised estimate inside the images' range [-1, 1]; None: where the model works on pixels.
     """
 
@@ -131,91 +125,11 @@ class SamplerRequest(_Request):
     spacing: str | None = None
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     variance: Literal["small", "large", "learned"] | None = None
+    recurrence: Positive = 1
     clamp: bool | None = None
 
 
-Gain = Literal["constant", "linear", "sine"]
-Interval = tuple[Weight, Weight]
-NoiseInterval = tuple[Weight, Weight | None]  # None: no upper end
-
-
-class PotentialRequest(_Request):
-    """What guidance by exemplars has in common; see `handful.guidance.Pull` and `Timing`. The defaults are handful's own.
-
-    Attributes:
-        every: On every n-th step; None becomes the largest n that guides at least four steps of a run (Heun's method
-            evaluates most of them twice).
-        hold: Use the direction again on the steps between; None: where normalize and every allow it.
-        reduce: Look at images of 1/reduce of the resolution; None: 1 for pixel models, for models of latents the factor at
-            which a linear map does for the decoder.
-    """
-
-    scale: Weight = 0.4
-    features: Annotated[str, Field(min_length=1)] = "auto"
-    jacobian: Literal["exact", "gaussian", "identity"] = "exact"
-    normalize: Literal["rms", "rms-image", "none"] = "rms"
-    hold: bool | None = None
-    reduce: Positive | None = None
-    every: Positive | None = None
-    interval: Interval = (0.0, 1.0)
-    noise: NoiseInterval = (0.0, None)
-    gain: Gain = "constant"
-
-
-class ChamferRequest(PotentialRequest):
-    """Chamfer guidance by the exemplars; see `handful.guidance.Chamfer`."""
-
-    method: Literal["chamfer"] = "chamfer"
-    coverage_weight: Weight = 4.0
-    fidelity_weight: Weight = 1.0
-    margin: Weight = 0.0
-
-
-class EnergyRequest(PotentialRequest):
-    """Energy-distance guidance by the exemplars, for few of them; see `handful.guidance.Energy`."""
-
-    method: Literal["energy"] = "energy"
-
-
-class CFGRequest(_Request):
-    """Classifier-free guidance; scale 0 is the conditional model (diffusers' `guidance_scale` is `scale + 1`)."""
-
-    method: Literal["cfg"] = "cfg"
-    scale: Weight = 1.0
-    every: Positive = 1
-    interval: Interval = (0.0, 1.0)
-    noise: NoiseInterval = (0.0, None)
-    gain: Gain = "constant"
-
-
-class InversionRequest(_Request):
-    """Guidance by a new domain's fitted embeddings (CRDI); see `handful.guidance.inversion.Inversion`.
-
-    Images start from noised targets, and path, clamp and condition are those of the fit.
-
-    Attributes:
-        embeddings: The file that `handful invert` wrote.
-        scale: 1 is the strength of the fit; 0 noises and denoises the targets without guidance (SDEdit).
-        exchange: Whose embeddings an image is given: those of another target at every "step", of one for the whole
-            "image", or with "none" those of the target that it starts from.
-        perturbation: Of the embeddings, annealed; None takes what the file says.
-    """
-
-    method: Literal["inversion"] = "inversion"
-    embeddings: Annotated[str, Field(min_length=1)]
-    scale: Weight = 1.0
-    exchange: Literal["step", "image", "none"] = "step"
-    perturbation: Weight | None = None
-    every: Positive = 1
-    interval: Interval = (0.0, 1.0)
-    noise: NoiseInterval = (0.0, None)
-    gain: Gain = "constant"
-
-
-GuidanceRequest = Annotated[ChamferRequest | EnergyRequest | CFGRequest | InversionRequest, Field(discriminator="method")]
-
-
-class Recipe(_Request):
+class Recipe(Request):
     """A data set to generate.
 
     Attributes:
@@ -247,10 +161,7 @@ class Recipe(_Request):
         return self.model_dump(mode="json")
 
 
-METHODS: dict[str, type[_Request]] = {
-    "chamfer": ChamferRequest, "energy": EnergyRequest, "cfg": CFGRequest, "inversion": InversionRequest,
-}  # fmt: skip
-_PARTS: dict[tuple[str, ...], type[_Request]] = {
+_PARTS: dict[tuple[str, ...], type[Request]] = {
     (): Recipe,
     ("model",): ModelRequest,
     ("exemplars",): ExemplarsRequest,
@@ -292,9 +203,9 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
     chosen = []
     for index, term in enumerate(guidance):
         if isinstance(term, PotentialRequest):
-            automatic = term.features == "auto"
+            automatic = getattr(term, "features", None) == "auto"
             term = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
-            if automatic:
+            if automatic and isinstance(term, FeaturesRequest):
                 notes.append(f"guidance[{index}].features: auto became {term.features}")
         chosen.append(term)
     return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
@@ -305,12 +216,14 @@ Term = TypeVar("Term", bound=PotentialRequest)
 
 def for_model(term: Term, model: str, steps: int) -> Term:
     """Fills in what the term leaves open but `reduce`: features by the model, the rest by the features and the steps."""
-    features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
-    own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
-    update = {key: value for key, value in own.items() if key not in term.model_fields_set}
-    term = term.model_copy(update={**update, "features": features})
+    if isinstance(term, FeaturesRequest):
+        features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
+        own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
+        update = {key: value for key, value in own.items() if key not in term.model_fields_set}
+        term = term.model_copy(update={**update, "features": features})
     every = term.every or max(1, steps // GUIDED_STEPS)
-    hold = (every > 1 and term.normalize != "none") if term.hold is None else term.hold
+    can_hold = term.rule == "shift" and term.normalize in ("rms", "rms-image")
+    hold = (every > 1 and can_hold) if term.hold is None else term.hold
     return term.model_copy(update={"every": every, "hold": hold})
 
 
@@ -335,6 +248,8 @@ def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
             remedy = "Name a model of the zoo, such as digits, or a model's directory (--model)."
         elif field.endswith(".embeddings"):
             remedy = "Name the file that handful invert wrote (--embeddings FILE)."
+        elif field.endswith(".classifier"):
+            remedy = "Name a classifier (--classifier NAME): a directory or hub name of transformers, FILE.py:FUNCTION, clip."
         return field, None, "it is missing", remedy
     if kind.startswith("union_tag"):
         given = value.get("method") if isinstance(value, Mapping) else value

@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from handful.errors import RequestError
-from handful.generate.recipe import METHODS, Recipe, did_you_mean, recipe_from
+from handful.generate.guidance_requests import METHODS
+from handful.generate.recipe import Recipe, did_you_mean, recipe_from
 from handful.zoo import ZOO
 
 PROVENANCE = "provenance"  # what a run directory's recipe.yaml says beyond the request; not part of a request
@@ -112,15 +113,21 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     for term in guidance if isinstance(guidance, list) else []:
         if isinstance(term, dict) and isinstance(term.get("embeddings"), str):
             term["embeddings"] = _absolute(term["embeddings"], base)
-        if isinstance(term, dict) and isinstance(term.get("features"), str):
-            path, colon, attribute = term["features"].rpartition(":")
-            if path.endswith(".py"):
-                term["features"] = _absolute(path, base) + colon + attribute
-            else:  # a known name or the hub's, unless there is such a folder; NAME@SIDE is fed another size
-                name, at, side = term["features"].rpartition("@")
-                name, suffix = (name, at + side) if name and side.isdecimal() else (term["features"], "")
-                term["features"] = _absolute(name, base, only_existing=True) + suffix
+        for key in ("features", "classifier"):
+            if isinstance(term, dict) and isinstance(term.get(key), str):
+                term[key] = anchored_extractor(term[key], base)
     return data
+
+
+def anchored_extractor(name: str, base: Path) -> str:
+    """An extractor's name with its path, if it has one, made absolute: FILE.py:FUNCTION, a folder, NAME@SIDE."""
+    path, colon, attribute = name.rpartition(":")
+    if path.endswith(".py"):
+        return _absolute(path, base) + colon + attribute
+    # a known name or the hub's, unless there is such a folder; NAME@SIDE is fed another size
+    plain, at, side = name.rpartition("@")
+    plain, suffix = (plain, at + side) if plain and side.isdecimal() else (name, "")
+    return _absolute(plain, base, only_existing=True) + suffix
 
 
 def _absolute(text: str, base: Path, only_existing: bool = False) -> str:
@@ -131,7 +138,8 @@ def _absolute(text: str, base: Path, only_existing: bool = False) -> str:
 
 def overridden(
     data: Mapping[str, Any], flags: Mapping[str, Any], *, guidance: Sequence[str] | None = None,
-    scale: float | None = None, features: str | None = None, embeddings: str | None = None, settings: Sequence[str] = (),
+    scale: float | None = None, features: str | None = None, classifier: str | None = None, embeddings: str | None = None,
+    settings: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """Lays the command line over unchecked recipe data.
 
@@ -140,7 +148,7 @@ def overridden(
         flags: Dotted field -> value; None leaves the field alone. Paths are relative to the working directory.
         guidance: Methods that replace the recipe's terms; a method that the recipe has keeps its settings there.
             ["none"] means no guidance.
-        scale, features, embeddings: Of the one term they can mean.
+        scale, features, classifier, embeddings: Of the one term they can mean.
         settings: `dotted.key=value` texts, the value in YAML; `guidance.0.scale` or `guidance.chamfer.scale` reach a term.
 
     Raises:
@@ -152,7 +160,9 @@ def overridden(
             _put(result, field.split("."), value, field)
     if guidance:
         result["guidance"] = _terms(result.get("guidance"), guidance)
-    for name, value in (("scale", scale), ("features", features), ("embeddings", embeddings)):
+    for name, value in (
+        ("scale", scale), ("features", features), ("classifier", classifier), ("embeddings", embeddings),
+    ):  # fmt: skip
         if value is not None:
             _term_for(result, name, value)[name] = value
     for setting in settings:

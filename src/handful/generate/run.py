@@ -22,7 +22,6 @@ from handful.contact_sheet import contact_sheet_png
 from handful.denoiser import Clamped, Condition, shrunk
 from handful.errors import RunError
 from handful.exemplars import default_cache, exemplar_features
-from handful.features import FeatureExtractor
 from handful.generate.directory import RECIPE, full_disk_told
 from handful.generate.job import Job, check_against_stored, prepare
 from handful.generate.manifest import DONE, FAILED, guidance_text, parquet_bytes
@@ -199,7 +198,8 @@ def _make(
     """
     seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in _indices(cohort)]
     embeddings = job.inverted.embeddings if job.inverted else None
-    terms = make_terms(job.recipe.guidance or (), job.extractors, features[cohort.class_name], embeddings, seeds)
+    terms = make_terms(job.recipe.guidance or (), job.extractors, features[cohort.class_name], embeddings, seeds,
+                       job.targets[cohort.class_name], job.denoiser.levels)  # fmt: skip
     steps, at, told = job.levels.steps, 0, 0.0
 
     def each(index: int, x0_hat: Tensor) -> None:
@@ -235,12 +235,16 @@ def _indices(cohort: Cohort) -> range:
 def _sample(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Sequence[int], each: Any) -> Tensor:
     """Noise -> images (n, c, h, w) in [-1, 1], float32 on the CPU."""
     asked, noise = job.recipe.sampler, ImageNoise(seeds, job.denoiser.shape, job.device)
-    # Embeddings shift the clamped estimate, as at the fit: clamped after it, targets are reconstructed worse.
-    inside, outside = asked.clamp and job.inverted is not None, asked.clamp and job.inverted is None
+    # Embeddings shift the clamped estimate, as at the fit: clamped after it, targets are reconstructed worse. The rules that
+    # move the sample itself leave the estimate to the model, and look at it as it is used.
+    before = job.inverted is not None or any(isinstance(term, Potential) and term.pull.rule != "shift" for term in terms)
+    inside, outside = asked.clamp and before, asked.clamp and not before
     guided = Guided(Clamped(job.denoiser) if inside else job.denoiser, terms, job.recipe.chunk)
     options: dict[str, Any] = {"noise": noise} if asked.name in STOCHASTIC else {}
     if asked.name == "ddim":
         options["eta"] = asked.eta
+    if asked.name in STOCHASTIC:
+        options["recurrence"] = asked.recurrence
     if asked.name == "ddpm":
         options["variance"] = asked.variance or "small"
     denoiser = Clamped(guided) if outside else guided
@@ -286,9 +290,11 @@ def _rows(
     potentials = [(term, column) for term, column in zip(terms, energy_columns(job.recipe.guidance or ()), strict=True)
                   if isinstance(term, Potential) and column]  # fmt: skip
     size = job.recipe.chunk or _AT_ONCE
-    seen = {_view(term): _in_parts(term.extractor, shrunk(images, term.pull.reduce), size) for term, _ in potentials}
-    energies = {column: term.energy(seen[_view(term)]).expand(cohort.count).tolist() for term, column in potentials}
-    nearest = _nearest(job, cohort, potentials[0][0] if potentials else None, seen)
+    seen = [_in_parts(term.view, shrunk(images, term.pull.reduce), size) for term, _ in potentials]
+    energies = {column: term.energy(each).expand(cohort.count).tolist()
+                for (term, column), each in zip(potentials, seen, strict=True)}  # fmt: skip
+    compared = [(term, each) for (term, _), each in zip(potentials, seen, strict=True) if isinstance(term, ExemplarPotential)]
+    nearest = _nearest(job, cohort, *compared[0]) if compared and job.exemplars else None
     rows = _planned_rows(job, cohort, DONE)
     for place, row in enumerate(rows):
         row |= {column: values[place] for column, values in energies.items()}
@@ -298,20 +304,13 @@ def _rows(
     return rows
 
 
-def _nearest(
-    job: Job, cohort: Cohort, term: Potential | None, seen: Mapping[tuple[FeatureExtractor, int], Tensor]
-) -> list[tuple[str, float]] | None:
-    """For each image the nearest exemplar of its class (CLASS/FILE) and its Euclidean distance."""
-    if not isinstance(term, ExemplarPotential) or job.exemplars is None:
-        return None
-    distances, places = squared_distances(seen[_view(term)], term.exemplars).min(1)
+def _nearest(job: Job, cohort: Cohort, term: ExemplarPotential, seen: Tensor) -> list[tuple[str, float]]:
+    """For each image, seen by the term as (n, D), the nearest exemplar of its class (CLASS/FILE) and its Euclidean distance."""
+    assert job.exemplars is not None
+    distances, places = squared_distances(seen, term.exemplars).min(1)
     files = job.exemplars.files[cohort.class_name]
     return [(f"{cohort.class_name}/{files[place].name}", distance)
             for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)]  # fmt: skip
-
-
-def _view(term: Potential) -> tuple[FeatureExtractor, int]:
-    return term.extractor, term.pull.reduce
 
 
 def _planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:

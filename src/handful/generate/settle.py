@@ -13,15 +13,17 @@ import torch
 
 from handful.denoiser import Denoiser, NetworkDenoiser
 from handful.errors import RequestError
+from handful.generate.guidance_requests import CFGRequest, GuidanceRequest, PotentialRequest
 from handful.generate.inverting import Inverted, as_fitted
 from handful.generate.plan import Labels, assign_labels
 from handful.generate.prompting import prompts_of
-from handful.generate.recipe import CFGRequest, GuidanceRequest, ModelRequest, PotentialRequest, Recipe, with_defaults
+from handful.generate.recipe import ModelRequest, Recipe, with_defaults
 from handful.generate.terms import check_terms
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions
 from handful.models.unet2d import UNet2DDenoiser
 from handful.noise import Levels
+from handful.samplers import STOCHASTIC
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,15 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
         recipe = as_fitted(recipe, inverted)
     steps = inverted.levels.steps if inverted else recipe.sampler.steps
     recipe, notes = with_defaults(recipe, steps)
-    check_terms(recipe.guidance or (), steps)
+    check_terms(recipe.guidance or (), steps, recipe.sampler.name)
     sampler = recipe.sampler
     for name, owner, given in (("eta", "ddim", sampler.eta), ("variance", "ddpm", sampler.variance)):
         if given and sampler.name != owner:
             raise RequestError(f"sampler.{name}", given, f"the sampler {sampler.name} has none",
                                f"Use the sampler {owner}, or leave {name} out.")  # fmt: skip
+    if sampler.recurrence > 1 and sampler.name not in STOCHASTIC:
+        raise RequestError("sampler.recurrence", sampler.recurrence, f"the sampler {sampler.name} can't repeat a step",
+                           f"Use {' or '.join(STOCHASTIC)}, or recurrence 1.")  # fmt: skip
     return recipe, notes
 
 
@@ -114,7 +119,8 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     if sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
     levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
-    guidance = tuple(_with_reduce(term, index, outline) for index, term in enumerate(recipe.guidance or ()))
+    shown = recipe.exemplars.path is not None
+    guidance = tuple(_with_reduce(term, index, outline, shown) for index, term in enumerate(recipe.guidance or ()))
     if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
         raise RequestError("model.offload", recipe.model.offload, "an exact jacobian needs the network and the decoder at once",
                            "Use jacobian gaussian, or leave offload out.")  # fmt: skip
@@ -162,7 +168,7 @@ def _refuse_unread(recipe: Recipe, outline: Denoiser) -> None:
     if outline.prompted:
         return
     for name in ("template", "class_pattern", "prompts"):
-        if (given := getattr(recipe.model, name)) != ModelRequest.model_fields[name].default:
+        if (given := getattr(recipe.model, name)) != ModelRequest.model_fields[name].get_default(call_default_factory=True):
             raise RequestError(f"model.{name}", given, "this model is told labels or nothing, not prompts", "Leave it out.")
 
 
@@ -175,11 +181,14 @@ def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
     return asked.variance or ("learned" if outline.learns_variance else "small")
 
 
-def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser) -> GuidanceRequest:
+def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser, exemplars: bool) -> GuidanceRequest:
     """The term with its `reduce` decided, and refused where the images or latents do not divide by it."""
     if not isinstance(term, PotentialRequest):
         return term
-    reduce = term.reduce or outline.preview_factor
+    reduce = term.reduce or (outline.preview_factor if exemplars else 1)
+    if not exemplars and isinstance(outline, LatentDenoiser) and outline.is_linear(reduce):
+        raise RequestError(f"guidance[{index}].reduce", reduce, "the linear map that does for the decoder there is fitted to "
+                           "exemplars", "Give some (--exemplars DIR), or use reduce 1.")  # fmt: skip
     averaged = outline.averaged(reduce) if isinstance(outline, LatentDenoiser) else reduce
     if any(side % averaged for side in outline.shape[1:]) or any(side % reduce for side in outline.image_shape[1:]):
         size = f"{outline.image_shape[1]} x {outline.image_shape[2]}"

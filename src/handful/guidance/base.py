@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from handful.denoiser import Condition, Denoiser
 from handful.errors import RequestError
@@ -18,8 +19,10 @@ from handful.features import FeatureExtractor
 from handful.noise import Level
 
 Jacobian = Literal["exact", "gaussian", "identity"]
-Normalize = Literal["rms", "rms-image", "none"]
-Gain = Literal["constant", "linear", "sine"]
+Normalize = Literal["rms", "rms-image", "sample", "none"]
+Gain = Literal["constant", "linear", "sine", "edm"]
+Input = Literal["x0_hat", "x_t", "state", "blend"]
+Rule = Literal["shift", "held", "ancestral", "before"]
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,20 @@ class Timing:
             estimate of the image says little).
         interval: Of the progress along the path, (0, 1) for all of it.
         noise: Of the noise-to-signal ratio sigma / alpha, (0, inf) for all of it.
-        gain: Over the progress p: "constant" 1, "linear" 1 - p, "sine" sin(pi p).
+        gain: Over the progress p: "constant" 1, "linear" 1 - p, "sine" sin(pi p), "edm" (EluCD's on EDM, at step i of N)
+            1 - i / (N + 1) + boost * sin(pi i / N).
+        boost: Of the gain "edm", and of the ancestral rule (see `Pull`).
     """
 
     every: int = 1
     interval: tuple[float, float] = (0.0, 1.0)
     noise: tuple[float, float] = (0.0, math.inf)
     gain: Gain = "constant"
+    boost: float = 0.0
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.boost) and self.boost >= 0):
+            raise RequestError("boost", self.boost, "it is a finite number, 0 or more", "EluCD's is 0.3; 0 adds nothing.")
         if self.every < 1:
             raise RequestError("every", self.every, "a term acts on every n-th step, n >= 1", "Use 1 for all steps.")
         for name, (low, high) in (("interval", self.interval), ("noise", self.noise)):
@@ -64,6 +72,10 @@ class Timing:
         if not self.covers(level):
             return 0.0
         p = level.progress
+        if self.gain == "edm":
+            i = level.index or 0
+            steps = i / p + 1 if i else 1  # progress is i / (N - 1)
+            return 1.0 - i / (steps + 1) + self.boost * math.sin(math.pi * i / steps)
         return {"constant": 1.0, "linear": 1.0 - p, "sine": math.sin(math.pi * p)}[self.gain]
 
 
@@ -117,9 +129,61 @@ class Guidance(ABC):
     def begin(self) -> None:  # noqa: B027 - most terms keep nothing
         """Called where a path of levels starts (and off a path at every evaluation): forget what was kept of the last one."""
 
+    def tell(self, condition: Condition, level: Level) -> Condition:
+        """What the network is told instead, while the term acts; most change nothing."""
+        return condition
+
     @abstractmethod
     def shift(self, step: Step) -> Tensor:
         """What to add to x0_hat, the shape of x_t."""
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """A potential averaged over disturbed views of what it looks at, so that no single pixel pattern pleases it.
+
+    Of images, the likelihood exp(-U) is averaged, as in TFG's Monte-Carlo smoothing; of sets, the energy U.
+
+    Attributes:
+        samples: Views; 1 with nothing else set is the potential itself.
+        noise: Deviation of Gaussian noise, in units of r = sigma / sqrt(alpha^2 + sigma^2), so that it ends with the noise.
+        shift: Images are moved by up to so many pixels each way.
+        flip: Every second view is mirrored: for photographs, not for digits.
+        seed: Of the draws; with it and the step's index they are the same in every run.
+    """
+
+    samples: int = 1
+    noise: float = 0.0
+    shift: int = 0
+    flip: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RequestError("smoothing.samples", self.samples, "it counts views", "Use 1 for none but the image itself.")
+        if not (math.isfinite(self.noise) and self.noise >= 0) or self.shift < 0:
+            raise RequestError("smoothing", (self.noise, self.shift), "noise and shift are 0 or more", "Use 0 for none.")
+
+    @property
+    def active(self) -> bool:
+        return self.noise > 0 or self.shift > 0 or (self.flip and self.samples > 1)
+
+    def views(self, images: Tensor, level: Level) -> Iterator[Tensor]:
+        """Disturbed copies of images (n, c, h, w), differentiable."""
+        draw = torch.Generator().manual_seed((self.seed * 1_000_003 + (level.index or 0)) % 2**32)
+        deviation = self.noise * float(level.sigma / level.total)
+        for number in range(self.samples):
+            view = images
+            if self.shift:
+                rows, columns = (torch.randint(2 * self.shift + 1, (2,), generator=draw)).tolist()
+                height, width = images.shape[-2:]
+                padded = pad(view, (self.shift,) * 4, mode="replicate")
+                view = padded[..., rows : rows + height, columns : columns + width]
+            if self.flip and number % 2:
+                view = view.flip(-1)
+            if deviation:
+                view = view + deviation * torch.randn(images.shape, generator=draw).to(images)
+            yield view
 
 
 @dataclass(frozen=True)
@@ -131,33 +195,59 @@ class Pull:
             "identity": the gradient at x0_hat used as if at x_t.
         normalize: "rms": shift = -scale * r * g / rms(g), r = sigma / sqrt(alpha^2 + sigma^2), without unit, the rms over
             the cohort for a potential of sets and over each image for one of images; "rms-image": over each image for
-            every potential; "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
-        hold: With `every` > 1, unless normalize is "none": on the steps between, the last direction is used again, at
-            the present r.
+            every potential; "sample": x_t itself moves by scale * rms(x_t), so shift = -scale * rms(x_t) / alpha * g /
+            rms(g), each image by itself; "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
+        hold: With `every` > 1, where the rule is "shift" and normalize rms or rms-image: on the steps between, the last
+            direction is used again, at the present r.
         reduce: The potential looks at images of 1/reduce of the resolution (`Denoiser.preview`), at about 1/reduce^2 of
             the decoder's cost; its exemplars must have been shrunk alike.
+        input: What is decoded for the potential to look at: "x0_hat"; "x_t", divided by its rms where that exceeds 1;
+            "blend", x0_hat and x_t by shares of r and 1 - r (c-VSG); or "state", x_t / n as it is, not decoded, for
+            networks that know noise. The gradient at x_t and state needs no denoiser.
+        rule: "shift": of x0_hat, the score's own correction. Or what some papers do instead, to the sample: "held", x_s +=
+            alpha_s * shift after a step, eps held fixed (TFG, c-VSG); "ancestral", the mean of x_s moves by (V + boost *
+            sin(pi i / N) * max V) * scale * -g, V the posterior variance (EluCD on DDPM); "before", x_t += alpha_t * shift
+            before the step is evaluated (EluCD on EDM).
+        inner: So many gradient steps on x0_hat, each of the full strength (Universal guidance, TFG); not through the
+            denoiser, so with a gaussian or identity jacobian.
+        smoothing: See `Smoothing`.
     """
 
     jacobian: Jacobian = "exact"
     normalize: Normalize = "rms"
     hold: bool = False
     reduce: int = 1
+    input: Input = "x0_hat"
+    rule: Rule = "shift"
+    inner: int = 1
+    smoothing: Smoothing = Smoothing()
 
     def __post_init__(self) -> None:
-        if self.jacobian not in get_args(Jacobian):
-            raise RequestError("jacobian", self.jacobian, "no such way to take the gradient",
-                               f"Choose one of: {', '.join(get_args(Jacobian))}.")  # fmt: skip
-        if self.normalize not in get_args(Normalize):
-            raise RequestError("normalize", self.normalize, "no such way to scale the gradient",
-                               f"Choose one of: {', '.join(get_args(Normalize))}.")  # fmt: skip
+        for name, kind, problem in (
+            ("jacobian", Jacobian, "no such way to take the gradient"), ("input", Input, "a potential can't look at that"),
+            ("normalize", Normalize, "no such way to scale the gradient"), ("rule", Rule, "no such rule"),
+        ):  # fmt: skip
+            if getattr(self, name) not in get_args(kind):
+                raise RequestError(name, getattr(self, name), problem, f"Choose one of: {', '.join(get_args(kind))}.")
         if self.reduce < 1:
             raise RequestError("reduce", self.reduce, "it divides the resolution", "Use 1 for the whole one, 2 for half.")
-        if self.hold and self.normalize == "none":
-            raise RequestError("hold", True, "a held direction needs a normalized gradient", "Set hold to false.")
+        if self.inner < 1:
+            raise RequestError("inner", self.inner, "it counts gradient steps", "Use 1 for one.")
+        if self.hold and (self.normalize in ("none", "sample") or self.rule != "shift"):
+            raise RequestError("hold", True, "a held direction needs a gradient normalized by rms, and the rule shift",
+                               "Set hold to false.")  # fmt: skip
+        if self.inner > 1 and (self.jacobian == "exact" or self.input != "x0_hat"):
+            raise RequestError("inner", self.inner, "inner steps move x0_hat, not what lies before the denoiser",
+                               "Use a gaussian or identity jacobian and the input x0_hat, or inner 1.")  # fmt: skip
+        if self.rule == "before" and self.input not in ("x_t", "state"):
+            raise RequestError("input", self.input, "before a step there is no estimate yet", "Use the input x_t.")
+        if self.rule == "ancestral" and (self.normalize != "none" or self.jacobian == "exact"):
+            raise RequestError("normalize, jacobian", (self.normalize, self.jacobian), "the ancestral rule takes the plain "
+                               "gradient at x0_hat", "Use normalize none and jacobian identity.")  # fmt: skip
 
 
 class Potential(Guidance):
-    """A term given by an energy of features of the decoded denoised images; `Guided` lowers it.
+    """A term given by an energy of what an extractor sees in the decoded denoised images; `Guided` lowers it.
 
     Class attributes:
         per: "set" where the energy couples the images of a cohort, "image" where each has its own.
@@ -171,9 +261,17 @@ class Potential(Guidance):
         super().__init__(scale, timing)
         self.extractor, self.pull = extractor, pull or Pull()
 
+    def at(self, level: Level) -> Potential:
+        """The potential as it stands at a level of noise; itself for most."""
+        return self
+
+    def view(self, images: Tensor) -> Tensor:
+        """What is seen in images (n, c, h, w): (n, D); the extractor's features where nothing else is said."""
+        return self.extractor(images)
+
     @abstractmethod
     def energy(self, features: Tensor) -> Tensor:
-        """Features (n, D) of the cohort -> energy: shape () for a set, (n,) for images."""
+        """What `view` saw of the cohort, (n, D) -> energy: shape () for a set, (n,) for images; lowered."""
 
     def shift(self, step: Step) -> Tensor:
         raise TypeError("potentials share one backward pass: Guided takes their shift")

@@ -10,8 +10,12 @@ arXiv 2101.06983). That costs one more forward pass; the result is the same but 
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +23,10 @@ from torch import Tensor
 from handful.denoiser import Condition, Denoiser
 from handful.errors import RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
-from handful.noise import Level
+from handful.noise import Level, Levels, posterior_deviation
 
-Turn = tuple[Pull, Timing]  # potentials that go back together, and whose direction is held together
+Turn = tuple[Pull, Timing]  # potentials that go back together; where directions are held, or the rule asks, with one timing
+Result = TypeVar("Result")
 
 
 class Guided(Denoiser):
@@ -47,6 +52,7 @@ class Guided(Denoiser):
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
         self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
         self._held: dict[Turn, Tensor] = {}
+        self._moves: dict[int, list[tuple[Turn, Tensor]]] = {}  # by a step's index: what its end does to the sample
 
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)
@@ -77,70 +83,94 @@ class Guided(Denoiser):
         return x0_hat if shift is None else x0_hat + shift
 
     def parts(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """The unguided x0_hat and the shift that guidance adds to it, apart; None where no term acts."""
+        """The unguided x0_hat and the shift that guidance adds to it, apart; None where no term acts on it."""
+        return self._retrying(len(x_t), lambda: self._parts(x_t, level, condition))
+
+    def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
+        return self.moved_before(self.denoiser.enter(x, levels, index, condition), levels[index], condition)
+
+    def moved_before(self, x: Tensor, level: Level, condition: Condition) -> Tensor:
+        """The sample x_t as potentials with the rule "before" want a step to start from; x itself without such."""
+        due = _by_turn(term for term in self._potentials(level) if term.pull.rule == "before")
+        for turn, terms in due.items():
+            _refuse_many_levels(level)
+            point = _Point(x.detach(), x.detach(), level, condition)
+            gradient, weight = self._retrying(len(x), partial(self._pulled, terms, turn[0], point))
+            x = x + float(level.alpha) * _shift(turn[0], terms, gradient, weight, x, level)
+        return x
+
+    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
+        x = self.denoiser.leave(x, levels, index)
+        for (pull, timing), move in self._moves.pop(index, ()):
+            if pull.rule == "held":
+                x = x + float(levels[index + 1].alpha) * move
+            else:
+                variances = [float(posterior_deviation(t, s)) ** 2 for t, s in levels.pairs()]
+                boost = timing.boost * math.sin(math.pi * index / levels.steps) * max(variances)
+                x = x + (variances[index] + boost) * move
+        return x
+
+    def _potentials(self, level: Level) -> list[Potential]:
+        return [term for term in self.terms if isinstance(term, Potential) and term.strength(level) > 0]
+
+    def _retrying(self, n: int, call: Callable[[], Result]) -> Result:
+        """`call`, in smaller chunks for as long as the device is out of memory."""
         while True:
             try:
-                return self._parts(x_t, level, condition)
+                return call()
             except torch.OutOfMemoryError:
-                now = min(self.chunk or len(x_t), len(x_t))
+                now = min(self.chunk or n, n)
                 if now == 1 or isinstance(self.denoiser, Guided):
                     raise
                 self.chunk = (now + 1) // 2
-                warnings.warn(f"out of memory with {now} images at once; going on with {self.chunk}", stacklevel=2)
+                warnings.warn(f"out of memory with {now} images at once; going on with {self.chunk}", stacklevel=3)
 
     def _parts(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor | None]:
         if not level.index:
             self._held.clear()  # off a path, or at the start of one: nothing to go on from
+            self._moves.clear()
             for term in self.terms:
                 term.begin()
         active = [term for term in self.terms if term.strength(level) > 0]
-        due: dict[Turn, list[Potential]] = {}
         for term in active:
-            if isinstance(term, Potential):  # directions that are held end with their own timing
-                due.setdefault((term.pull, term.timing if term.pull.hold else Timing()), []).append(term)
+            condition = term.tell(condition, level)
+        due = _by_turn(term for term in self._potentials(level) if term.pull.rule != "before")
         shifts = [-_radius(level) * direction for turn, direction in self._held.items()
                   if turn not in due and turn[1].covers(level)]  # fmt: skip
-        if not active and not shifts:
+        others = [term for term in active if not isinstance(term, Potential)]
+        if not others and not due and not shifts:
             return self._plain(x_t, level, condition), None
-        if level.alpha.ndim:
-            raise ValueError(f"level: guidance acts at one level for the whole cohort, not at {len(level.alpha)}; "
-                             "guide images of other levels apart")  # fmt: skip
+        _refuse_many_levels(level)
 
         outside = torch.is_grad_enabled() and x_t.requires_grad
-        backward = any(pull.jacobian == "exact" for pull, _ in due)
-        whole = self.chunk is None or len(x_t) <= self.chunk  # then one graph serves forward and backward
+        backward = any(pull.jacobian == "exact" and pull.input in ("x0_hat", "blend") for pull, _ in due)
         x = x_t if outside else x_t.detach().requires_grad_(backward)
-        with torch.set_grad_enabled(outside or (backward and whole)):
+        with torch.set_grad_enabled(outside or (backward and self._whole(len(x_t)))):
             x0_hat = self._plain(x, level, condition)
         with torch.no_grad():
             step = Step(self.denoiser, x_t.detach(), level, condition, x0_hat.detach(), self.chunk)
-            shifts += [term.shift(step) for term in active if not isinstance(term, Potential)]
-        if due:
-            estimate = x0_hat if x0_hat.requires_grad else x0_hat.detach().requires_grad_()
-        views: dict[int, Tensor] = {}  # what potentials look at, by its reduction
-        for (pull, timing), terms in due.items():
-            if pull.reduce not in views:
-                with torch.set_grad_enabled(whole):
-                    views[pull.reduce] = self._preview(estimate, pull.reduce)
-            images = views[pull.reduce]
-            cotangent, weight = self._image_cotangent(terms, pull, images.detach(), level)
-            if whole:
-                of = x if pull.jacobian == "exact" else estimate
-                (gradient,) = torch.autograd.grad(images, of, cotangent, retain_graph=outside or len(due) > 1)
-            else:
-                gradient = self._replayed_gradient(pull, step, cotangent)
-            if not gradient.isfinite().all():
-                names = " and ".join(term.name for term in terms)
-                raise RunError(f"guidance {names}: the gradient is not finite at sigma / alpha = {level.ratio:.4g}; "
-                               "the model's or the extractor's output overflows: use float32, or a smaller scale")  # fmt: skip
-            if pull.normalize == "none":
-                shifts.append(-_absolute_factor(pull, level) * gradient)
-                continue
-            direction = weight * _unit(gradient, terms)
+            shifts += [term.shift(step) for term in others]
+        estimate = x0_hat if x0_hat.requires_grad or not due else x0_hat.detach().requires_grad_()
+        point = _Point(x, estimate, level, condition, shared=outside or len(due) > 1)
+        moves: list[tuple[Turn, Tensor]] = []
+        for turn, terms in due.items():
+            pull = turn[0]
+            gradient, weight = self._pulled(terms, pull, point)
+            shift = _shift(pull, terms, gradient, weight, x_t.detach(), level)
+            for _ in range(pull.inner - 1):
+                moved = _Point(x.detach(), (x0_hat.detach() + shift).requires_grad_(), level, condition)
+                gradient, weight = self._pulled(terms, pull, moved)
+                shift = shift + _shift(pull, terms, gradient, weight, x_t.detach(), level)
             if pull.hold:
-                self._held[pull, timing] = direction
-            shifts.append(-_radius(level) * direction)
-        return x0_hat if outside else x0_hat.detach(), torch.stack(shifts).sum(0)
+                self._held[turn] = weight * _unit(gradient, terms)
+            if pull.rule == "shift":
+                shifts.append(shift)
+            else:
+                moves.append((turn, -gradient if pull.rule == "ancestral" else shift))
+        if level.index is not None:
+            self._moves[level.index] = moves
+        plain = x0_hat if outside else x0_hat.detach()
+        return plain, torch.stack(shifts).sum(0) if shifts else None
 
     def _plain(self, x: Tensor, level: Level, condition: Condition) -> Tensor:
         """x0_hat under the condition; what the network learned of the variance is kept of this evaluation alone."""
@@ -156,47 +186,82 @@ class Guided(Denoiser):
         self.learned_variance = torch.cat(learned) if learned else None
         return x0_hat
 
-    def _preview(self, x0_hat: Tensor, reduce: int) -> Tensor:
-        return self._chunked(lambda part: self.denoiser.preview(x0_hat[part], reduce), len(x0_hat))
-
     def _chunked(self, call: Callable[[slice], Tensor], n: int) -> Tensor:
         return in_chunks(call, n, self.chunk)
 
+    def _whole(self, n: int) -> bool:
+        """Whether n images go through at once: then one graph serves forward and backward."""
+        return self.chunk is None or n <= self.chunk
+
+    def _pulled(self, terms: list[Potential], pull: Pull, point: _Point) -> tuple[Tensor, Tensor]:
+        """The terms' weighted gradient, pulled back to what `pull` moves; and its rms on the images it was taken at."""
+        whole, level = self._whole(len(point.x)), point.level
+        through = pull.jacobian == "exact" and pull.input in ("x0_hat", "blend")
+        if whole:
+            images, leaf = point.seen(self, pull)
+        else:
+            with torch.no_grad():
+                images = self._chunked(lambda part: self._seen(pull, point.x[part], point.x0_hat[part], level), len(point.x))
+        cotangent, weight = self._image_cotangent(terms, pull, images.detach(), level)
+        if whole:
+            of = point.x if through else leaf
+            (gradient,) = torch.autograd.grad(images, of, cotangent, retain_graph=point.shared)
+        elif through:
+            gradient = self._replayed(
+                lambda x, part: self._seen(pull, x, self.denoiser(x, level, point.condition[part]), level), point.x, cotangent
+            )
+        elif pull.input in ("x_t", "state"):
+            gradient = self._replayed(lambda x, part: self._seen(pull, x, x, level), point.x, cotangent)
+        else:
+            gradient = self._replayed(lambda x0, part: self._seen(pull, point.x[part], x0, level), point.x0_hat, cotangent)
+        if not gradient.isfinite().all():
+            names = " and ".join(term.name for term in terms)
+            raise RunError(f"guidance {names}: the gradient is not finite at sigma / alpha = {level.ratio:.4g}; "
+                           "the model's or the extractor's output overflows: use float32, or a smaller scale")  # fmt: skip
+        return gradient, weight
+
+    def _seen(self, pull: Pull, x: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
+        """What potentials of this pull look at (see `Pull.input`): images, or the noisy state itself."""
+        if pull.input == "state":
+            return x / level.total
+        if pull.input == "x_t":
+            return self.denoiser.preview(x / x.detach().square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1), pull.reduce)
+        if pull.input == "blend":
+            r = _radius(level)
+            x0_hat = r * x0_hat + (1 - r) * (x / level.total)
+        return self.denoiser.preview(x0_hat, pull.reduce)
+
     def _image_cotangent(self, terms: list[Potential], pull: Pull, images: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """The terms' weighted gradients with respect to the images, added; and that sum's rms.
+        """The terms' weighted gradients with respect to what they see, added; and that sum's rms.
 
         For one term normalised by rms this is `strength * g / rms(g)` and the strength; several keep their proportions,
         and cancel where they disagree.
         """
         total = torch.zeros_like(images)
         for term in terms:
-            gradient = self._image_gradient(term, images)
+            gradient = self._image_gradient(term, images, level)
             if pull.normalize != "none":
                 gradient = _unit(gradient, [term])
             total = total + term.strength(level) * gradient
         return total, _rms(total, terms)
 
-    def _image_gradient(self, term: Potential, images: Tensor) -> Tensor:
+    def _image_gradient(self, term: Potential, images: Tensor, level: Level) -> Tensor:
         """dU / d images (n, c, h, w), chunk by chunk through the extractor."""
-        leaf = images.detach().requires_grad_()
-        whole = self.chunk is None or len(images) <= self.chunk
-        with torch.set_grad_enabled(whole):
-            features = self._chunked(lambda part: term.extractor(leaf[part]), len(leaf))
+        leaf, smoothing, whole = images.detach().requires_grad_(), term.pull.smoothing, self._whole(len(images))
+        term = term.at(level)
         with torch.enable_grad():
-            given = features if whole else features.detach().requires_grad_()
-            energy = term.energy(given).sum()
+            views = list(smoothing.views(leaf, level)) if smoothing.active else [leaf]
+        with torch.set_grad_enabled(whole):
+            seen = [self._chunked(lambda part, v=view: term.view(v[part]), len(leaf)) for view in views]
+        with torch.enable_grad():
+            given = seen if whole else [one.detach().requires_grad_() for one in seen]
+            energy = _averaged(term, [term.energy(one) for one in given]).sum()
             if whole:
                 return torch.autograd.grad(energy, leaf)[0]
-            (cotangent,) = torch.autograd.grad(energy, given)
-        return self._replayed(lambda image, part: term.extractor(image), images, cotangent)
-
-    def _replayed_gradient(self, pull: Pull, step: Step, cotangent: Tensor) -> Tensor:
-        """The images' cotangent pulled back to x_t, or only to x0_hat, with a graph of one chunk at a time."""
-        preview, denoiser = self.denoiser.preview, self.denoiser
-        if pull.jacobian != "exact":
-            return self._replayed(lambda x0, part: preview(x0, pull.reduce), step.x0_hat, cotangent)
-        return self._replayed(lambda x, part: preview(denoiser(x, step.level, step.condition[part]), pull.reduce),
-                              step.x_t, cotangent)  # fmt: skip
+            cotangents = torch.autograd.grad(energy, given)
+        back = [self._replayed(lambda image, part: term.view(image), view.detach(), cotangent)
+                for view, cotangent in zip(views, cotangents, strict=True)]  # fmt: skip
+        return torch.autograd.grad(views, leaf, back)[0] if smoothing.active else back[0]
 
     def _replayed(self, call: Callable[[Tensor, slice], Tensor], at: Tensor, cotangent: Tensor) -> Tensor:
         """The vector-Jacobian product of `call` at `at`, chunk by chunk."""
@@ -209,10 +274,73 @@ class Guided(Denoiser):
         return self._chunked(product, len(at))
 
 
+@dataclass(eq=False)
+class _Point:
+    """Where gradients are taken at one evaluation.
+
+    Attributes:
+        x: The sample, x_t.
+        x0_hat: The estimate; with a graph where it can be had at once.
+        level, condition: Of the evaluation.
+        shared: Whether the graph is needed again.
+    """
+
+    x: Tensor
+    x0_hat: Tensor
+    level: Level
+    condition: Condition
+    shared: bool = False
+    views: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def seen(self, guided: Guided, pull: Pull) -> tuple[Tensor, Tensor]:
+        """What potentials of this pull look at, decoded once however many ask, and the leaf before the denoiser's output."""
+        key = pull.input, pull.reduce
+        if key not in self.views:
+            noisy = pull.input in ("x_t", "state")
+            leaf = self.x.detach().requires_grad_() if noisy else self.x0_hat
+            with torch.enable_grad():
+                images = guided._seen(pull, leaf if noisy else self.x, leaf, self.level)
+            self.views[key] = images, leaf
+        return self.views[key]
+
+
+def _by_turn(potentials: Iterable[Potential]) -> dict[Turn, list[Potential]]:
+    due: dict[Turn, list[Potential]] = {}
+    for term in potentials:
+        alone = term.pull.hold or term.pull.rule in ("ancestral", "before")
+        due.setdefault((term.pull, term.timing if alone else Timing()), []).append(term)
+    return due
+
+
+def _refuse_many_levels(level: Level) -> None:
+    if level.alpha.ndim:
+        raise ValueError(f"level: guidance acts at one level for the whole cohort, not at {len(level.alpha)}; "
+                         "guide images of other levels apart")  # fmt: skip
+
+
+def _averaged(term: Potential, energies: list[Tensor]) -> Tensor:
+    """The energy over several views: of images -log mean exp(-U), the likelihood's average; of sets the mean."""
+    if len(energies) == 1:
+        return energies[0]
+    stacked = torch.stack(energies)
+    return stacked.mean(0) if term.per == "set" else math.log(len(energies)) - (-stacked).logsumexp(0)
+
+
+def _shift(pull: Pull, terms: Sequence[Potential], gradient: Tensor, weight: Tensor, x_t: Tensor, level: Level) -> Tensor:
+    """What a gradient adds to x0_hat; `weight` the rms of the strengths' sum on the images (see `_image_cotangent`)."""
+    if pull.normalize == "none":
+        return -_absolute_factor(pull, level) * gradient
+    if pull.normalize == "sample":
+        size = x_t.square().mean((1, 2, 3), keepdim=True).sqrt() / level.alpha if level.alpha > 0 else 0.0
+        return -size * weight * _unit(gradient, terms)
+    return -_radius(level) * weight * _unit(gradient, terms)
+
+
 def _rms(gradient: Tensor, terms: Sequence[Potential]) -> Tensor:
     """Root mean square (1 or n, 1, 1, 1): over the cohort if any term couples its images, so that covering and
     non-covering images keep their ratio; else, or if asked, over each image."""
-    over = (0, 1, 2, 3) if any(t.per == "set" and t.pull.normalize != "rms-image" for t in terms) else (1, 2, 3)
+    cohort = any(t.per == "set" and t.pull.normalize in ("rms", "none") for t in terms)
+    over = (0, 1, 2, 3) if cohort else (1, 2, 3)
     peak = gradient.abs().amax(over, keepdim=True)  # taken out, because the square of a small gradient underflows
     return peak * (gradient / peak.where(peak > 0, 1)).square().mean(over, keepdim=True).sqrt()
 
@@ -230,6 +358,6 @@ def _radius(level: Level) -> float:
 
 def _absolute_factor(pull: Pull, level: Level) -> float:
     """What multiplies an unnormalised gradient; at alpha = 0 x_t says nothing of the image, and no potential acts."""
-    if pull.jacobian == "gaussian":
+    if pull.jacobian == "gaussian" and pull.input in ("x0_hat", "blend"):
         return _radius(level) ** 2
     return float(level.sigma**2 / level.alpha) if level.alpha > 0 else 0.0

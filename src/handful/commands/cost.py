@@ -1,0 +1,45 @@
+"""`handful cost`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def cost(
+    recipe: Annotated[Path, typer.Argument(help="A recipe; the options below override it.", metavar="RECIPE.yaml")],
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Images guided together.")] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
+    ] = None,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+) -> None:
+    """Say what a recipe costs, before anything runs: operations an image, parameters, peak memory.
+
+    Plain sampling and classifier-free guidance of the same model stand beside it. It reads no weights and no exemplars, and
+    computes nothing. Published models are known by their hub names; others need their configs, in a directory or the hub.
+
+    \b
+    Examples:
+      handful cost recipes/sd15-chamfer.yaml
+      handful cost recipes/sd15-chamfer.yaml --set guidance.0.jacobian=gaussian --set chunk=8
+      handful cost recipe.yaml --json
+    """
+    from handful.cost import cost_of
+    from handful.generate.recipe import recipe_from
+    from handful.generate.recipe_file import overridden, read_mapping
+    from handful.tables import cost_tables, print_table
+
+    flags = {"sampler.steps": steps, "cohort": cohort, "per_class": per_class}
+    found = cost_of(recipe_from(overridden(read_mapping(recipe), flags, settings=settings or ())))
+    if json_wanted:
+        print(json.dumps(found.as_dict()))
+        return
+    for index, table in enumerate(cost_tables(found)):
+        print("\n" * (index > 0), end="")
+        print_table(table)

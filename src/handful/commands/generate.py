@@ -1,0 +1,161 @@
+"""`handful generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from handful import console
+from handful.commands.shared import listed
+from handful.errors import RequestError
+
+if TYPE_CHECKING:
+    from handful.generate.job import Job
+
+
+def generate(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe; the options below override it.", metavar="RECIPE.yaml")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A packaged model (digits), a directory that diffusers wrote, a hub name, a checkpoint (.pt, .safetensors), "
+            "FILE.py:FUNCTION.",
+            metavar="NAME",
+        ),
+    ] = None,
+    exemplars: Annotated[str | None, typer.Option(metavar="DIR", help="Real images, a folder per class.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The run directory; an interrupted run goes on there.")
+    ] = None,
+    per_class: Annotated[int | None, typer.Option(help="Images to generate of each class.  [64]")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Exemplars drawn of each class.  [all]")] = None,
+    guidance: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="chamfer, energy, classifier, cfg, apg, cads, cvsg, vendi, noisy-classifier, inversion or none; may be "
+            "repeated.  [chamfer if there are exemplars]",
+            metavar="METHOD",
+        ),
+    ] = None,
+    scale: Annotated[float | None, typer.Option(help="Of the guidance; 0 is none.")] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="What exemplars are compared by: pixels, digits-guide, dinov2, clip, a directory, FILE.py:FUNCTION.",
+            metavar="NAME",
+        ),
+    ] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Of classifier guidance: a classifier of transformers, digits-guide, clip, FILE.py:FUNCTION."
+        ),
+    ] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(metavar="FILE", help="What handful invert wrote, for inversion guidance.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Images guided together.  [64]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
+    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
+    ] = None,
+    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    template: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    allow_version_change: Annotated[
+        bool, typer.Option("--allow-version-change", help="Go on with a run begun by other library versions.")
+    ] = False,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    order: Annotated[str, typer.Option(hidden=True)] = "plan",
+) -> None:
+    """Generate a labelled image set from exemplars and a pretrained model.
+
+    \b
+    Examples:
+      handful generate --model digits --exemplars digits/ --out out
+      handful generate --model ./cifar10-unet --exemplars photos/ --k 32 --features dinov2 --out out
+      handful generate --model stabilityai/stable-diffusion-2-1 --exemplars photos/ --dtype bfloat16 --out out
+      handful generate --model digits --guidance cfg --scale 1 --per-class 256 --out baseline
+      handful generate --model ./cifar10-unet --guidance classifier --classifier ./resnet-50 --out out
+      handful generate --model digits --guidance inversion --embeddings SGE.safetensors --per-class 100 --out many
+      handful generate recipe.yaml --out out --set guidance.chamfer.every=1
+      handful generate out/recipe.yaml --out again
+
+    The same command goes on where an interrupted run stopped, and ends with the same files.
+    """
+    from handful.generate.recipe import did_you_mean, recipe_from
+    from handful.generate.recipe_file import overridden, read_mapping
+
+    flags: dict[str, Any] = {
+        "model.name": model, "model.null_class": null_class, "model.classes": listed(class_names),
+        "model.template": template, "model.dtype": dtype, "model.trust_pickle": trust_pickle or None,
+        "model.device": device, "exemplars.path": exemplars, "exemplars.per_class": k, "classes": listed(classes),
+        "per_class": per_class, "cohort": cohort, "seed": seed, "sampler.name": sampler, "sampler.steps": steps,
+    }  # fmt: skip
+    asked = recipe_from(
+        overridden(
+            {} if recipe is None else read_mapping(recipe), flags,
+            guidance=guidance, scale=scale, features=features, classifier=classifier, embeddings=embeddings,
+            settings=settings or (),
+        )
+    )  # fmt: skip
+    if out is None:
+        raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
+    if order not in ("plan", "reversed"):
+        raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
+
+    if quiet:
+        from handful.libraries import hide_loading_bars
+
+        hide_loading_bars()
+    from handful.generate.job import prepare
+    from handful.generate.run import run
+    from handful.progress import progress_for
+
+    job = prepare(asked, out, allow_version_change=allow_version_change)
+    if not quiet:
+        for note in [*job.notes, *job.changes]:
+            print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        from handful.generate.describe import plan_as_dict, plan_as_text
+
+        print(json.dumps(plan_as_dict(job)) if json_wanted else plan_as_text(job))
+        return
+    summary = run(job, progress_for(quiet), order=_places(job, order))
+    failed = f"{summary.cohorts_failed} of {len(job.cohorts)} cohorts failed" if summary.failures else None
+    if json_wanted:
+        print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
+    elif not quiet:
+        rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
+        print(f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made, {summary.cohorts_resumed} "
+              f"were there, {summary.cohorts_failed} failed; {summary.seconds:.1f} s of sampling{rate})")  # fmt: skip
+    if failed:
+        for failure in summary.failures:
+            print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {failed}; the same command tries them again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _places(job: Job, order: str) -> list[int]:
+    places = list(range(len(job.cohorts)))
+    return places[::-1] if order == "reversed" else places

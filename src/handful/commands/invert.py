@@ -1,0 +1,105 @@
+"""`handful invert`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from handful.commands.shared import listed
+from handful.errors import RequestError
+
+
+def invert(
+    targets: Annotated[Path, typer.Argument(help="A folder of images: ten, more or fewer.")],
+    model: Annotated[str, typer.Option(help="As for generate: a model of a neighbouring domain.", metavar="NAME")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write; an interrupted fit goes on there.")],
+    segments: Annotated[
+        int | None, typer.Option(help="Embeddings of a target, 1 to the number of guided steps: more are stricter.  [15]")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
+    spacing: Annotated[str | None, typer.Option(help="Of the steps.  [the model's own]", metavar="NAME")] = None,
+    interval: Annotated[
+        str | None, typer.Option(metavar="LO,HI", help="Guided steps LO <= i < HI, 0 the last one.  [5,20 of 25 steps]")
+    ] = None,
+    score_scale: Annotated[float, typer.Option(help="Strength of the embeddings.")] = 2.0,
+    method: Annotated[str, typer.Option(help="difference (closed form) or adam (the paper's).", metavar="NAME")] = "difference",
+    epochs: Annotated[int | None, typer.Option(help="Of each segment.  [difference: 10, adam: 120]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate of adam.")] = 0.05,
+    spread_weight: Annotated[float, typer.Option(help="What draws the targets' embeddings together.")] = 1.0,
+    perturbation: Annotated[float, typer.Option(help="Noise on the embeddings when generating, unless said there.")] = 0.05,
+    condition: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told: a class, a prompt, or null for nothing.  [null]")
+    ] = None,
+    clamp: Annotated[
+        bool | None, typer.Option("--clamp/--no-clamp", help="Keep the model's estimate in range.  [where it makes pixels]")
+    ] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
+    ] = None,
+    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
+    chunk: Annotated[int | None, typer.Option(help="At most so many images at once through the networks.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Fit a few images of a new domain (CRDI), so that generate makes many of them with a model of a neighbouring one.
+
+    Writes the embeddings that carry the model to each target. The model itself is not changed, and no other model can use
+    them. At the end the targets are reconstructed from their noised selves, and compared.
+
+    \b
+    Examples:
+      handful invert babies/ --model ./ffhq-256 --out babies.safetensors
+      handful generate --model ./ffhq-256 --guidance inversion --embeddings babies.safetensors --out babies-1000
+      handful invert sketches/ --model digits --condition null --segments 5 --out sketches.safetensors
+      handful invert photos/ --model stabilityai/stable-diffusion-2-1 --condition "a photo" --chunk 2 --out sge.safetensors
+
+    The same command goes on where an interrupted fit stopped, and ends with the same file.
+    """
+    from handful.invert import EPOCHS_DONE, InvertRequest, prepare
+    from handful.invert import invert as run_invert
+    from handful.progress import progress_for
+
+    given = {
+        "name": model, "null_class": null_class, "classes": listed(class_names), "device": device, "dtype": dtype,
+        "trust_pickle": trust_pickle or None,
+    }  # fmt: skip
+    named: Any = method  # checked there
+    request = InvertRequest(
+        {name: value for name, value in given.items() if value is not None}, segments, steps, spacing, _pair(interval),
+        score_scale, named, epochs, lr, spread_weight, perturbation, seed, condition, clamp, chunk,
+    )  # fmt: skip
+    job = prepare(request, targets, out)
+    if not quiet:
+        for note in job.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        print(json.dumps(job.as_dict()) if json_wanted else job.as_text())
+        return
+    summary = run_invert(job, progress_for(quiet, EPOCHS_DONE))
+    if json_wanted:
+        print(json.dumps(summary.as_dict()))
+    elif not quiet:
+        print(summary.as_text())
+
+
+def _pair(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (int(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(
+            "--interval", text, "these are not two whole numbers", "Write for instance --interval 5,20."
+        ) from None
+    return low, high
