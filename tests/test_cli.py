@@ -129,7 +129,9 @@ def test_options_lie_over_the_recipe(exemplars: Path, tmp_path: Path, capsys: py
     assert handful("generate", file, "--out", tmp_path / "out", "--dry-run", "--json", *options) == 0
     recipe: dict[str, Any] = json.loads(capsys.readouterr().out)["recipe"]
     assert (recipe["per_class"], recipe["classes"], recipe["guidance"][0]["scale"]) == (3, ["7"], 2.0)
-    assert recipe["sampler"] == {"name": "ddim", "steps": 9, "spacing": "trailing", "eta": 0.5, "variance": None, "clamp": True}
+    assert recipe["sampler"] == {
+        "name": "ddim", "steps": 9, "spacing": "trailing", "eta": 0.5, "variance": None, "recurrence": 1, "clamp": True,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from handful.cost import cost_of, evaluated, text_encoders
 from handful.errors import RequestError
 from handful.features import load_extractor
 from handful.flops import Count
+from handful.generate.classifying import extractors_wanted, load_for
 from handful.generate.recipe import Recipe, recipe_from
 from handful.generate.recipe_file import overridden, read_mapping, read_recipe
 from handful.generate.settle import complete, model_options, settle
@@ -70,15 +71,16 @@ def counted(asked: Recipe) -> Count:
     guidance = settled.recipe.guidance or ()
     if isinstance(denoiser, LatentDenoiser):
         denoiser.linear_preview = torch.randn(3, denoiser.shape[0] + 1)
-    extractors = {name: load_extractor(name) for name, _ in views(guidance)}
+    extractors = {key: load_for(term) for key, term in extractors_wanted(guidance).items()}
     channels, height, width = denoiser.image_shape
     with torch.no_grad():
         features = {(name, reduce): extractors[name](torch.randn(K, channels, height // reduce, width // reduce))
                     for name, reduce in views(guidance)}  # fmt: skip
-    guided = Guided(denoiser, make_terms(guidance, extractors, features), asked.chunk)
+    guided = Guided(denoiser, make_terms(guidance, extractors, features, seeds=range(N)), asked.chunk)
     sampler, x = settled.recipe.sampler, torch.randn(N, *denoiser.shape)
     condition = guided.condition(["cat"] * N if denoiser.prompted else [0] * N)
-    options = {"noise": lambda: torch.randn_like(x)} if sampler.name in STOCHASTIC else {}
+    options: dict[str, Any] = {"noise": lambda: torch.randn_like(x)} if sampler.name in STOCHASTIC else {}
+    options |= {"recurrence": sampler.recurrence} if sampler.name in STOCHASTIC else {}
     with torch.no_grad(), Count() as count:
         x0 = SAMPLERS[sampler.name](guided, x, settled.levels, condition, **options)
         torch.cat([guided.decode(part) for part in x0.split(asked.chunk or N)])
@@ -94,6 +96,9 @@ WAYS = {
     "energy": [{"method": "energy", "features": "pixels", "every": 2}],
     "whole images": [{**CHAMFER, "every": 2, "reduce": 1}],
     "chamfer and cfg": [{**CHAMFER, "every": 2}, {"method": "cfg", "every": 2, "interval": [0.3, 1.0]}],
+    "cads and apg": [{"method": "cads", "tau1": 0.4}, {"method": "apg", "scale": 2.0}],
+    "inner steps": [{"method": "vendi", "features": "pixels", "jacobian": "identity", "inner": 3, "every": 2}],
+    "smoothed": [{**CHAMFER, "smoothing": {"samples": 3, "noise": 0.1}}],
     "two that share a look": [{**CHAMFER, "every": 1}, {**CHAMFER, "every": 2, "jacobian": "identity"}],
 }
 
@@ -112,8 +117,8 @@ def test_the_cost_is_exactly_what_is_counted_as_it_runs(way: str, model: str, mo
 @pytest.mark.parametrize(
     "changes",
     [{"chunk": 2}, {"sampler": {"name": "heun", "steps": 3}}, {"sampler": {"name": "ddim", "steps": 3, "eta": 1.0}},
-     {"sampler": {"name": "ddpm", "steps": 3}}],
-    ids=["chunks", "heun", "ddim", "ddpm"],
+     {"sampler": {"name": "ddpm", "steps": 3}}, {"sampler": {"name": "ddim", "steps": 3, "recurrence": 2}}],
+    ids=["chunks", "heun", "ddim", "ddpm", "recurrence"],
 )  # fmt: skip
 def test_and_so_in_chunks_and_by_every_sampler(changes: dict[str, Any], models: dict[str, str]):
     asked = recipe(models["dit"], {**CHAMFER, "every": 2, "reduce": 1}, **changes)

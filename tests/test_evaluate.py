@@ -7,29 +7,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.halves import Halves, value, write
 from torch import Tensor
 
+from handful.audit import TRANSFORMS
 from handful.errors import RequestError
-from handful.evaluate import Judge, evaluate
+from handful.evaluate import Evaluation, Judge, Transformed, evaluate
 from handful.features import load_extractor, pixels
 from handful.images import write_png
-from handful.metrics import frechet, prdc
+from handful.metrics import PRDC, frechet, prdc
+from handful.metrics.summary import Group, Scores, Summary
 from handful.zoo.digits import load_digits_split
 
 ROW = {
     "precision", "recall", "density", "coverage", "f1", "frechet", "vendi", "judge_accuracy",
-    "robust_precision", "robust_coverage", "robust_f1",
+    "robust_precision", "robust_recall", "robust_coverage", "robust_f1", "robust_frechet", "robust_judge_accuracy",
 }  # fmt: skip
-
-
-class Halves:
-    """The held-out digits, one half to be the reference and one to be judged."""
-
-    def __init__(self) -> None:
-        split = load_digits_split()
-        even, odd = (torch.arange(start, len(split.test_labels), 2) for start in (0, 1))
-        self.images, self.labels = split.test_images[even], [str(int(v)) for v in split.test_labels[even]]
-        self.others, self.others_labels = split.test_images[odd], [str(int(v)) for v in split.test_labels[odd]]
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +38,6 @@ def judge(halves) -> Judge:
 @pytest.fixture(scope="module")
 def real(judge, halves):
     return judge(halves.others, halves.others_labels)
-
-
-def value(number: float | None) -> float:
-    assert number is not None
-    return number
 
 
 def test_real_images_judged_as_generated_are_near_the_ceiling(real):
@@ -115,20 +103,48 @@ def test_a_difference_in_the_finest_pattern_alone_is_gone_after_resampling():
     real = flat + 0.05 * sign * board + 0.05 * torch.randn(120, 1, side, side, generator=draw)
     only_plus = flat + 0.05 * board + 0.05 * torch.randn(120, 1, side, side, generator=draw)
     found = Judge(real, ["a"] * 120, pixels(), ceiling=False)(only_plus, ["a"] * 120)
-    plain, resampled = value(found.row()["coverage"]), found.transformed["resample"].coverage
+    plain, resampled = value(found.row()["coverage"]), found.transformed["resample"].prdc.coverage
     assert plain < 0.6  # half of the real images have the other sign
     assert resampled > plain + 0.2  # which is gone when the pattern is
 
 
 def test_robust_is_the_mean_over_the_transforms_and_absent_without_them(halves, real):
-    assert set(real.transformed) == {"jpeg", "resample", "noise"}
-    wanted = np.mean([found.coverage for found in real.transformed.values()])
-    assert value(real.robust("coverage")) == pytest.approx(wanted)
+    assert list(real.transformed) == ["jpeg", "resample", "noise", "lowpass"]
+    for name in ("precision", "recall", "coverage", "f1"):
+        wanted = np.mean([getattr(found.prdc, name) for found in real.transformed.values()])
+        assert value(real.row()[f"robust_{name}"]) == pytest.approx(wanted)
+    for name in ("frechet", "judge_accuracy"):
+        wanted = np.mean([getattr(found, name) for found in real.transformed.values()])
+        assert value(real.row()[f"robust_{name}"]) == pytest.approx(wanted)
+    assert value(real.row()["robust_judge_accuracy"]) > 0.9
+    assert real.robust("vendi") is None
     plain = Judge(halves.images, halves.labels, load_extractor("digits-judge"), audit=False, ceiling=False)
     found = plain(halves.others, halves.others_labels)
-    assert found.row()["robust_coverage"] is None
+    assert {name for name, number in found.row().items() if number is None} == {name for name in ROW if "robust" in name}
     assert found.summary.pooled.ceiling is None
     assert found.row()["coverage"] == real.row()["coverage"]
+
+
+def test_after_a_transform_the_numbers_are_the_metrics_of_both_transformed_sets(halves, real):
+    extractor = load_extractor("digits-judge")
+    for name, found in real.transformed.items():
+        mine, theirs = (extractor(TRANSFORMS[name](images)).numpy() for images in (halves.images, halves.others))
+        assert found.prdc == prdc(mine, theirs, 5)
+        assert found.frechet == pytest.approx(frechet(mine, theirs))
+        named = extractor.logits(TRANSFORMS[name](halves.others)).argmax(1)
+        wanted = np.mean([str(int(one)) == label for one, label in zip(named, halves.others_labels, strict=True)])
+        assert found.judge_accuracy == wanted
+
+
+def test_the_mean_of_f1_is_not_the_f1_of_the_means():
+    near = [PRDC(precision, 0.5, 1.0, coverage, 5, 9, 9) for precision, coverage in ((1.0, 0.2), (0.2, 1.0))]
+    transformed = {name: Transformed(found, 1.0, None) for name, found in zip("ab", near, strict=True)}
+    found = Evaluation(
+        "judge", "", Summary(5, 1, 0, Group(Scores(9, 9), None), {}, Group(Scores(9, 9), None)), None, transformed
+    )
+    assert value(found.row()["robust_f1"]) == pytest.approx(1 / 3)  # 2 * .2 / 1.2, twice
+    assert value(found.row()["robust_precision"]) == pytest.approx(0.6)
+    assert found.row()["robust_judge_accuracy"] is None
 
 
 def test_a_judge_that_is_no_classifier_of_these_classes_gives_no_accuracy(halves):
@@ -136,7 +152,9 @@ def test_a_judge_that_is_no_classifier_of_these_classes_gives_no_accuracy(halves
     labels = [halves.labels[i] for i in some]
     for extractor in (pixels(), load_extractor("digits-judge")):  # ten logits, three classes
         judge = Judge(halves.images[some], labels, extractor, audit=False, ceiling=False)
-        assert judge(halves.images[some], labels).judge_accuracy is None
+        found = judge(halves.images[some], labels)
+        assert found.judge_accuracy is None
+        assert found.row()["robust_judge_accuracy"] is None
     # unless the order of its logits is told
     told = Judge(
         halves.images[some], labels, load_extractor("digits-judge"), audit=False, ceiling=False, classes=list("0123456789")
@@ -149,7 +167,10 @@ def test_the_whole_result_is_json_without_nan(real):
     held = json.loads(text)
     assert held["k"] == 5
     assert held["coverage"] == real.row()["coverage"]
-    assert set(held["transformed"]) == {"jpeg", "resample", "noise"}
+    assert set(held["transformed"]) == set(TRANSFORMS)
+    for found in held["transformed"].values():
+        assert {"precision", "f1", "frechet", "judge_accuracy", "k", "n_real"} <= set(found)
+    assert (held["copied"], held["gains"]) == (None, {})
     assert set(held["per_class"]) == set("0123456789")
 
 
@@ -159,17 +180,6 @@ def test_an_image_of_an_unknown_class_is_refused(judge, halves):
 
 
 # --- folders -----------------------------------------------------------------------------------------------------------
-
-
-def write(root: Path, images: Tensor, labels: list[str], per_class: int = 25) -> Path:
-    counts: dict[str, int] = {}
-    for image, label in zip(images, labels, strict=True):
-        index = counts.get(label, 0)
-        if index < per_class:
-            (root / label).mkdir(parents=True, exist_ok=True)
-            write_png(root / label / f"{index:04}.png", image)
-        counts[label] = index + 1
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -239,8 +249,6 @@ def test_a_judge_that_guided_the_images_is_pointed_out(tmp_path):
     from handful.generate import generate
     from handful.generate.recipe import recipe_from
     from handful.generate.writers import image_file
-    from handful.images import write_png
-    from handful.zoo.digits import load_digits_split
 
     split = load_digits_split()
     for digit in (0, 1):

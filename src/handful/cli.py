@@ -11,11 +11,14 @@ from typing import Annotated, NoReturn
 import typer
 
 from handful import __version__, console
+from handful.commands.calibrate import calibrate
 from handful.commands.cost import cost
 from handful.commands.demo import demo
 from handful.commands.evaluate import evaluate
+from handful.commands.exemplars import exemplars
 from handful.commands.generate import generate
 from handful.commands.invert import invert
+from handful.commands.sweep import sweep
 
 app = typer.Typer(
     add_completion=False,
@@ -44,7 +47,10 @@ def _handful(
 
 app.command(short_help="Generate a labelled image set from exemplars.")(generate)
 app.command(short_help="Fit a few images of a new domain, to generate many.")(invert)
+app.command(short_help="Find which pre-conditioning suits a classifier that guides.")(calibrate)
 app.command(short_help="Judge a generated set against real images.")(evaluate)
+app.command(short_help="Compare methods x scales x k x seeds, and choose.")(sweep)
+app.command(short_help="Keep exemplars as features alone, to share.")(exemplars)
 app.command(short_help="Say what a recipe costs, before anything runs.")(cost)
 app.command(short_help="The main job on packaged digits, end to end.")(demo)
 

@@ -132,7 +132,7 @@ def cost_of(recipe: Recipe) -> Cost:
     classes = list(settled.labels.of)
     extractors = {key: load_for(term, classes, meta=True).to(META) for key, term in extractors_wanted(guidance).items()}
     work = _Work(denoiser, extractors, evaluated(settled.levels, recipe), min(recipe.cohort, recipe.per_class), recipe.chunk,
-                 recipe.exemplars.per_class or UNKNOWN_EXEMPLARS, inverted)  # fmt: skip
+                 recipe.exemplars.per_class or UNKNOWN_EXEMPLARS, inverted, recipe.sampler.recurrence)  # fmt: skip
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)
     networks = {name: _size(network) for name, network in denoiser.named_children()}
     networks |= {f"features: {name}": _size(extractor) for name, extractor in extractors.items() if _size(extractor)}
@@ -151,6 +151,7 @@ def evaluated(levels: Levels, recipe: Recipe) -> list[Level]:
     asked = recipe.sampler
     options: dict[str, Any] = {"noise": lambda: torch.zeros(1, 1, 1, 1)} if asked.name in STOCHASTIC else {}
     options |= {"eta": asked.eta} if asked.name == "ddim" else {}
+    options |= {"recurrence": asked.recurrence} if asked.name in STOCHASTIC else {}
     SAMPLERS[asked.name](recorder, torch.zeros(1, 1, 1, 1), levels, Condition(), **options)
     return recorder.asked
 
@@ -197,6 +198,7 @@ class _Work:
         cohort, chunk: As in the recipe.
         exemplars: Of one class.
         inverted: For guidance by inversion.
+        recurrence: How often each step is made, and so entered.
     """
 
     denoiser: NetworkDenoiser
@@ -206,6 +208,7 @@ class _Work:
     chunk: int | None
     exemplars: int
     inverted: Inverted | None = None
+    recurrence: int = 1
 
     @torch.no_grad()
     def way(self, guidance: Sequence[GuidanceRequest]) -> Way:
@@ -215,7 +218,7 @@ class _Work:
         kinds: dict[tuple[bool, ...], list[Level]] = {}
         entered: set[int | None] = set()  # Heun's method evaluates a level twice, and enters a step there once
         for level in self.evaluated:
-            again = level.index in entered
+            again = level.index in entered and self.recurrence == 1
             entered.add(level.index)
             kinds.setdefault((again, *(term.strength(level) > 0 for term in terms)), []).append(level)
         flops, evaluations = Counter[str](), 0
@@ -337,6 +340,10 @@ class _Counted(Denoiser):
 
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)
+
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        return self.denoiser.label_embeddings
 
     def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
         return self.count.through("preview", lambda x: self.denoiser.preview(x, reduce), x0)

@@ -113,7 +113,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _demo(out: Path, seeds: int, per_class: int, say: Callable[[str], None]) -> list[Row]:
-    rows = _begin(out, {"handful": __version__, "demo": "digits", "per_class": per_class})
+    rows = begin(out, {"handful": __version__, "demo": "digits", "per_class": per_class})
     exemplars, real = _real_images(out)
     judge = Judge(real.images, real.labels, load_extractor("digits-judge"), ceiling=False, classes=CLASSES)
     for seed in range(seeds):
@@ -130,7 +130,7 @@ def _demo(out: Path, seeds: int, per_class: int, say: Callable[[str], None]) -> 
     return rows
 
 
-def _begin(out: Path, settings: Row) -> list[Row]:
+def begin(out: Path, settings: Row) -> list[Row]:
     """Claims the directory; returns the rows that an earlier, interrupted demo left."""
     mark, results = out / "demo.json", out / "results.json"
     settings = {**settings, "machine": platform.machine()}
@@ -196,10 +196,10 @@ def _picture(out: Path, seed: int) -> None:
     contact_sheet(exemplars.images, made.by_class(), out / "contact_sheet.png")
 
 
-def means(rows: Sequence[Row]) -> list[Row]:
+def means(rows: Sequence[Row], columns: Sequence[str] = COLUMNS) -> list[Row]:
     """One row a method, scale and k: each number's mean over the seeds, and its spread as `NAME_spread`.
 
-    The spread is the standard deviation between seeds; None for a single seed.
+    The spread is the standard deviation between seeds; None for a single seed. What was not measured stays None.
     """
     groups: dict[tuple[str, float, int], list[Row]] = {}
     for row in rows:
@@ -207,9 +207,9 @@ def means(rows: Sequence[Row]) -> list[Row]:
     out = []
     for (method, scale, k), members in groups.items():
         mean: Row = {"method": method, "scale": scale, "k": k, "seeds": len(members)}
-        for column in COLUMNS:
-            values = [member[column] for member in members]
-            mean[column] = fmean(values)
+        for column in columns:
+            values = [member[column] for member in members if member[column] is not None]
+            mean[column] = fmean(values) if values else None
             mean[f"{column}_spread"] = stdev(values) if len(values) > 1 else None
         out.append(mean)
     return out

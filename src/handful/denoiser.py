@@ -16,7 +16,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,18 @@ from handful.noise import Level, Levels, Schedule
 Prediction = Literal["eps", "v", "x0", "flow", "edm"]
 
 
+class Perturbation(Protocol):
+    """What is made of a network's own embedding of n labels; see `Condition`."""
+
+    def __call__(self, embedding: Tensor) -> Tensor:
+        """(n, ...) -> what the network goes on with; the same shape, dtype and device, differentiable."""
+        ...
+
+    def __getitem__(self, part: slice) -> Perturbation:
+        """The same for some of the images."""
+        ...
+
+
 @dataclass(frozen=True)
 class Condition:
     """What a network is told about n images.
@@ -37,12 +49,16 @@ class Condition:
         null_label: The label that stands for "no class", where the network has one.
         embeddings: What a network of prompts is told, by name, (n, ...) each; empty for other networks.
         null_embeddings: The same for no prompt, (1, ...) each; None where there is no such thing.
+        perturbation: What the network's embedding of the labels becomes (see `Denoiser.label_embeddings`); None leaves it.
+        nothing: Whether this is a null condition, which nothing perturbs.
     """
 
     labels: Tensor | None = None
     null_label: int | None = None
     embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     null_embeddings: Mapping[str, Tensor] | None = None
+    perturbation: Perturbation | None = None
+    nothing: bool = False
 
     def null(self) -> Condition:
         """The condition that tells the network nothing, of the same length.
@@ -52,15 +68,20 @@ class Condition:
         """
         if self.embeddings and self.null_embeddings is not None:
             n = len(next(iter(self.embeddings.values())))
-            return replace(self, embeddings={name: one.expand(n, *one.shape[1:]) for name, one in self.null_embeddings.items()})
+            null = {name: one.expand(n, *one.shape[1:]) for name, one in self.null_embeddings.items()}
+            return replace(self, embeddings=null, nothing=True)
         if self.labels is None or self.null_label is None:
             raise RequestError("guidance", "cfg", "this model has no null class to compare with",
                                "Use another guidance (chamfer needs none), or name the label with --null-class.")  # fmt: skip
-        return replace(self, labels=torch.full_like(self.labels, self.null_label))
+        return replace(self, labels=torch.full_like(self.labels, self.null_label), perturbation=None, nothing=True)
 
     def __getitem__(self, part: slice) -> Condition:
-        labels = None if self.labels is None else self.labels[part]
-        return replace(self, labels=labels, embeddings={name: all_[part] for name, all_ in self.embeddings.items()})
+        return replace(
+            self,
+            labels=None if self.labels is None else self.labels[part],
+            embeddings={name: all_[part] for name, all_ in self.embeddings.items()},
+            perturbation=None if self.perturbation is None else self.perturbation[part],
+        )
 
 
 class Denoiser(nn.Module):
@@ -146,6 +167,11 @@ class Denoiser(nn.Module):
     def learns_variance(self) -> bool:
         """Whether an evaluation sets `learned_variance`."""
         return False
+
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        """The modules that embed its labels, whose outputs a condition's perturbation changes; empty where none is known."""
+        return ()
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
         """Moves the networks to where and in what precision they shall run."""
@@ -234,11 +260,27 @@ class NetworkDenoiser(Denoiser):
         (n, c, h, w), or (n, 2 c, h, w) with what it learned of the variance behind.
         """
 
+    def told(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        """`call`, with the embeddings of the labels changed as the condition's perturbation says."""
+        change = condition.perturbation
+        if change is None:
+            return self.call(scaled, time, condition)
+
+        def changed(_module: nn.Module, _given: object, embedding: Tensor) -> Tensor:
+            return change(embedding)
+
+        hooks = [module.register_forward_hook(changed) for module in self.label_embeddings]
+        try:
+            return self.call(scaled, time, condition)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
         scaled = network_input(self.prediction, x_t, level)
         time = self.levels.time(level).to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
-        out = self.call(scaled.to(parameter.dtype), time, condition).to(x_t.dtype)
+        out = self.told(scaled.to(parameter.dtype), time, condition).to(x_t.dtype)
         if out.shape[1] == 2 * x_t.shape[1]:
             out, learned = out.chunk(2, dim=1)
             self.learned_variance = learned.detach()
@@ -272,6 +314,10 @@ class Clamped(Denoiser):
     @property
     def learns_variance(self) -> bool:
         return self.denoiser.learns_variance
+
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        return self.denoiser.label_embeddings
 
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)

@@ -59,8 +59,8 @@ class GuidanceCallback:
         chunk: See `Guided`.
 
     Raises:
-        RequestError: If the pipeline is of no known family, or its scheduler's steps are not as above: multistep ones,
-            stochastic ones, and those that clip.
+        RequestError: If the pipeline is of no known family, if its scheduler's steps are not as above: multistep ones,
+            stochastic ones, and those that clip; or if a term does anything but shift x0_hat.
     """
 
     def __init__(
@@ -68,6 +68,7 @@ class GuidanceCallback:
         denoiser: NetworkDenoiser | None = None, chunk: int | None = None,
     ) -> None:  # fmt: skip
         _refuse_scheduler(pipeline.scheduler)
+        _refuse_terms(terms)
         self.denoiser = denoiser if denoiser is not None else from_pipeline(pipeline)
         self.terms, self.chunk = tuple(terms), chunk
         self.prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -129,10 +130,12 @@ class HandfulGuider(BaseGuidance):
         base: A guider of diffusers whose mix the terms then shift; None takes the conditional prediction alone.
 
     Raises:
-        RequestError: If a term asks for the null condition: give `base` diffusers' guider for it.
+        RequestError: If a term asks for the null condition: give `base` diffusers' guider for it; or if one does anything
+            but shift x0_hat.
     """
 
     def __init__(self, denoiser: NetworkDenoiser, terms: Sequence[Guidance], base: BaseGuidance | None = None) -> None:
+        _refuse_terms(terms)
         for term in terms:
             if isinstance(term, (CFG, Guider)):
                 raise RequestError("terms", term.name, "the pipeline makes the null prediction, not this guider",
@@ -278,6 +281,17 @@ def level_told(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
     ratio = torch.lerp(log_ratio[low], log_ratio[low + 1], time - low).exp()
     total = torch.hypot(torch.ones_like(ratio), ratio)
     return 1 / total, ratio / total
+
+
+def _refuse_terms(terms: Sequence[Guidance]) -> None:
+    """Refuses terms that move the sample itself, or change what the network is told: both are the pipeline's own."""
+    for term in terms:
+        if isinstance(term, Potential) and term.pull.rule != "shift":
+            raise RequestError("terms", f"{term.name}, rule {term.pull.rule}", "it moves the sample itself, which a pipeline's "
+                               "scheduler keeps to itself", "Use the rule shift, or handful's own samplers.")  # fmt: skip
+        if not term.shifts:
+            raise RequestError("terms", term.name, "it changes what the network is told, which the pipeline does",
+                               "Leave it out, or use handful's own samplers.")  # fmt: skip
 
 
 def _refuse_scheduler(scheduler: Any) -> None:

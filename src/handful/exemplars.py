@@ -169,9 +169,26 @@ class Exemplars:
             raise RequestError("k", k, f"the smallest class has {fewest} exemplars", f"Take 1 to {fewest}.")
         files = {name: of_class[:k] for name, of_class in self.files.items()}
         hashes = {name: of_class[:k] for name, of_class in self.hashes.items()}
-        shown = {name: [file.name for file in files[name]] or [f"image {i}" for i in range(k)] for name in files}
         images = {name: of_class[:k] for name, of_class in self.images.items()}
-        return Exemplars(images, files, hashes, _repetitions(hashes, shown))
+        return Exemplars(images, files, hashes, _repetitions(hashes, {name: self.called(name)[:k] for name in files}))
+
+    def only(self, classes: Sequence[str]) -> Exemplars:
+        """Those of some classes, in the order given."""
+        told = [text for text in self.warnings if any(text.startswith(f"class '{name}':") for name in classes)]
+        return Exemplars(
+            {name: self.images[name] for name in classes},
+            {name: self.files[name] for name in classes},
+            {name: self.hashes[name] for name in classes},
+            told,
+        )
+
+    def called(self, name: str) -> list[str]:
+        """What each image of a class is called: its file's name, or its number where it was given as a tensor."""
+        return [file.name for file in self.files[name]] or [f"image {place}" for place in range(len(self.images[name]))]
+
+    def seen_by(self, extractor: Extractor, reduce: int, cache: Path | None) -> dict[str, Tensor]:
+        """By class the features (k, D) that an extractor gives at 1/reduce of the resolution; see `exemplar_features`."""
+        return exemplar_features(self.shrunk(reduce), extractor, cache)
 
     def shrunk(self, reduce: int) -> Exemplars:
         """The same images at 1/reduce of their resolution, by averaging squares; each content hash says so.

@@ -26,7 +26,7 @@ from handful.models.source import find_source
 
 _WRAP = "Name a vision model with a pooled output or an image classifier, or wrap it in a FILE.py:FUNCTION that returns a " \
         "handful.features.FeatureExtractor."  # fmt: skip
-_UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # what transformers raises for bad files
+UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # what transformers raises for bad files
 
 
 class _Pooled(nn.Module):
@@ -63,7 +63,7 @@ class _Penultimate(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """How a model of transformers becomes an extractor: all but its weights.
 
     Attributes:
@@ -111,19 +111,8 @@ def from_transformers(name: str, side: int | None = None) -> FeatureExtractor:
         RequestError: If it can't be loaded or fed, or answers with no features.
     """
     check_libraries()
-    plan, _ = _plan(name, _config(name), None, side)
-    try:
-        with _quiet():
-            model, info = plan.kind.from_pretrained(
-                name, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )  # fmt: skip
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
-    if info["missing_keys"]:  # transformers fills them at random
-        missing = info["missing_keys"]
-        raise RequestError("features", name, f"{len(missing)} of its weights are missing, first {min(missing)}",
-                           "Save the model again with save_pretrained, or name another one.")  # fmt: skip
-    return plan.extractor(model)
+    plan, _ = plan_model(name, read_config(name), None, side)
+    return plan.extractor(load_weights(plan.kind, name))
 
 
 def skeleton_of_transformers(name: str, side: int | None = None) -> FeatureExtractor:
@@ -133,14 +122,42 @@ def skeleton_of_transformers(name: str, side: int | None = None) -> FeatureExtra
         RequestError: As `from_transformers`, for all that the configs tell.
     """
     check_libraries()
-    from transformers import AutoConfig
-
-    config, said = (None, None) if Path(name).is_dir() else KNOWN.get(name, (None, None))
-    plan, model = _plan(name, AutoConfig.for_model(**config) if config else _config(name), said, side)
+    plan, model = plan_model(name, *known_config(name), side)
     return plan.extractor(model)
 
 
-def _config(name: str) -> Any:
+def load_weights(kind: Any, name: str) -> Any:
+    """A model of transformers in float32, of this class and this directory or hub name.
+
+    Raises:
+        RequestError: If it can't be read, or weights are missing.
+    """
+    try:
+        with quietly():
+            model, info = kind.from_pretrained(name, use_safetensors=True, dtype=torch.float32, output_loading_info=True)
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
+    if info["missing_keys"]:  # transformers fills them at random
+        missing = info["missing_keys"]
+        raise RequestError("features", name, f"{len(missing)} of its weights are missing, first {min(missing)}",
+                           "Save the model again with save_pretrained, or name another one.")  # fmt: skip
+    return model
+
+
+def known_config(name: str) -> tuple[Any, dict[str, Any] | None]:
+    """transformers' config, and what is said of the preprocessing (None: look it up); of `KNOWN` models without any file."""
+    from transformers import AutoConfig
+
+    config, said = (None, None) if Path(name).is_dir() else KNOWN.get(name, (None, None))
+    return AutoConfig.for_model(**config) if config else read_config(name), said
+
+
+def read_config(name: str) -> Any:
+    """transformers' config of a directory or hub name.
+
+    Raises:
+        RequestError: If there is none.
+    """
     from huggingface_hub import constants
     from transformers import AutoConfig
 
@@ -160,18 +177,19 @@ def _config(name: str) -> Any:
         )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
 
 
-def _unreadable(name: str, error: Exception) -> RequestError:
+def unreadable(name: str, error: Exception) -> RequestError:
+    """What to say where transformers can't load something."""
     remedy = "Give a directory that save_pretrained wrote, with safetensors weights" + (
         "." if Path(name).is_dir() else f", or fetch it into the hub's cache: hf download {name}."
     )
     return RequestError("features", name, f"transformers can't load it ({first_line(error)})", remedy)
 
 
-def _plan(name: str, config: Any, said: dict[str, Any] | None, side: int | None) -> tuple[_Plan, nn.Module]:
+def plan_model(name: str, config: Any, said: dict[str, Any] | None, side: int | None) -> tuple[Plan, nn.Module]:
     """The plan, tried on the meta device; and the model on it. `said` of the preprocessing is looked up where it is None."""
     import transformers
 
@@ -215,12 +233,12 @@ def _plan(name: str, config: Any, said: dict[str, Any] | None, side: int | None)
         if any("pooler" in key and not any(one.endswith(key) for one in held) for key in model.state_dict()):
             problem = f"it was saved as a {type(saved).__name__}, without the weights of a pooled output"
             raise RequestError("features", name, problem, _WRAP)
-        return _Plan(name, kind, size, mean, std, words), model
+        return Plan(name, kind, size, mean, std, words), model
     last = list(takewhile(lambda call: call[1] == (2, config.num_labels), reversed(called)))
     if not last:
         raise RequestError("features", name, f"no last linear layer of a {kind.__name__} gives its logits", _WRAP)
     classes = tuple(str(config.id2label[label]) for label in range(config.num_labels))
-    return _Plan(name, kind, size, mean, std, words, tuple(path for path, _ in reversed(last)), classes), model
+    return Plan(name, kind, size, mean, std, words, tuple(path for path, _ in reversed(last)), classes), model
 
 
 def _kind(name: str, config: Any) -> tuple[Any, Any, bool]:
@@ -248,8 +266,8 @@ def _said(name: str) -> dict[str, Any]:
 
     try:
         return ImageProcessingMixin.get_image_processor_dict(name)[0]
-    except _UNREADABLE as error:
-        raise _unreadable(name, error) from error
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
 
 
 def _preprocessing(name: str, said: dict[str, Any]) -> tuple[tuple[int, int], tuple[float, ...], tuple[float, ...]]:
@@ -276,7 +294,7 @@ def _preprocessing(name: str, said: dict[str, Any]) -> tuple[tuple[int, int], tu
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' report of unused weights, which for CLIP are all of its texts'; missing ones are refused here."""
     from transformers.utils import logging
 
@@ -296,9 +314,15 @@ _OPENAI = {
     "image_mean": (0.48145466, 0.4578275, 0.40821073),
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
-# width, layers, heads (and patch): Oquab et al. 2023 (arXiv 2304.07193); Radford et al. 2021 (arXiv 2103.00020)
+# width, layers, heads (patch, and width of the space shared with texts): Oquab et al. 2023 (arXiv 2304.07193); Radford et al.
+# 2021 (arXiv 2103.00020)
 _DINOV2 = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "giant": (1536, 40, 24)}
-_CLIP = {"base-patch32": (768, 12, 12, 32), "base-patch16": (768, 12, 12, 16), "large-patch14": (1024, 24, 16, 14)}
+_CLIP = {
+    "base-patch32": (768, 12, 12, 32, 512),
+    "base-patch16": (768, 12, 12, 16, 512),
+    "large-patch14": (1024, 24, 16, 14, 768),
+}
+_RESNET = {"50": [3, 4, 6, 3], "101": [3, 4, 23, 3]}  # blocks of each stage: He et al. 2015 (arXiv 1512.03385)
 
 
 def _vit(kind: str, width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -312,7 +336,14 @@ KNOWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     for kind in ("dinov2", "dinov2_with_registers") for name, shape in _DINOV2.items()
 } | {
     f"openai/clip-vit-{name}": (
-        _vit("clip_vision_model", *shape, image_size=224, patch_size=patch, intermediate_size=4 * shape[0]), _OPENAI
+        _vit("clip_vision_model", *shape, image_size=224, patch_size=patch, intermediate_size=4 * shape[0], projection_dim=d),
+        _OPENAI,
     )
-    for name, (*shape, patch) in _CLIP.items()
+    for name, (*shape, patch, d) in _CLIP.items()
+} | {
+    f"microsoft/resnet-{name}": (
+        {"model_type": "resnet", "architectures": ["ResNetForImageClassification"], "depths": depths, "num_labels": 1000},
+        _IMAGENET,
+    )
+    for name, depths in _RESNET.items()
 }  # fmt: skip

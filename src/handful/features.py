@@ -27,7 +27,7 @@ __all__ = [
     "pixels",
 ]
 
-PACKAGED = ("pixels", "digits-guide", "digits-judge")
+PACKAGED = ("pixels", "digits-guide", "digits-judge", "cifar10-guide", "cifar10-judge")
 TRANSFORMERS = {
     "dinov2": "facebook/dinov2-base",
     "dinov2-small": "facebook/dinov2-small",
@@ -58,10 +58,11 @@ def load_extractor(name: str) -> FeatureExtractor:
     """Loads an extractor by name.
 
     Args:
-        name: `digits-guide` or `digits-judge` (packaged), `pixels`, `dinov2` (ViT-B/14; `dinov2-small`, `-large`,
-            `-giant`), `clip` (ViT-L/14), a directory or hub name for transformers, `FILE.pt` for a TorchScript file, or
-            `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers may end in `@SIDE`, as in `dinov2@112`:
-            the network is then fed smaller or larger images than usual, which is the cheaper or the dearer.
+        name: `digits-guide`, `digits-judge`, `cifar10-guide` or `cifar10-judge` (packaged), `pixels`, `dinov2` (ViT-B/14;
+            `dinov2-small`, `-large`, `-giant`), `clip` (ViT-L/14), a directory or hub name for transformers, `FILE.pt` for a
+            TorchScript file, or `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers may end in
+            `@SIDE`, as in `dinov2@112`: the network is then fed smaller or larger images than usual, which is the cheaper
+            or the dearer.
 
     Raises:
         RequestError: If there is no such extractor, or it can't be used as asked.
@@ -85,13 +86,22 @@ def extractor_skeleton(name: str) -> FeatureExtractor:
                            "Count the cost with another extractor of its size.") from error  # fmt: skip
 
 
+def name_and_side(asked: str) -> tuple[str, int | None]:
+    """`dinov2@112` -> dinov2, 112; None where no side is told.
+
+    Raises:
+        RequestError: If what follows the @ is no number.
+    """
+    if Path(asked).exists() or "@" not in asked:
+        return asked, None
+    name, _, told = asked.rpartition("@")
+    if not told.isdecimal():
+        raise RequestError("features", asked, "the side after @ is no number", f"Write {name}@112, or {name}.")
+    return name, int(told)
+
+
 def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
-    name, side = asked, None
-    if not Path(asked).exists() and "@" in asked:
-        name, _, told = asked.rpartition("@")
-        if not told.isdecimal():
-            raise RequestError("features", asked, "the side after @ is no number", f"Write {name}@112, or {name}.")
-        side = int(told)
+    name, side = name_and_side(asked)
     path, _, attribute = name.rpartition(":")
     known = [*PACKAGED, *TRANSFORMERS]
     if side is not None and (name in PACKAGED or path.endswith(".py") or name.endswith(TORCHSCRIPT)):
@@ -103,6 +113,13 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
 
         network = load_digits_classifier("guide" if name == "digits-guide" else "judge")
         return FeatureExtractor(name, network, channels=1, size=(8, 8), features=network.features, classify=network)
+    if name in ("cifar10-guide", "cifar10-judge"):
+        from handful.zoo import cifar10
+        from handful.zoo.cifar_resnet import MEAN, STD
+
+        network = cifar10.load_cifar10_classifier("guide" if name == "cifar10-guide" else "judge")
+        return FeatureExtractor(name, network, size=cifar10.SIZE, mean=MEAN, std=STD, features=network.features,
+                                classify=network, classes=cifar10.CLASSES)  # fmt: skip
     if path.endswith(".py"):
         return from_file(Path(path), attribute)
     if name.endswith(".py"):

@@ -118,7 +118,7 @@ def test_what_the_configs_tell_is_refused_without_weights(stable_diffusion, phot
         ("model.resolution", {"model": {"name": str(model), "resolution": [17, 16]}}),
         ("guidance[0].reduce", {"guidance": [{"method": "chamfer", "features": "pixels", "reduce": 3}]}),
         ("model.template", {"model": {"name": str(model), "template": "a photo"}}),
-        ("features", {"guidance": [{"method": "chamfer", "features": "/nowhere"}]}),
+        ("guidance[0].features", {"guidance": [{"method": "chamfer", "features": "/nowhere"}]}),
         ("model", {}),
     ):
         with pytest.raises(RequestError) as caught:

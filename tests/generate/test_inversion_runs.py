@@ -79,7 +79,8 @@ def test_a_run_takes_path_clamp_and_condition_of_the_fit_and_any_class_name(sge:
     assert json.loads(rows[0]["guidance"])[0]["method"] == "inversion"
     stored = yaml.safe_load((out / "recipe.yaml").read_text())
     assert stored["sampler"] == {
-        "name": "ddim", "steps": 10, "spacing": "trailing", "eta": 0.0, "variance": None, "clamp": True
+        "name": "ddim", "steps": 10, "spacing": "trailing", "eta": 0.0, "variance": None, "recurrence": 1,
+        "clamp": True,
     }  # fmt: skip
     assert len(stored["provenance"]["levels"]["sigma"]) == 8 + 1, "from the interval's top"
     assert len(stored["provenance"]["embeddings_sha256"]) == 64

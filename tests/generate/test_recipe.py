@@ -25,7 +25,8 @@ def refused(data: dict) -> RequestError:
 def test_every_default_is_written_out():
     recipe, _ = with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}}))
     data = yaml.safe_load(recipe_yaml(recipe))
-    assert data["sampler"] == {"name": "dpmpp_2m", "steps": 18, "spacing": None, "eta": 0.0, "variance": None, "clamp": None}
+    assert data["sampler"] == {"name": "dpmpp_2m", "steps": 18, "spacing": None, "eta": 0.0, "variance": None, "recurrence": 1,
+                               "clamp": None}  # fmt: skip
     assert (data["per_class"], data["cohort"], data["seed"], data["format"]) == (64, 64, 0, 1)
     assert set(data["guidance"][0]) == set(ChamferRequest.model_fields)
     assert recipe_from(data) == recipe
@@ -53,7 +54,7 @@ def test_the_same_recipe_is_the_same_text():
         (DIGITS | {"sampler": {"name": "dpm"}}, "sampler.name", "ddpm"),
         (DIGITS | {"sampler": {"eta": 2}}, "sampler.eta", "less than or equal to 1"),
         (DIGITS | {"guidance": [{"method": "chamfr"}]}, "guidance[0].method", "Did you mean 'chamfer'?"),
-        (DIGITS | {"guidance": [{"scale": 1}]}, "guidance[0].method", "chamfer, energy, cfg"),
+        (DIGITS | {"guidance": [{"scale": 1}]}, "guidance[0].method", "chamfer, energy, classifier"),
         (DIGITS | {"guidance": ["cfg"]}, "guidance[0]", "Write"),
         (DIGITS | {"guidance": [{"method": "cfg", "jacobian": "exact"}]}, "guidance[0].jacobian", "no such key"),
         (DIGITS | {"guidance": [{"method": "chamfer", "scale": -1}]}, "guidance[0].scale", "greater"),

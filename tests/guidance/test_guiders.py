@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from handful.denoiser import Condition, NetworkDenoiser, Prediction
 from handful.errors import RequestError
-from handful.guidance import CFG, Guided, Timing
-from handful.guidance.guiders import Guider
+from handful.guidance import CFG, Guidance, Guided, Timing
+from handful.guidance.guiders import Guider, adaptive_projected
 from handful.noise import VP, Flow, Levels, Schedule, level
 from handful.samplers import ddim, heun
 
@@ -87,29 +87,80 @@ def test_it_holds_at_the_pure_noise_start_of_a_flow_where_there_is_no_eps():
         ddim(in_eps, x, levels, condition)
 
 
+def papers_apg(
+    denoiser: Labelled, w: float, eta: float, momentum: float | None, radius: float | None, steps: int = 5
+) -> tuple[Tensor, int]:
+    """Sadat et al. 2024, algorithm 1: momentum, then the norm's bound, then the projection; written out.
+
+    Returns:
+        The sample by DDIM, and how often the bound acted, of 3 images at each step.
+    """
+    levels, condition, null = denoiser.levels.spacing(steps), denoiser.condition(LABELS), denoiser.condition([NULL] * 3)
+    x, kept, bounded = noise(), torch.zeros(3, 32, dtype=torch.float64), 0
+    for t, s in levels.pairs():
+        c = denoiser(x, t, condition)
+        kept = (c - denoiser(x, t, null)).flatten(1) + (momentum or 0.0) * kept
+        d = kept
+        if radius is not None:
+            bounded += int((kept.norm(dim=1) > radius).sum())
+            d = kept * (radius / kept.norm(dim=1, keepdim=True)).clamp(max=1)
+        along = c.flatten(1) / c.flatten(1).norm(dim=1, keepdim=True)
+        parallel = (d * along).sum(1, keepdim=True) * along
+        x0 = c + w * (d - parallel + eta * parallel).view_as(c)
+        x = s.alpha * x0 + s.sigma * (x - t.alpha * x0) / t.sigma
+    return x, bounded
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize("momentum", [None, -0.5])
 def test_apg_on_x0_is_its_papers_algorithm(eta, momentum):
-    """Sadat et al. 2024, algorithm 1: momentum, then the norm's bound, then the projection; written out here."""
     denoiser, w, radius = Labelled(), 4.0, 60.0
-    levels, condition, null = denoiser.levels.spacing(5), denoiser.condition(LABELS), denoiser.condition([NULL] * 3)
+    levels, condition = denoiser.levels.spacing(5), denoiser.condition(LABELS)
     guider = guiders.AdaptiveProjectedGuidance(
         guidance_scale=w, adaptive_projected_guidance_momentum=momentum, adaptive_projected_guidance_rescale=radius,
         eta=eta, use_original_formulation=True,
     )  # fmt: skip
     found = ddim(Guided(denoiser, [Guider(guider)]), noise(), levels, condition)
-    x, kept, bounded = noise(), torch.zeros(3, 32, dtype=torch.float64), 0
-    for t, s in levels.pairs():
-        c = denoiser(x, t, condition)
-        kept = (c - denoiser(x, t, null)).flatten(1) + (momentum or 0.0) * kept
-        bounded += int((kept.norm(dim=1) > radius).sum())
-        d = kept * (radius / kept.norm(dim=1, keepdim=True)).clamp(max=1)
-        along = c.flatten(1) / c.flatten(1).norm(dim=1, keepdim=True)
-        parallel = (d * along).sum(1, keepdim=True) * along
-        x0 = c + w * (d - parallel + eta * parallel).view_as(c)
-        x = s.alpha * x0 + s.sigma * (x - t.alpha * x0) / t.sigma
+    wanted, bounded = papers_apg(denoiser, w, eta, momentum, radius)
     assert 0 < bounded < 15, "the bound must act on some and not on all"
-    close(found, x, 1e-9)
+    close(found, wanted, 1e-9)
+
+
+@pytest.mark.parametrize("radius", [None, 60.0])
+@pytest.mark.parametrize("momentum", [0.0, -0.5])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("w", [1.0, 4.0])
+def test_the_term_made_by_its_settings_is_the_papers_algorithm_too(w, eta, momentum, radius):
+    """With w of the paper less 1; 1 is among them, which diffusers' own formulation takes for no guidance."""
+    denoiser = Labelled()
+    term = adaptive_projected(w, parallel=eta, momentum=momentum, norm=radius)
+    found = ddim(Guided(denoiser, [term]), noise(), denoiser.levels.spacing(5), denoiser.condition(LABELS))
+    close(found, papers_apg(denoiser, w, eta, momentum, radius)[0], 1e-9)
+
+
+def test_apg_with_everything_kept_is_cfg_and_with_scale_zero_nothing_to_the_bit():
+    denoiser = Labelled()
+    levels, condition = denoiser.levels.spacing(4), denoiser.condition(LABELS)
+
+    def sampled(*terms: Guidance) -> Tensor:
+        return ddim(Guided(denoiser, terms), noise(), levels, condition)
+
+    close(sampled(adaptive_projected(2.0, parallel=1.0, momentum=0.0)), sampled(CFG(2.0)), 1e-9)
+    denoiser.evaluations = 0
+    assert torch.equal(sampled(adaptive_projected(0.0)), ddim(denoiser, noise(), levels, condition))
+    assert denoiser.evaluations == 2 * levels.steps
+    half = sampled(adaptive_projected(2.0, momentum=0.0, timing=Timing(interval=(0.5, 1.0))))
+    assert not torch.allclose(half, sampled(adaptive_projected(2.0, momentum=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("parallel", {"parallel": 1.5}), ("momentum", {"momentum": 0.5}), ("momentum", {"momentum": -1.0}),
+     ("norm", {"norm": 0.0}), ("norm", {"norm": float("nan")}), ("scale", {"scale": -1.0})],
+)  # fmt: skip
+def test_settings_of_apg_that_make_no_sense_are_refused_by_name(field, words):
+    with pytest.raises(RequestError, match=f"^{field}: "):
+        adaptive_projected(**{"scale": 1.0, **words})
 
 
 @pytest.mark.parametrize("kind", MIXING)

@@ -15,6 +15,13 @@ def evaluate(
     features: Annotated[
         str, typer.Option(help="The judge: digits-judge, dinov2, clip, a directory, FILE.py:FUNCTION.", metavar="NAME")
     ] = "dinov2",
+    baseline: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DIR", help="Say what is gained over this set, and what of it survives; repeatable."),
+    ] = None,
+    exemplars: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The exemplars: say how many generated images are copies of them.")
+    ] = None,
     k: Annotated[int, typer.Option("--k", help="Neighbour of precision, recall, density and coverage.", min=1)] = 5,
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets.")] = True,
     ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Measure real against real too.")] = True,
@@ -24,24 +31,51 @@ def evaluate(
     """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
 
     Each is pooled and per class, with the value that one half of the real images gets against the other beside it. The
-    judge should be unrelated to what guided: a gain that only the guide's own family sees is adversarial.
+    judge should be unrelated to what guided: a gain that only the guide's own family sees is adversarial. So all is judged
+    again after JPEG, resampling, noise and a low-pass of real and generated images alike, and with a --baseline (the same
+    model without guidance) each gain is told from chance and by how much of it survives.
 
     \b
     Examples:
       handful evaluate out --real digits-held-out/ --features digits-judge
       handful evaluate out --real photos-held-out/ --features dinov2 --json > result.json
-      handful evaluate out --real photos-held-out/ --features my_judge.py:load
+      handful evaluate out --real photos-held-out/ --features my_judge.py:load --exemplars photos/
+      handful evaluate out --real digits-held-out/ --features digits-judge --baseline out-none --baseline cfg=out-cfg
     """
     from handful.evaluate import evaluate as judge
-    from handful.tables import evaluation_table, print_table
+    from handful.tables import evaluation_table, gains_tables, print_table
 
-    found = judge(synthetic, real, features, k=k, audit=audit, ceiling=ceiling)
-    text = json.dumps(found.to_dict(), indent=None if json_wanted else 1)
+    baselines = named_folders(baseline or [])
+    found = judge(synthetic, real, features, k=k, audit=audit, ceiling=ceiling, baselines=baselines, exemplars=exemplars)
+    text = json.dumps(found.to_dict(), indent=None if json_wanted else 1, allow_nan=False)
     if report is not None:
         from handful.images import write_atomically
 
         write_atomically(report, (text + "\n").encode())
     if json_wanted:
         print(text)
-    else:
-        print_table(evaluation_table(found))
+        return
+    for number, table in enumerate([evaluation_table(found), *gains_tables(found)]):
+        print("\n" * bool(number), end="")
+        print_table(table)
+
+
+def named_folders(told: list[str]) -> dict[str, Path]:
+    """`DIR` or `NAME=DIR`, by name; a folder without a name goes by its own.
+
+    Raises:
+        RequestError: If two have one name, or a name or a folder is blank.
+    """
+    from handful.errors import RequestError
+
+    folders: dict[str, Path] = {}
+    for text in told:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).expanduser().exists():
+            name, folder = Path(text).expanduser().resolve().name, text
+        if not name or not folder:
+            raise RequestError("baseline", text, "this names no folder", "Write DIR or NAME=DIR.")
+        if name in folders:
+            raise RequestError("baseline", text, f"'{folders[name]}' is called {name} as well", f"Write {name}-2={folder}.")
+        folders[name] = Path(folder)
+    return folders

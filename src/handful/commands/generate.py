@@ -29,7 +29,10 @@ def generate(
             metavar="NAME",
         ),
     ] = None,
-    exemplars: Annotated[str | None, typer.Option(metavar="DIR", help="Real images, a folder per class.")] = None,
+    exemplars: Annotated[
+        str | None,
+        typer.Option(metavar="DIR|FILE", help="Real images, a folder per class; or their features (handful exemplars)."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run directory; an interrupted run goes on there.")
     ] = None,

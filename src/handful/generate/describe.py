@@ -36,6 +36,7 @@ def plan_as_text(job: Job) -> str:
         if len(set(counts.values())) > 1
         else str(max(counts.values(), default=0))
     )
+    alone = "" if job.exemplars is None or job.exemplars.images else ", as features alone"
     told = ("embeddings", "scale", "exchange", "features", "jacobian", "every")
     terms = [
         ", ".join([term.method, *(f"{key} {value}" for key, value in term.model_dump().items() if key in told)])
@@ -44,7 +45,7 @@ def plan_as_text(job: Job) -> str:
     steps = f"the last {job.levels.steps} of {recipe.sampler.steps}" if job.inverted else str(recipe.sampler.steps)
     lines = {
         "model": f"{recipe.model.name}, {height} x {width} x {channels}, {recipe.model.dtype} on {job.provenance['device']}",
-        "exemplars": f"{recipe.exemplars.path}, {each} of each class" if counts else "none",
+        "exemplars": f"{recipe.exemplars.path}, {each} of each class{alone}" if counts else "none",
         "guidance": "; ".join(terms) or "none",
         "sampler": f"{recipe.sampler.name}, {steps} steps, {recipe.sampler.spacing}",
         "classes": f"{len(names)}: {listed}",

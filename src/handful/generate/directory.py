@@ -16,25 +16,23 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from handful.errors import RequestError, RunError
+from handful.errors import RunError
 from handful.generate.manifest import parquet_bytes, read_rows
+from handful.generate.owned import OURS, OwnedDirectory
 from handful.generate.plan import Cohort
-from handful.generate.recipe_file import PROVENANCE, parse_yaml
 from handful.generate.writers import image_file
 
 RECIPE = "recipe.yaml"
-_OURS = ".handful"
-_ELSEWHERE = "Choose a new or empty directory with --out; nothing here has been touched."
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class RunDirectory:
+class RunDirectory(OwnedDirectory):
     """A directory that a run writes into.
 
     Args:
@@ -42,90 +40,7 @@ class RunDirectory:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()
-        self._own = self.path / _OURS
-        self._temporary, self._markers = self._own / "tmp", self._own / "cohorts"
-
-    def stored(self) -> dict[str, Any] | None:
-        """The recipe.yaml of the run that has begun here, with its provenance; None where none has.
-
-        Raises:
-            RequestError: The directory holds something else, is a file, or can't be written.
-        """
-        if not self.path.exists():
-            parent = next(parent for parent in self.path.parents if parent.exists())
-            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-                raise RequestError("out", self.path, f"it can't be created in '{parent}'", "Choose another --out.")
-            return None
-        if not self.path.is_dir():
-            raise RequestError("out", self.path, "this is a file", "Choose another --out.")
-        try:
-            present = sorted(os.listdir(self.path))
-        except PermissionError:
-            raise RequestError("out", self.path, "you may not read it", "Choose another --out.") from None
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise RequestError("out", self.path, "you may not write into it", "Choose another --out.")
-        if _OURS in present and RECIPE in present:
-            text = (self.path / RECIPE).read_text(encoding="utf-8", errors="replace")
-            data = parse_yaml(text, "out", self.path / RECIPE)
-            if not isinstance(data, dict) or not isinstance(data.get(PROVENANCE), dict):
-                raise RequestError("out", self.path / RECIPE, "it is no recipe that a run has written", _ELSEWHERE)
-            return data
-        foreign = [name for name in present if name != _OURS]
-        if foreign:
-            listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-            raise RequestError("out", self.path, f"it holds something that is no run of handful: {listed}", _ELSEWHERE)
-        return None
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Creates the directory where needed and keeps other processes out; leaves no temporary files behind.
-
-        Raises:
-            RequestError: Another process works here.
-        """
-        self._own.mkdir(parents=True, exist_ok=True)
-        with (self._own / "lock").open("a") as handle:
-            with suppress(ImportError):  # Windows has no fcntl; there nobody is kept out
-                import fcntl
-
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise RequestError("out", self.path, "another process is generating into it",
-                                       "Wait until it has finished, or choose another --out.") from None  # fmt: skip
-                except OSError as error:  # some network file systems lock nothing
-                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                        raise
-            self._clear()
-            try:
-                self._temporary.mkdir()
-                self._markers.mkdir(exist_ok=True)
-                yield
-            finally:
-                self._clear()
-
-    def _clear(self) -> None:
-        shutil.rmtree(self._temporary, ignore_errors=True)
-
-    def publish(self, name: str, content: bytes) -> None:
-        """Writes a file of the run, whole or not at all, and on the disk when this returns. Same bytes are left alone."""
-        target = self.path / name
-        with suppress(OSError):
-            if target.read_bytes() == content:
-                return
-        temporary = self._temporary / target.name
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-        with suppress(OSError):  # the rename itself; not every file system can
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        super().__init__(path, RECIPE, job="run", request="recipe", doing="generating")
 
     def commit(self, cohort: Cohort, images: Sequence[bytes], rows: Sequence[dict[str, Any]], schema: pa.Schema) -> None:
         """Puts a cohort's files in place, then its marker.
@@ -155,17 +70,13 @@ class RunDirectory:
         return rows if all(self._sha256(row["file"]) == row["sha256"] for row in rows) else None
 
     def _marker(self, cohort: Cohort) -> str:
-        return f"{_OURS}/cohorts/{cohort.key}.parquet"
+        return f"{OURS}/cohorts/{cohort.key}.parquet"
 
     def _sha256(self, file: str) -> str | None:
         try:
             return hashlib.sha256((self.path / file).read_bytes()).hexdigest()
         except OSError:
             return None
-
-    def free_bytes(self) -> int:
-        """Free space where the directory is or will be."""
-        return shutil.disk_usage(next(path for path in (self.path, *self.path.parents) if path.exists())).free
 
 
 @contextmanager

@@ -8,12 +8,20 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 
 def _names(value: object) -> object:
     """Class names: `classes: [0, 1]` in YAML are numbers, and mean the folders "0" and "1"."""
     if isinstance(value, (list, tuple)):
         return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value)
+    return value
+
+
+def _name_or_number(value: object) -> object:
+    """Told in one sentence, where a union would tell its members' one by one."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise PydanticCustomError("name_or_number", "it is no name and no whole number")
     return value
 
 
@@ -110,7 +118,15 @@ class VendiRequest(FeaturesRequest):
 
 
 class CVSGRequest(ByExemplarsRequest):
-    """Contextualised Vendi score guidance by the exemplars; see `handful.guidance.CVSG`. The cohort is its memory."""
+    """Contextualised Vendi score guidance by the exemplars; see `handful.guidance.CVSG`.
+
+    The memory of generated images that the paper compares with is the cohort, generated together. Cohorts do not remember
+    each other, since then the images of one would depend on which others were made, in which order: so a class is as
+    diverse as its cohort is large. `CVSG(memory=...)` takes other images' features, in Python.
+
+    Attributes:
+        beta: Of the exemplars' term; 0 is vendi.
+    """
 
     method: Literal["cvsg"] = "cvsg"
     beta: Weight = 2.0
@@ -124,6 +140,7 @@ class ClassifierRequest(PotentialRequest):
             transformers, whose classes are prompts.
         classes: Which of the classifier's classes (name or number) each class to generate is; those that are not named
             here are matched by name, or, where the classifier's classes have no names, by the model's labels.
+        by_label: The classifier numbers its classes as the model its labels, whatever they are called.
         prompts: For CLIP, the prompts of single classes, over the template.
         template: For CLIP, how a class becomes a prompt.
         tau1, tau2: The inverse temperatures: -(tau1 f_y - logsumexp(tau2 f)).
@@ -133,7 +150,8 @@ class ClassifierRequest(PotentialRequest):
 
     method: Literal["classifier"] = "classifier"
     classifier: Annotated[str, Field(min_length=1)]
-    classes: dict[str, str | int] = {}
+    classes: dict[str, Annotated[str | int, BeforeValidator(_name_or_number)]] = {}
+    by_label: bool = False
     prompts: dict[str, str] = {}
     template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
     tau1: Weight = 1.0
@@ -147,13 +165,14 @@ class NoisyClassifierRequest(PotentialRequest):
 
     Attributes:
         classifier: `FILE.py:FUNCTION` that returns a torch module; called with x_t / n and the model's own time, (n,).
-        classes: As for `ClassifierRequest`, numbers.
+        classes, by_label: As for `ClassifierRequest`, numbers.
         tau1, tau2: As there.
     """
 
     method: Literal["noisy-classifier"] = "noisy-classifier"
     classifier: Annotated[str, Field(pattern=r"\.py:\w+$")]
     classes: dict[str, int] = {}
+    by_label: bool = False
     tau1: Weight = 1.0
     tau2: Weight = 1.0
     input: Literal["state"] = "state"
@@ -178,7 +197,7 @@ class APGRequest(TimedRequest):
     """
 
     method: Literal["apg"] = "apg"
-    parallel: Weight = 0.0
+    parallel: Annotated[float, Field(ge=0, le=1)] = 0.0
     momentum: Annotated[float, Field(gt=-1, le=0)] = -0.5
     norm: Annotated[float, Field(gt=0)] | None = None
 

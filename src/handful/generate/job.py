@@ -15,10 +15,10 @@ from torch import Tensor
 
 from handful.denoiser import Denoiser, NetworkDenoiser
 from handful.errors import HandfulError, RequestError, first_line
-from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor
-from handful.generate.classifying import extractor_key, extractors_wanted, load_for, targets_of
+from handful.generate.classifying import extractor_key, load_for, targets_of
 from handful.generate.directory import RunDirectory, differences
+from handful.generate.given import Given, drawn_exemplars, fitting, listed_exemplars
 from handful.generate.guidance_requests import (
     ChamferRequest,
     ClassifierRequest,
@@ -30,12 +30,11 @@ from handful.generate.inverting import Inverted, read_inversion
 from handful.generate.manifest import manifest_schema
 from handful.generate.plan import Cohort, plan_cohorts
 from handful.generate.provenance import CONTENTS, DECIDING, choose_device, provenance_of
-from handful.generate.recipe import Recipe, did_you_mean
+from handful.generate.recipe import Recipe
 from handful.generate.recipe_file import PROVENANCE
 from handful.generate.settle import complete, model_options, settle
 from handful.generate.terms import energy_columns, named, needs_exemplars
 from handful.generate.writers import check_class_names
-from handful.images import image_folder
 from handful.models import load, skeleton
 from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place
@@ -56,7 +55,7 @@ class Job:
         denoiser: On its device, in its precision.
         device: Where it computes.
         levels: The path of the sampler.
-        exemplars: Of the classes to generate; None without.
+        exemplars: Of the classes to generate, images or features alone; None without.
         extractors: By name, on the device.
         cohorts: All of them, in the plan's order.
         schema: Of the manifest.
@@ -76,7 +75,7 @@ class Job:
     denoiser: Denoiser
     device: torch.device
     levels: Levels
-    exemplars: Exemplars | None
+    exemplars: Given | None
     extractors: dict[str, FeatureExtractor]
     cohorts: list[Cohort]
     schema: pa.Schema
@@ -116,7 +115,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         raise RequestError("exemplars.path", None, f"{method} guidance needs exemplars", remedy)
     directory = RunDirectory(out)
     directory.stored()
-    found = _exemplar_classes(recipe, directory.path)
+    recipe, found = listed_exemplars(recipe, directory.path)
     device = choose_device(recipe.model.device)
 
     options = model_options(recipe)
@@ -129,15 +128,18 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     notes += labels.notes
     check_class_names(labels.of, "classes")
     guidance, image_shape = recipe.guidance or (), outline.image_shape
-    exemplars = _exemplars(recipe, image_shape, list(labels.of))
+    exemplars = drawn_exemplars(recipe, image_shape, list(labels.of))
     notes += exemplars.warnings if exemplars else []
     for index, term in enumerate(guidance):
         if isinstance(term, ChamferRequest) and term.margin and exemplars and min(exemplars.counts.values()) < 2:
             raise RequestError(f"guidance[{index}].margin", term.margin, "a single exemplar has no neighbour to measure it by",
                                "Use 0, or 2 or more exemplars of each class.")  # fmt: skip
-    extractors = {
-        key: load_for(term, list(labels.of)).to(device) for key, term in extractors_wanted(recipe.guidance or ()).items()
-    }
+    extractors: dict[str, FeatureExtractor] = {}
+    for index, term in enumerate(guidance):
+        if isinstance(term, PotentialRequest) and extractor_key(term) not in extractors:
+            with named(index):
+                extractors[extractor_key(term)] = load_for(term, list(labels.of)).to(device)
+    exemplars = fitting(exemplars, guidance, extractors)
     targets: dict[str, dict[int, int]] = {name: {} for name in labels.of}
     for index, term in enumerate(guidance):
         if isinstance(term, PotentialRequest):
@@ -243,29 +245,6 @@ def megabytes(count: int) -> str:
     return f"{count / 1e6:,.{0 if count >= 1e8 else 2}f} MB"
 
 
-def _exemplar_classes(recipe: Recipe, out: Path) -> list[str] | None:
-    """The exemplars' class names, from the folder's listing alone; also refuses too few images."""
-    if recipe.exemplars.path is None:
-        return None
-    root = Path(recipe.exemplars.path).expanduser().resolve()
-    if root in (resolved := out.resolve(), *resolved.parents):
-        raise RequestError("out", out, f"it lies in the folder of exemplars '{recipe.exemplars.path}', and would be taken "
-                           "for a class of it", "Choose an --out beside it.")  # fmt: skip
-    files = image_folder(recipe.exemplars.path, field="exemplars")
-    for name in recipe.classes or ():
-        if name not in files:
-            raise RequestError("classes", name, "there are no exemplars of this class",
-                               did_you_mean(name, files, "The exemplars' classes"))  # fmt: skip
-    wanted = recipe.exemplars.per_class or 1
-    few = [f"'{name}' has {len(files[name])}" for name in recipe.classes or files if len(files[name]) < wanted]
-    if few:
-        fewest = min(len(files[name]) for name in recipe.classes or files)
-        listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
-        raise RequestError("exemplars.per_class", wanted, f"there are fewer in '{recipe.exemplars.path}': {listed}",
-                           f"Ask for {fewest} (--k), or add images.")  # fmt: skip
-    return list(files)
-
-
 def placement_of(recipe: Recipe, device: torch.device) -> Placement:
     """How the recipe asks for its model to be run."""
     asked = recipe.model
@@ -273,36 +252,18 @@ def placement_of(recipe: Recipe, device: torch.device) -> Placement:
                      asked.vae_slicing, asked.vae_tiling)  # fmt: skip
 
 
-def _exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: list[str]) -> Exemplars | None:
-    if recipe.exemplars.path is None:
-        return None
-    asked = recipe.exemplars
-    drawn = Exemplars.from_folder(
-        recipe.exemplars.path, channels=image_shape[0], size=image_shape[1:], k=asked.per_class, seed=asked.seed,
-        minimum=1 if asked.per_class == 1 else 2,
-    )  # fmt: skip
-    if set(classes) == set(drawn.classes):
-        return drawn
-    told = [text for text in drawn.warnings if any(text.startswith(f"class '{name}':") for name in classes)]
-    pick = {name: name for name in classes}
-    return Exemplars(
-        {name: drawn.images[name] for name in pick},
-        {name: drawn.files[name] for name in pick},
-        {name: drawn.hashes[name] for name in pick},
-        told,
-    )
-
-
-@torch.no_grad()
+@torch.enable_grad()
 def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoiser) -> Tensor:
-    """What an extractor answers to a gray image of the size that guidance shows it: what it can't take is known now."""
+    """What an extractor answers to a gray image of the size that guidance shows it: what it can't do is known now."""
     channels, height, width = outline.image_shape
     reduce, name = term.reduce or 1, extractor_key(term)
     device = next(extractor.parameters(), torch.zeros(())).device
-    gray = torch.zeros(1, channels, height // reduce, width // reduce, device=device)
+    noisy = isinstance(term, NoisyClassifierRequest)
+    shape = outline.shape if noisy else (channels, height // reduce, width // reduce)
+    gray = torch.zeros(1, *shape, device=device, requires_grad=True)
     try:
-        if isinstance(term, NoisyClassifierRequest):
-            answer = extractor.network(torch.zeros(1, *outline.shape, device=device), torch.zeros(1, device=device))
+        if noisy:
+            answer = extractor.network(gray, torch.zeros(1, device=device))
         else:
             answer = extractor.logits(gray) if isinstance(term, ClassifierRequest) else extractor(gray)
     except HandfulError:
@@ -314,8 +275,12 @@ def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoise
         raise RequestError(_field(term), name, f"it answers {tuple(getattr(answer, 'shape', ()))} to one image",
                            "It must give a row of numbers for each image.")  # fmt: skip
     if not bool(torch.isfinite(answer).all()):
-        raise RequestError(_field(term), name, "its features hold NaN or infinite values", "Use another.")
-    return answer
+        told = "features" if isinstance(term, FeaturesRequest) else "logits"
+        raise RequestError(_field(term), name, f"its {told} hold NaN or infinite values", "Use another.")
+    if not answer.requires_grad:
+        raise RequestError(_field(term), name, "no gradient comes back through it to the image", "Compute with torch alone, "
+                           "without no_grad and detach; or name another.")  # fmt: skip
+    return answer.detach()
 
 
 def _field(term: PotentialRequest) -> str:

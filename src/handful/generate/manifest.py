@@ -37,7 +37,7 @@ def manifest_schema(energies: Sequence[str]) -> pa.Schema:
             ("model", pa.string()),
             ("guidance", pa.string()),  # JSON: the terms with their scales
             *((name, pa.float64()) for name in energies),
-            ("nearest_exemplar", pa.string()),  # CLASS/FILE in the folder of exemplars
+            ("nearest_exemplar", pa.string()),  # CLASS/FILE in the folder of exemplars, or CLASS/NUMBER in a file of features
             ("nearest_exemplar_distance", pa.float64()),  # Euclidean, in the first potential's features
             ("sha256", pa.string()),  # of the file
             ("status", pa.string()),  # done or failed

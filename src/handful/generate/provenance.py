@@ -19,6 +19,7 @@ from handful.exemplars import Exemplars
 from handful.features import FeatureExtractor
 from handful.models.prompts import tokenizer_digests
 from handful.noise import Levels
+from handful.shared_exemplars import ExemplarFeatures
 
 # Another version of these may give other bytes: of the images (pillow: of the files), of the markers and the manifest.
 DECIDING = ("handful", "torch", "diffusers", "transformers", "numpy", "pillow", "pyarrow")
@@ -26,7 +27,7 @@ CONTENTS = ("model_sha256", "exemplars_sha256", "features_sha256", "embeddings_s
 
 
 def provenance_of(
-    denoiser: Denoiser, device: torch.device, levels: Levels, exemplars: Exemplars | None,
+    denoiser: Denoiser, device: torch.device, levels: Levels, exemplars: Exemplars | ExemplarFeatures | None,
     extractors: Mapping[str, FeatureExtractor], notes: list[str], embeddings_sha256: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Plain data for recipe.yaml. No time, host or user is in it: the same run is the same text everywhere.

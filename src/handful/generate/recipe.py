@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, ValidationError
@@ -32,7 +32,7 @@ Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 # What `every` left open makes of a run: so many guided steps, or up to three more (docs/findings.md, section 6).
 GUIDED_STEPS = 4
 # What `features: auto` becomes, by model.
-FEATURES_BY_MODEL = {"digits": "pixels"}
+FEATURES_BY_MODEL = {"digits": "pixels", "cifar10": "cifar10-guide"}
 AUTO_FEATURES = "dinov2"  # for every other model
 # Only what differs from the defaults below; what a user states himself always wins. In pixels, which no gradient can fool,
 # the cheap jacobian on every step is as good as the exact one (docs/findings.md).
@@ -161,7 +161,10 @@ class Recipe(Request):
         return self.model_dump(mode="json")
 
 
-_PARTS: dict[tuple[str, ...], type[Request]] = {
+Parts = Mapping[tuple[str, ...], type[Request]]
+
+# By the keys that lead there (without places in a list), what takes the keys below.
+PARTS: Parts = {
     (): Recipe,
     ("model",): ModelRequest,
     ("exemplars",): ExemplarsRequest,
@@ -180,7 +183,7 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
         # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
         return Recipe.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise _request_error(error.errors(include_url=False)) from None
+        raise first_of([told(fault) for fault in error.errors(include_url=False)]) from None
     except TypeError as error:  # a date, a set: YAML knows more types than a recipe does
         raise RequestError("recipe", dict(data), f"it holds a value that no field takes ({error})",
                            "Put quotes around dates and other special values.") from None  # fmt: skip
@@ -227,20 +230,27 @@ def for_model(term: Term, model: str, steps: int) -> Term:
     return term.model_copy(update={"every": every, "hold": hold})
 
 
-def _request_error(faults: list[ErrorDetails]) -> RequestError:
-    first, *others = [_told(fault) for fault in faults]
+def first_of(faults: Sequence[tuple[str, object, str, str]]) -> RequestError:
+    """Several faults, from `told`, as one error."""
+    first, *others = faults
     also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
     more = f" And {len(others) - 5} more." if len(others) > 5 else ""
     return RequestError(first[0], first[1], first[2], first[3] + also + more)
 
 
-def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
-    """A fault of pydantic's in our words: field, value, problem, remedy."""
-    place = [part for part in fault["loc"] if part not in METHODS]  # the union's tag is no key of the recipe
+def told(fault: ErrorDetails, parts: Parts = PARTS) -> tuple[str, object, str, str]:
+    """A fault of pydantic's in our words: field, value, problem, remedy.
+
+    Args:
+        parts: Of the model that was validated.
+    """
+    # behind a term's place stands the union's tag, which is no key of the recipe
+    loc = fault["loc"]
+    place = [part for i, part in enumerate(loc) if not (part in METHODS and i and isinstance(loc[i - 1], int))]
     field, value, kind = dotted(place), fault["input"], fault["type"]
     if kind == "extra_forbidden":
         part = tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int))
-        keys = list(_PARTS[part].model_fields) if part in _PARTS else []
+        keys = list(parts[part].model_fields) if part in parts else []
         return field, value, "there is no such key", did_you_mean(str(place[-1]), keys, "Keys here")
     if kind == "missing":
         remedy = "State it."
@@ -250,16 +260,18 @@ def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
             remedy = "Name the file that handful invert wrote (--embeddings FILE)."
         elif field.endswith(".classifier"):
             remedy = "Name a classifier (--classifier NAME): a directory or hub name of transformers, FILE.py:FUNCTION, clip."
+            if "noisy-classifier" in loc:
+                remedy = "Name a function that returns it (--classifier FILE.py:FUNCTION)."
         return field, None, "it is missing", remedy
     if kind.startswith("union_tag"):
         given = value.get("method") if isinstance(value, Mapping) else value
         return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
     if kind == "model_type" or kind == "model_attributes_type":
-        part = _PARTS.get(tuple(str(p) for p in fault["loc"] if not isinstance(p, int)))
+        part = parts.get(tuple(str(p) for p in fault["loc"] if not isinstance(p, int)))
         keys = ", ".join(part.model_fields) if part else ""
         return field, value, "this takes several keys, not one value", f"Write keys below it: {keys}."
     if kind == "literal_error":
-        choices = _choices(fault)
+        choices = _choices(fault, parts)
         return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
     problem = fault["msg"].replace("Input should", "it should").replace("valid array", "list").replace("valid string", "text")
     remedy = "Correct it."
@@ -271,6 +283,8 @@ def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
         remedy = "Put quotes around it."
     elif kind == "string_pattern_mismatch":
         problem, remedy = "there is no such device", "Choose auto, cpu, cuda, cuda:N or mps."
+        if field.endswith(".classifier"):
+            problem, remedy = "it is no FILE.py:FUNCTION", "Name a function that returns a module of noisy states and the time."
     elif kind.startswith(("greater_than", "less_than")):
         remedy = "Choose a number in that range."
     elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
@@ -279,8 +293,8 @@ def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
     return field, value, problem, remedy
 
 
-def _choices(fault: ErrorDetails) -> list[str]:
-    part = _PARTS.get(tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int)), Recipe)
+def _choices(fault: ErrorDetails, parts: Parts) -> list[str]:
+    part = parts.get(tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int)), Recipe)
     return [str(choice) for choice in get_args(part.model_fields[str(fault["loc"][-1])].annotation)]
 
 

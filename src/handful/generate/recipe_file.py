@@ -18,7 +18,7 @@ import yaml
 from handful.errors import RequestError
 from handful.generate.guidance_requests import METHODS
 from handful.generate.recipe import Recipe, did_you_mean, recipe_from
-from handful.zoo import ZOO
+from handful.zoo import EXEMPLARS, ZOO
 
 PROVENANCE = "provenance"  # what a run directory's recipe.yaml says beyond the request; not part of a request
 
@@ -109,7 +109,7 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
         if isinstance(model, dict) and isinstance(model.get(key), str):
             model[key] = _absolute(model[key], base, only_existing=True)
     if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):
-        exemplars["path"] = _absolute(exemplars["path"], base)
+        exemplars["path"] = _absolute(exemplars["path"], base, only_existing=exemplars["path"] in EXEMPLARS)
     for term in guidance if isinstance(guidance, list) else []:
         if isinstance(term, dict) and isinstance(term.get("embeddings"), str):
             term["embeddings"] = _absolute(term["embeddings"], base)

@@ -21,7 +21,7 @@ from torch import Tensor
 from handful.contact_sheet import contact_sheet_png
 from handful.denoiser import Clamped, Condition, shrunk
 from handful.errors import RunError
-from handful.exemplars import default_cache, exemplar_features
+from handful.exemplars import default_cache
 from handful.generate.directory import RECIPE, full_disk_told
 from handful.generate.job import Job, check_against_stored, prepare
 from handful.generate.manifest import DONE, FAILED, guidance_text, parquet_bytes
@@ -166,15 +166,14 @@ def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
     by_class: dict[str, dict[View, Tensor]] = {cohort.class_name: {} for cohort in job.cohorts}
     if job.exemplars is not None:
         for name, reduce in views(job.recipe.guidance or ()):
-            seen = job.exemplars.shrunk(reduce)
-            for class_name, features in exemplar_features(seen, job.extractors[name], cache).items():
+            for class_name, features in job.exemplars.seen_by(job.extractors[name], reduce, cache).items():
                 by_class[class_name][name, reduce] = features.to(job.device)
     return by_class
 
 
 def _fit_preview(job: Job, progress: Progress) -> None:
     """Fits the linear preview of latents to the exemplars, some of each class, where a term looks through it."""
-    if job.exemplars is None or not isinstance(job.denoiser, LatentDenoiser):
+    if job.exemplars is None or not job.exemplars.images or not isinstance(job.denoiser, LatentDenoiser):
         return
     if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.recipe.guidance or ())):
         return
@@ -211,7 +210,7 @@ def _make(
 
     began = time.perf_counter()
     try:
-        images = _sample(job, cohort, terms, seeds, each)
+        images = sample_cohort(job, cohort, terms, seeds, each)
         summary.seconds += time.perf_counter() - began
         contents = [encode_png(image) for image in images]
         # Measured as the files hold them, so that anyone can measure the same.
@@ -232,7 +231,7 @@ def _indices(cohort: Cohort) -> range:
 
 
 @torch.no_grad()
-def _sample(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Sequence[int], each: Any) -> Tensor:
+def sample_cohort(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Sequence[int], each: Any) -> Tensor:
     """Noise -> images (n, c, h, w) in [-1, 1], float32 on the CPU."""
     asked, noise = job.recipe.sampler, ImageNoise(seeds, job.denoiser.shape, job.device)
     # Embeddings shift the clamped estimate, as at the fit: clamped after it, targets are reconstructed worse. The rules that
@@ -305,11 +304,11 @@ def _rows(
 
 
 def _nearest(job: Job, cohort: Cohort, term: ExemplarPotential, seen: Tensor) -> list[tuple[str, float]]:
-    """For each image, seen by the term as (n, D), the nearest exemplar of its class (CLASS/FILE) and its Euclidean distance."""
+    """For each image, seen by the term as (n, D), the nearest exemplar of its class (`called`) and its Euclidean distance."""
     assert job.exemplars is not None
     distances, places = squared_distances(seen, term.exemplars).min(1)
-    files = job.exemplars.files[cohort.class_name]
-    return [(f"{cohort.class_name}/{files[place].name}", distance)
+    called = job.exemplars.called(cohort.class_name)
+    return [(f"{cohort.class_name}/{called[place]}", distance)
             for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)]  # fmt: skip
 
 

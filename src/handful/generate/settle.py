@@ -13,7 +13,14 @@ import torch
 
 from handful.denoiser import Denoiser, NetworkDenoiser
 from handful.errors import RequestError
-from handful.generate.guidance_requests import CFGRequest, GuidanceRequest, PotentialRequest
+from handful.generate.given import has_images
+from handful.generate.guidance_requests import (
+    APGRequest,
+    CADSRequest,
+    CFGRequest,
+    GuidanceRequest,
+    PotentialRequest,
+)
 from handful.generate.inverting import Inverted, as_fitted
 from handful.generate.plan import Labels, assign_labels
 from handful.generate.prompting import prompts_of
@@ -111,15 +118,17 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         labels = replace(labels, null_class=null, model_classes=recipe.model.classes)
     outline.null_class = labels.null_class
     for index, term in enumerate(recipe.guidance or ()):
-        if isinstance(term, CFGRequest) and not outline.has_null:
+        if isinstance(term, CFGRequest | APGRequest) and not outline.has_null:
             remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
-            raise RequestError(f"guidance[{index}]", "cfg", "this model has no null class to compare with", remedy)
+            raise RequestError(f"guidance[{index}]", term.method, "this model has no null class to compare with", remedy)
+        if isinstance(term, CADSRequest) and not outline.prompted:
+            _refuse_noised_labels(recipe, index, outline)
     pixels = type(outline).decode is Denoiser.decode
     sampler = recipe.sampler
     if sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
     levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
-    shown = recipe.exemplars.path is not None
+    shown = has_images(recipe)
     guidance = tuple(_with_reduce(term, index, outline, shown) for index, term in enumerate(recipe.guidance or ()))
     if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
         raise RequestError("model.offload", recipe.model.offload, "an exact jacobian needs the network and the decoder at once",
@@ -172,6 +181,17 @@ def _refuse_unread(recipe: Recipe, outline: Denoiser) -> None:
             raise RequestError(f"model.{name}", given, "this model is told labels or nothing, not prompts", "Leave it out.")
 
 
+def _refuse_noised_labels(recipe: Recipe, index: int, outline: Denoiser) -> None:
+    """Refuses CADS where noise can't be put on what the network makes of its labels."""
+    if not outline.label_embeddings:
+        problem = "no embedding of its labels is known of this model" if outline.label_count else "this model is told nothing"
+        raise RequestError(f"guidance[{index}]", "cads", f"{problem}, so there is nothing to put noise on", "Use another "
+                           "guidance, or a model of classes or prompts that diffusers knows.")  # fmt: skip
+    if recipe.model.compile:
+        raise RequestError("model.compile", True, "cads changes the network's embedding of labels while it runs, which the "
+                           "compiled network would pass over", "Leave compile out.")  # fmt: skip
+
+
 def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
     asked = recipe.sampler
     if asked.name != "ddpm":
@@ -188,7 +208,7 @@ def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser, exemplars
     reduce = term.reduce or (outline.preview_factor if exemplars else 1)
     if not exemplars and isinstance(outline, LatentDenoiser) and outline.is_linear(reduce):
         raise RequestError(f"guidance[{index}].reduce", reduce, "the linear map that does for the decoder there is fitted to "
-                           "exemplars", "Give some (--exemplars DIR), or use reduce 1.")  # fmt: skip
+                           "exemplars' images", "Give a folder of some (--exemplars DIR), or use reduce 1.")  # fmt: skip
     averaged = outline.averaged(reduce) if isinstance(outline, LatentDenoiser) else reduce
     if any(side % averaged for side in outline.shape[1:]) or any(side % reduce for side in outline.image_shape[1:]):
         size = f"{outline.image_shape[1]} x {outline.image_shape[2]}"

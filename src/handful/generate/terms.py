@@ -13,7 +13,9 @@ from handful.errors import RequestError
 from handful.features import FeatureExtractor
 from handful.generate.classifying import extractor_key
 from handful.generate.guidance_requests import (
+    APGRequest,
     ByExemplarsRequest,
+    CADSRequest,
     CFGRequest,
     ChamferRequest,
     ClassifierRequest,
@@ -25,6 +27,7 @@ from handful.generate.guidance_requests import (
     VendiRequest,
 )
 from handful.guidance import (
+    CADS,
     CFG,
     CVSG,
     Chamfer,
@@ -38,7 +41,9 @@ from handful.guidance import (
     Timing,
     Vendi,
 )
+from handful.guidance.cads import check_annealing
 from handful.guidance.classifier import check_temperatures
+from handful.guidance.guiders import adaptive_projected
 from handful.guidance.inversion import Embeddings, Inversion
 from handful.noise import Schedule
 
@@ -72,6 +77,10 @@ def check_terms(requests: Requests, steps: int, sampler: str) -> None:
                                        f"Use the sampler {' or '.join(fitting)}, or the rule shift.")  # fmt: skip
             if isinstance(request, ClassifierRequest | NoisyClassifierRequest):
                 check_temperatures(request.tau1, request.tau2, getattr(request, "temperatures", ()))
+            if isinstance(request, CADSRequest):
+                check_annealing(request.tau1, request.tau2)
+            if isinstance(request, CADSRequest) and any(isinstance(before, CADSRequest) for before in requests[:index]):
+                raise RequestError("method", "cads", "there are two of them", "Leave one out.")
             if isinstance(request, ChamferRequest) and not (request.coverage_weight or request.fidelity_weight):
                 raise RequestError("coverage_weight", 0.0, "both weights are 0", "Make one of them positive.")
 
@@ -111,16 +120,19 @@ def make_terms(
         timing = _timing(request)
         if isinstance(request, CFGRequest):
             terms.append(CFG(request.scale, timing))
+        elif isinstance(request, APGRequest):
+            terms.append(adaptive_projected(request.scale, parallel=request.parallel, momentum=request.momentum,
+                                            norm=request.norm, timing=timing))  # fmt: skip
+        elif isinstance(request, CADSRequest):
+            terms.append(CADS(seeds, request.scale, tau1=request.tau1, tau2=request.tau2, mix=request.mix, timing=timing))
         elif isinstance(request, InversionRequest):
             assert embeddings is not None, "a recipe with inversion has its embeddings read (inverting.py)"
             terms.append(Inversion(embeddings, seeds, request.scale, exchange=request.exchange,
                                    perturbation=request.perturbation, timing=timing))  # fmt: skip
-        elif isinstance(request, PotentialRequest):
+        else:
             target = (targets or {}).get(index, 0)
             pull = _pull(request, seeds[0] if seeds else 0)
             terms.append(_potential(request, extractors[extractor_key(request)], features, target, levels, timing, pull))
-        else:
-            raise NotImplementedError(request.method)
     return terms
 
 

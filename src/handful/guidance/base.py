@@ -113,9 +113,14 @@ class Step:
 
 
 class Guidance(ABC):
-    """A term of `Guided`. Scale 0 is no guidance, for every term."""
+    """A term of `Guided`. Scale 0 is no guidance, for every term.
+
+    Class attributes:
+        shifts: Whether it moves x0_hat; one that only changes what the network is told does not, and costs nothing more.
+    """
 
     name: ClassVar[str]
+    shifts: ClassVar[bool] = True
 
     def __init__(self, scale: float, timing: Timing | None = None) -> None:
         if not (math.isfinite(scale) and scale >= 0):
@@ -207,7 +212,8 @@ class Pull:
         rule: "shift": of x0_hat, the score's own correction. Or what some papers do instead, to the sample: "held", x_s +=
             alpha_s * shift after a step, eps held fixed (TFG, c-VSG); "ancestral", the mean of x_s moves by (V + boost *
             sin(pi i / N) * max V) * scale * -g, V the posterior variance (EluCD on DDPM); "before", x_t += alpha_t * shift
-            before the step is evaluated (EluCD on EDM).
+            before the step is evaluated (EluCD on EDM). "held" and "ancestral" look at the x0_hat that the sample is made of,
+            with the shifts of terms that are no potentials (classifier-free guidance's).
         inner: So many gradient steps on x0_hat, each of the full strength (Universal guidance, TFG); not through the
             denoiser, so with a gaussian or identity jacobian.
         smoothing: See `Smoothing`.
@@ -236,9 +242,10 @@ class Pull:
         if self.hold and (self.normalize in ("none", "sample") or self.rule != "shift"):
             raise RequestError("hold", True, "a held direction needs a gradient normalized by rms, and the rule shift",
                                "Set hold to false.")  # fmt: skip
-        if self.inner > 1 and (self.jacobian == "exact" or self.input != "x0_hat"):
+        if self.inner > 1 and (self.jacobian == "exact" or self.input != "x0_hat" or self.rule == "ancestral"):
             raise RequestError("inner", self.inner, "inner steps move x0_hat, not what lies before the denoiser",
-                               "Use a gaussian or identity jacobian and the input x0_hat, or inner 1.")  # fmt: skip
+                               "Use a gaussian or identity jacobian, the input x0_hat and the rule shift or held, or inner "
+                               "1.")  # fmt: skip
         if self.rule == "before" and self.input not in ("x_t", "state"):
             raise RequestError("input", self.input, "before a step there is no estimate yet", "Use the input x_t.")
         if self.rule == "ancestral" and (self.normalize != "none" or self.jacobian == "exact"):

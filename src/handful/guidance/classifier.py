@@ -38,8 +38,10 @@ def tempered_energy(logits: Tensor, target: Target, tau1: float = 1.0, tau2: flo
         (n,), in float32 or the logits' float64.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    wanted = torch.as_tensor(target, device=logits.device).expand(len(logits))
-    return torch.logsumexp(tau2 * logits, 1) - tau1 * logits.gather(1, wanted[:, None])[:, 0]
+    wanted = torch.as_tensor(target, device=logits.device).expand(len(logits))[:, None]
+    # log sum exp(tau2 f) is tau2 f_y - log softmax(tau2 f)_y, which keeps its gradient where logits are huge and alike
+    of_target, log_softmax = logits.gather(1, wanted)[:, 0], (tau2 * logits).log_softmax(1).gather(1, wanted)[:, 0]
+    return (tau2 - tau1) * of_target - log_softmax
 
 
 class Classifier(Potential):

@@ -13,15 +13,15 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from handful.denoiser import Condition, Denoiser
-from handful.errors import RunError
+from handful.errors import RequestError, RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
 from handful.noise import Level, Levels, posterior_deviation
 
@@ -68,6 +68,10 @@ class Guided(Denoiser):
     @property
     def learns_variance(self) -> bool:
         return self.denoiser.learns_variance
+
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        return self.denoiser.label_embeddings
 
     def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
         return self.denoiser.preview(x0, reduce)
@@ -134,10 +138,14 @@ class Guided(Denoiser):
         active = [term for term in self.terms if term.strength(level) > 0]
         for term in active:
             condition = term.tell(condition, level)
+        if condition.perturbation is not None and not self.label_embeddings:
+            names = " and ".join(term.name for term in active if not term.shifts)
+            raise RequestError("guidance", names, "no embedding of its labels is known of this model",
+                               "Leave it out, or say in the denoiser's label_embeddings which modules it is.")  # fmt: skip
         due = _by_turn(term for term in self._potentials(level) if term.pull.rule != "before")
         shifts = [-_radius(level) * direction for turn, direction in self._held.items()
                   if turn not in due and turn[1].covers(level)]  # fmt: skip
-        others = [term for term in active if not isinstance(term, Potential)]
+        others = [term for term in active if term.shifts and not isinstance(term, Potential)]
         if not others and not due and not shifts:
             return self._plain(x_t, level, condition), None
         _refuse_many_levels(level)
@@ -149,16 +157,24 @@ class Guided(Denoiser):
             x0_hat = self._plain(x, level, condition)
         with torch.no_grad():
             step = Step(self.denoiser, x_t.detach(), level, condition, x0_hat.detach(), self.chunk)
-            shifts += [term.shift(step) for term in others]
+            others_shifts = [term.shift(step) for term in others]
+        shifts += others_shifts
         estimate = x0_hat if x0_hat.requires_grad or not due else x0_hat.detach().requires_grad_()
         point = _Point(x, estimate, level, condition, shared=outside or len(due) > 1)
+        # what moves the sample looks at the estimate that the sample is made of: with classifier-free guidance's shift
+        used = point
+        if others_shifts:
+            offset = torch.stack(others_shifts).sum(0)
+            with torch.enable_grad():
+                used = replace(point, x0_hat=estimate + offset, offset=offset, views={})
         moves: list[tuple[Turn, Tensor]] = []
         for turn, terms in due.items():
             pull = turn[0]
-            gradient, weight = self._pulled(terms, pull, point)
+            at = point if pull.rule == "shift" else used
+            gradient, weight = self._pulled(terms, pull, at)
             shift = _shift(pull, terms, gradient, weight, x_t.detach(), level)
             for _ in range(pull.inner - 1):
-                moved = _Point(x.detach(), (x0_hat.detach() + shift).requires_grad_(), level, condition)
+                moved = _Point(x.detach(), (at.x0_hat.detach() + shift).requires_grad_(), level, condition)
                 gradient, weight = self._pulled(terms, pull, moved)
                 shift = shift + _shift(pull, terms, gradient, weight, x_t.detach(), level)
             if pull.hold:
@@ -201,26 +217,31 @@ class Guided(Denoiser):
             images, leaf = point.seen(self, pull)
         else:
             with torch.no_grad():
-                images = self._chunked(lambda part: self._seen(pull, point.x[part], point.x0_hat[part], level), len(point.x))
+                images = self._chunked(lambda part: self.seen(pull, point.x[part], point.x0_hat[part], level), len(point.x))
         cotangent, weight = self._image_cotangent(terms, pull, images.detach(), level)
         if whole:
             of = point.x if through else leaf
             (gradient,) = torch.autograd.grad(images, of, cotangent, retain_graph=point.shared)
         elif through:
             gradient = self._replayed(
-                lambda x, part: self._seen(pull, x, self.denoiser(x, level, point.condition[part]), level), point.x, cotangent
+                lambda x, part: self.seen(pull, x, self._again(point, x, part), level), point.x, cotangent
             )
         elif pull.input in ("x_t", "state"):
-            gradient = self._replayed(lambda x, part: self._seen(pull, x, x, level), point.x, cotangent)
+            gradient = self._replayed(lambda x, part: self.seen(pull, x, x, level), point.x, cotangent)
         else:
-            gradient = self._replayed(lambda x0, part: self._seen(pull, point.x[part], x0, level), point.x0_hat, cotangent)
+            gradient = self._replayed(lambda x0, part: self.seen(pull, point.x[part], x0, level), point.x0_hat, cotangent)
         if not gradient.isfinite().all():
             names = " and ".join(term.name for term in terms)
             raise RunError(f"guidance {names}: the gradient is not finite at sigma / alpha = {level.ratio:.4g}; "
                            "the model's or the extractor's output overflows: use float32, or a smaller scale")  # fmt: skip
         return gradient, weight
 
-    def _seen(self, pull: Pull, x: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
+    def _again(self, point: _Point, x: Tensor, part: slice) -> Tensor:
+        """A point's estimate for some of its images, evaluated once more."""
+        x0_hat = self.denoiser(x, point.level, point.condition[part])
+        return x0_hat if point.offset is None else x0_hat + point.offset[part]
+
+    def seen(self, pull: Pull, x: Tensor, x0_hat: Tensor, level: Level) -> Tensor:
         """What potentials of this pull look at (see `Pull.input`): images, or the noisy state itself."""
         if pull.input == "state":
             return x / level.total
@@ -283,6 +304,7 @@ class _Point:
         x0_hat: The estimate; with a graph where it can be had at once.
         level, condition: Of the evaluation.
         shared: Whether the graph is needed again.
+        offset: The part of x0_hat that is no estimate of the denoiser's, but a shift of other terms.
     """
 
     x: Tensor
@@ -290,6 +312,7 @@ class _Point:
     level: Level
     condition: Condition
     shared: bool = False
+    offset: Tensor | None = None
     views: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def seen(self, guided: Guided, pull: Pull) -> tuple[Tensor, Tensor]:
@@ -299,7 +322,7 @@ class _Point:
             noisy = pull.input in ("x_t", "state")
             leaf = self.x.detach().requires_grad_() if noisy else self.x0_hat
             with torch.enable_grad():
-                images = guided._seen(pull, leaf if noisy else self.x, leaf, self.level)
+                images = guided.seen(pull, leaf if noisy else self.x, leaf, self.level)
             self.views[key] = images, leaf
         return self.views[key]
 

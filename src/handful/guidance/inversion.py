@@ -22,13 +22,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from handful.denoiser import Condition, Denoiser
 from handful.errors import RequestError
 from handful.guidance.base import Guidance, Step, Timing
+from handful.guidance.draws import normal, random_at
 from handful.guidance.guided import Guided
 from handful.images import write_atomically
 from handful.noise import Level, Levels, noised
@@ -39,7 +39,7 @@ Exchange = Literal["step", "image", "none"]
 
 KIND, VERSION = "sample-wise guidance embeddings", 1
 FIT_AGAIN = "Fit the targets again (handful invert)."
-_OWN, _EXCHANGE, _PERTURBATION, _START = 1, 2, 3, 4  # what an image's random numbers are for
+_OWN, _EXCHANGE, _PERTURBATION, _START = 1, 2, 3, 4  # what an image's random numbers are for; see draws.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,20 +335,6 @@ def score_factor(level: Level) -> float:
 def target_keys(seed: int, n: int) -> list[int]:
     """A key of random numbers for each of n targets: of the seed and its place, whatever their number."""
     return [seed + ((place + 1) << 64) for place in range(n)]
-
-
-def random_at(key: int, *place: int) -> np.random.RandomState:
-    """A generator for one place of one key's own: Philox with the place (three words) in the upper part of its counter.
-
-    With any word above 0 it shares no number with the image's own noise, which starts at counter 0.
-    """
-    return np.random.RandomState(np.random.Philox(key=key, counter=[0, *place]))
-
-
-def normal(keys: Sequence[int], shape: tuple[int, ...], *place: int) -> Tensor:
-    """Standard normal noise for each key, (n, *shape) float32 on the CPU."""
-    drawn = [random_at(key, *place).standard_normal(shape).astype(np.float32) for key in keys]
-    return torch.from_numpy(np.stack(drawn))
 
 
 def _chosen(seeds: Sequence[int], targets: int, step: int, purpose: int) -> list[int]:

@@ -38,13 +38,12 @@ from torch import Tensor
 from handful.denoiser import Condition, Denoiser
 from handful.digests import tensors_digest
 from handful.errors import RequestError, RunError
+from handful.guidance.draws import normal, random_at
 from handful.guidance.guided import Guided
 from handful.guidance.inversion import (
     Embeddings,
     check_interval,
     no_condition,
-    normal,
-    random_at,
     score_factor,
     segment_steps,
     target_keys,

@@ -29,19 +29,24 @@ _LEAST = 1e-10  # eigenvalues below count as 0: their logarithm's derivative wou
 def vendi_score(features: Tensor, order: float = 1.0) -> Tensor:
     """The Vendi score of features (n, D), differentiable; shape (). Computed in float64.
 
+    Rows of zeros, which have no direction, count as nothing; without others the score is 1.
+
     Args:
         order: q > 0 of the Renyi entropy; 1 is Shannon's, infinity 1 / the largest eigenvalue.
     """
     unit = normalize(features.double(), dim=1)
     kernel = unit @ unit.T if len(unit) <= unit.shape[1] else unit.T @ unit
     shares = torch.linalg.eigvalsh(kernel / len(unit))
-    shares = shares[shares > _LEAST]
-    shares = shares / shares.sum()
-    if order == 1:
-        return torch.exp(-(shares * shares.log()).sum()).to(features.dtype)
+    kept = shares > _LEAST  # by `where`, not by taking them out: a shape that follows from numbers can't be counted (cost)
+    nothing = (~kept.any()).to(shares)
+    shares = shares.where(kept, 0)
+    shares = shares / (shares.sum() + nothing)
     if math.isinf(order):
-        return (1 / shares.max()).to(features.dtype)
-    return (shares.pow(order).sum().log() / (1 - order)).exp().to(features.dtype)
+        return (1 / (shares.max() + nothing)).to(features.dtype)
+    safe = shares.where(kept, 1)
+    if order == 1:
+        return torch.exp(-(shares * safe.log()).sum()).to(features.dtype)
+    return (((safe.pow(order) * kept).sum() + nothing).log() / (1 - order)).exp().to(features.dtype)
 
 
 class Vendi(Potential):

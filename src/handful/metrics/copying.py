@@ -26,10 +26,17 @@ def copied_share(
     Returns:
         0 to 1.
     """
-    flags = []
-    for name, features in generated.items():
-        flags.append(_nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile))
-    return float(np.concatenate(flags).mean())
+    return float(copied(generated, exemplars, real, quantile).mean())
+
+
+def copied(
+    generated: Mapping[str, Any], exemplars: Mapping[str, Any], real: Mapping[str, Any], quantile: float = 0.01
+) -> np.ndarray:
+    """Which generated images `copied_share` counts, (n,) bool, class after class in the order of `generated`."""
+    return np.concatenate([
+        _nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile)
+        for name, features in generated.items()
+    ])  # fmt: skip
 
 
 def share_nearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:

@@ -11,12 +11,38 @@ symmetric eigenproblem of S. Singular values keep the small directions that eige
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from handful.errors import RequestError
 from handful.metrics._features import as_features, as_pair, mean, row_blocks
+
+
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """A Gaussian fitted to features: `mean` (D,) and a factor F (r, D) of the unbiased covariance F' F, r <= D; float64."""
+
+    mean: np.ndarray
+    factor: np.ndarray
+
+
+def gaussian(features: Any, name: str = "features") -> Gaussian:
+    """Fits it to features (n, D), n >= 2; `name` is what errors call them.
+
+    Raises:
+        RequestError: bad features, or fewer than 2 images.
+    """
+    features = as_features(features, name)
+    if len(features) < 2:
+        raise RequestError(name, len(features), "one image has no covariance", "Give at least 2.")
+    return Gaussian(*_fit(features))
+
+
+def frechet_between(first: Gaussian, second: Gaussian) -> float:
+    """`frechet` of two sets whose Gaussians are known: a real set's needs to be fitted only once."""
+    return _distance(first.mean, first.factor, second.mean, second.factor)
 
 
 def frechet(real: Any, generated: Any) -> float:
@@ -37,12 +63,7 @@ def frechet(real: Any, generated: Any) -> float:
         RequestError: features not (n, D), empty, NaN or infinite; different D; fewer than 2 images in either set.
     """
     real, generated = as_pair(real, generated)
-    for name, features in (("real", real), ("generated", generated)):
-        if len(features) < 2:
-            raise RequestError(name, len(features), "one image has no covariance", "Give at least 2.")
-    mean1, factor1 = _fit(real)
-    mean2, factor2 = _fit(generated)
-    return _distance(mean1, factor1, mean2, factor2)
+    return frechet_between(gaussian(real, "real"), gaussian(generated, "generated"))
 
 
 def frechet_from_moments(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:

@@ -22,7 +22,7 @@ from handful.metrics._features import as_count, as_pair
 from handful.metrics._screen import Frame, direct, frame_of, lower_bounds, screened
 from handful.metrics.neighbours import BLOCK, nearest, neighbour_radii, require_neighbours, squared_radii
 
-__all__ = ["PRDC", "nearest", "neighbour_radii", "prdc"]
+__all__ = ["PRDC", "Members", "members", "nearest", "neighbour_radii", "prdc"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,28 @@ class PRDC:
         return getattr(self, name)
 
 
+@dataclass(frozen=True, eq=False)
+class Members:
+    """Who is inside whose ball: all that precision, recall, density and coverage are made of."""
+
+    k: int
+    held: np.ndarray  # how many real balls hold each generated image, (n,) int64
+    holds: np.ndarray  # how many generated images each real ball holds, (m,) int64
+    one: np.ndarray  # one of those images, (m,) int64; -1 where there is none
+    recalled: np.ndarray  # whether each real image is in some generated one's ball, (m,) bool
+
+    def prdc(self) -> PRDC:
+        return PRDC(
+            precision=float(np.mean(self.held > 0)),
+            recall=float(np.mean(self.recalled)),
+            density=float(self.held.sum() / (self.k * len(self.held))),
+            coverage=float(np.mean(self.holds > 0)),
+            k=self.k,
+            n_real=len(self.holds),
+            n_generated=len(self.held),
+        )
+
+
 def prdc(real: Any, generated: Any, k: int = 5, *, block: int = BLOCK) -> PRDC:
     """Precision, recall, density and coverage; exact, and in memory that does not grow with n squared.
 
@@ -76,37 +98,29 @@ def prdc(real: Any, generated: Any, k: int = 5, *, block: int = BLOCK) -> PRDC:
     Raises:
         RequestError: features not (n, D), empty, NaN or infinite; different D; k < 1; a set with fewer than k + 1 images.
     """
+    return members(real, generated, k, block=block).prdc()
+
+
+def members(real: Any, generated: Any, k: int = 5, *, block: int = BLOCK, real_radii: np.ndarray | None = None) -> Members:
+    """Who is inside whose ball, as exactly as `prdc`.
+
+    Args:
+        real, generated, k, block: as for `prdc`.
+        real_radii: of the real images, squared, (m,), where they are known already (`neighbours.squared_radii`).
+
+    Raises:
+        RequestError: as `prdc`.
+    """
     real, generated = as_pair(real, generated)
     k, block = as_count(k, "k"), as_count(block, "block")
     require_neighbours(len(real), k, "real")
     require_neighbours(len(generated), k, "generated")
-    real_radii = squared_radii(real, k, block, "real")
+    if real_radii is None:
+        real_radii = squared_radii(real, k, block, "real")
     generated_radii = squared_radii(generated, k, block, "generated")
-    held, covered, recalled = _members(real, generated, real_radii, generated_radii, block)
-    return PRDC(
-        precision=float(np.mean(held > 0)),
-        recall=float(np.mean(recalled)),
-        density=float(held.sum() / (k * len(generated))),
-        coverage=float(np.mean(covered)),
-        k=k,
-        n_real=len(real),
-        n_generated=len(generated),
-    )
-
-
-def _members(
-    real: np.ndarray, generated: np.ndarray, real_radii: np.ndarray, generated_radii: np.ndarray, block: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Who is inside whose ball; radii squared.
-
-    Returns:
-        held: how many real balls hold each generated image, (n,) int64.
-        covered: whether each real image's ball holds a generated one, (m,) bool.
-        recalled: whether each real image is in some generated one's ball, (m,) bool.
-    """
     frame = frame_of(real, generated)
     held = np.zeros(len(generated), np.int64)
-    covered, recalled = np.zeros(len(real), bool), np.zeros(len(real), bool)
+    holds, one, recalled = np.zeros(len(real), np.int64), np.full(len(real), -1, np.int64), np.zeros(len(real), bool)
     out = np.empty(min(block, len(real)) * min(block, len(generated)), np.float32)
     for i in range(0, len(real), block):
         rows = slice(i, i + block)
@@ -124,7 +138,8 @@ def _members(
                 real[rows], generated[columns], row[doubtful], column[doubtful], real_radii[rows][row[doubtful]], frame
             )
             held[columns] += np.bincount(column[inside], minlength=len(b.values))
-            covered[i + row[inside]] = True
+            holds[rows] += np.bincount(row[inside], minlength=len(a.values))
+            one[i + row[inside]] = j + column[inside]
 
             # Recall asks only whether any ball holds a real image: those already held need no more looking.
             waiting = np.flatnonzero(~recalled[rows])
@@ -137,7 +152,7 @@ def _members(
             row, column = row[doubtful], column[doubtful]
             inside = _decide(real[rows], generated[columns], row, column, generated_radii[columns][column], frame)
             recalled[i + row[inside]] = True
-    return held, covered, recalled
+    return Members(k, held, holds, one, recalled)
 
 
 def _decide(

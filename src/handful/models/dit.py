@@ -58,6 +58,12 @@ class DiTDenoiser(LatentDenoiser):
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return label_condition(self, labels)
 
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        """One in every block; the published networks' are copies of one."""
+        network: Any = self.network
+        return [block.norm1.emb.class_embedder for block in network.transformer_blocks]
+
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.network(scaled, timestep=time, class_labels=condition.labels, return_dict=False)[0]
 

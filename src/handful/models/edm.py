@@ -25,6 +25,7 @@ from handful.noise import EDM, Level
 from handful.user_code import run_user_file
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the paper's; a network may bound them more tightly
+LABEL_EMBEDDINGS = ("map_label", "emb_label")  # what the layer of one-hot rows is called in EDM's and in EDM2's networks
 UNUSED = ("negative_prompt", "embedded_guidance", "without", "preview_decoder", "config", "revision", "variant")
 
 
@@ -40,7 +41,8 @@ class EDMDenoiser(NetworkDenoiser):
 
     Args:
         network: Called as `network(x, sigma, class_labels)`, class_labels float (n, label_dim) or None. Read where it has
-            them: `img_channels`, `img_resolution`, `label_dim` (0), `sigma_min` (0.002), `sigma_max` (80), `use_fp16`.
+            them: `img_channels`, `img_resolution`, `label_dim` (0), `sigma_min` (0.002), `sigma_max` (80), `use_fp16`; and a
+            module named `map_label`, as in NVIDIA's, that embeds the labels.
         shape: (c, h, w) of its images; None reads the network's own.
         classes: Names of its classes by label, without the null class; empty where unknown.
         null_class: The label for "no class": label_dim, or one of the others; None where there is none.
@@ -78,7 +80,11 @@ class EDMDenoiser(NetworkDenoiser):
         dtype = torch.float32 if half else weights
         sigma = self.levels.time(level).to(x.device, dtype).expand(len(x))
         with torch.autocast(x.device.type, weights) if half and not self._casts_itself else nullcontext():
-            return self.call(x.to(dtype), sigma, condition).to(x_t.dtype)
+            return self.told(x.to(dtype), sigma, condition).to(x_t.dtype)
+
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        return [module for name, module in self.network.named_modules() if name.rpartition(".")[2] in LABEL_EMBEDDINGS]
 
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         if condition.labels is None:

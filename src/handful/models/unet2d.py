@@ -51,6 +51,11 @@ class UNet2DDenoiser(NetworkDenoiser):
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return label_condition(self, labels)
 
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        network: Any = self.network
+        return () if network.class_embedding is None else (network.class_embedding,)
+
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         return self.network(scaled, time, class_labels=condition.labels, return_dict=False)[0]
 

@@ -1,6 +1,6 @@
 """The zoo: models that travel inside the package, so that everything can be tried without a download.
 
-Importing this module loads no torch; the data and the classifiers are in `handful.zoo.digits`.
+Importing this module loads no torch; data and classifiers are in `handful.zoo.digits` and `handful.zoo.cifar10`.
 """
 
 from importlib.resources import files
@@ -8,8 +8,11 @@ from pathlib import Path
 
 from handful.errors import RequestError
 
-ZOO = ("digits",)
+ZOO = ("digits", "cifar10")
 """The names of the packaged models."""
+
+EXEMPLARS = {"cifar10-exemplars": ("cifar10", "exemplars.safetensors")}
+"""Packaged exemplars, as features alone: what a recipe calls them -> model and file."""
 
 
 def zoo_path(name: str) -> Path:
@@ -28,3 +31,9 @@ def zoo_path(name: str) -> Path:
         known = ", ".join(ZOO)
         raise RequestError("model", name, "is not a packaged model", f"Take one of: {known}.")
     return Path(str(files(__name__))) / name
+
+
+def exemplars_path(name: str) -> Path:
+    """The file of packaged exemplars, one of `EXEMPLARS`; see `handful.shared_exemplars`."""
+    model, file = EXEMPLARS[name]
+    return zoo_path(model) / file

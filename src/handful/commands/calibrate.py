@@ -1,0 +1,173 @@
+"""`handful calibrate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from handful.commands.shared import listed
+from handful.errors import RequestError
+
+
+def calibrate(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="A recipe: its model, classes and sampler are taken.", metavar="RECIPE.yaml")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As for generate.", metavar="NAME")] = None,
+    classifier: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A classifier of transformers, digits-guide, clip, FILE.py:FUNCTION."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A new directory; an interrupted calibration goes on there.")
+    ] = None,
+    mapping: Annotated[
+        list[str] | None,
+        typer.Option("--class", metavar="NAME=NUMBER", help="Which of the classifier's a class is; may be repeated."),
+    ] = None,
+    per_class: Annotated[int, typer.Option(help="Images of each class to measure on.", min=1)] = 16,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
+    betas: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Softplus in place of ReLU, this sharp.  [none,3,5,8]")
+    ] = None,
+    taus: Annotated[
+        str | None,
+        typer.Option(metavar="A:B,...", help="Inverse temperatures tau1:tau2.  [1:1,1:0.5,1:0,0.5:0.5]"),
+    ] = None,
+    real: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Real images, a folder per class, to choose by what survives.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(metavar="NAME", help="Who judges: unrelated to the classifier.")] = None,
+    objective: Annotated[str, typer.Option(help="What decides, a column of a sweep.", metavar="COLUMN")] = "robust_frechet",
+    max_cost: Annotated[float, typer.Option(help="Most sampling time, in times plain sampling's.")] = 1.15,
+    scales: Annotated[str, typer.Option(help="Of the guidance, to try on real images.", metavar="A,B,...")] = "0.2,0.4,0.8",
+    jacobians: Annotated[
+        str, typer.Option(help="Ways to take the gradient, to try on real images.", metavar="A,B,...")
+    ] = "gaussian,exact",
+    trial_per_class: Annotated[int, typer.Option(help="Images of each class in a tried set.", min=1)] = 32,
+    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
+    class_names: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
+    ] = None,
+    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
+    trust_pickle: Annotated[
+        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of a recipe; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say how much it is, write nothing.")] = False,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Find which pre-conditioning suits an off-the-shelf classifier that shall guide.
+
+    Runs the model unguided and measures, at every step, how well the classifier is calibrated on what it would be shown: with
+    Softplus in place of ReLU, with other temperatures, with one fitted for each level of noise, on the estimate and on the
+    noisy image. With --real and --judge the best of each kind then generate small sets, and what an unrelated judge still
+    sees after mild transforms decides, within --max-cost. Writes guidance.yaml (a block for a recipe), calibration.json,
+    calibration.parquet and reliability.png.
+
+    \b
+    Examples:
+      handful calibrate --model digits --classifier digits-guide --out calibrated
+      handful calibrate --model digits --classifier digits-guide --real held-out/ --judge digits-judge --out calibrated
+      handful calibrate --model ./cifar10-unet --classifier ./resnet-50 --class airplane=404 --class cat=281 --out calibrated
+      handful calibrate recipe.yaml --classifier my_classifier.py:load --betas none,5 --taus 1:1,1:0 --out calibrated --dry-run
+
+    The same command goes on where an interrupted calibration stopped, and ends with the same files.
+    """
+    from handful.calibrate import MEASURED, CalibrateRequest, prepare
+    from handful.calibrate import calibrate as run_calibrate
+    from handful.calibrate_candidates import TAUS, read_betas, read_taus
+    from handful.calibrate_report import calibration_table, trials_table
+    from handful.calibrate_trials import SETS
+    from handful.generate.guidance_requests import ClassifierRequest
+    from handful.generate.recipe import recipe_from
+    from handful.generate.recipe_file import anchored_extractor, overridden, read_mapping
+    from handful.progress import progress_for
+    from handful.tables import print_table
+
+    flags: dict[str, Any] = {
+        "model.name": model, "model.null_class": null_class, "model.classes": listed(class_names), "model.dtype": dtype,
+        "model.device": device, "model.trust_pickle": trust_pickle or None, "classes": listed(classes), "per_class": per_class,
+        "seed": seed, "sampler.name": sampler, "sampler.steps": steps,
+    }  # fmt: skip
+    asked = recipe_from(overridden({} if recipe is None else read_mapping(recipe), flags, settings=settings or ()))
+    if out is None:
+        raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
+    base = next((term for term in asked.guidance or () if isinstance(term, ClassifierRequest)), None)
+    if classifier is not None:
+        named = anchored_extractor(classifier, Path.cwd())
+        base = base.model_copy(update={"classifier": named}) if base else ClassifierRequest(classifier=named)
+    if base is None:
+        raise RequestError("--classifier", None, "which classifier is not said", "Name one, or give a recipe that does.")
+    base = base.model_copy(update={"classes": {**base.classes, **_mapping(mapping or [])}})
+    request = CalibrateRequest(
+        asked, base, None if betas is None else read_betas(betas), TAUS if taus is None else read_taus(taus),
+        _trials(real, judge, objective, max_cost, scales, jacobians, trial_per_class), " ".join(["handful", *sys.argv[1:]]),
+    )  # fmt: skip
+    if quiet:
+        from handful.libraries import hide_loading_bars
+
+        hide_loading_bars()
+    job = prepare(request, out)
+    if not quiet:
+        for note in job.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        print(json.dumps(job.plan()) if json_wanted else job.plan_text())
+        return
+    summary = run_calibrate(job, progress_for(quiet, MEASURED), progress_for(quiet, SETS))
+    if json_wanted:
+        print(json.dumps(summary.as_dict()))
+    elif not quiet:
+        print_table(calibration_table(summary.result))
+        if summary.result["trials"]:
+            print()
+            print_table(trials_table(summary.result["trials"]))
+        there = " (it was there already)" if summary.kept else ""
+        chosen = summary.result["chosen"]
+        print(f"\nchosen by {chosen['by']}: {chosen['candidate']}{there}")
+        print(f"guidance: {out / 'guidance.yaml'}   picture: {out / 'reliability.png'}   all: {out / 'calibration.json'}")
+
+
+def _mapping(texts: list[str]) -> dict[str, str | int]:
+    """`cat=281` -> {"cat": 281}; `cat=tabby` -> {"cat": "tabby"}."""
+    found: dict[str, str | int] = {}
+    for text in texts:
+        name, equals, of = text.partition("=")
+        if not (name and equals and of):
+            raise RequestError("--class", text, "this is not NAME=NUMBER", "Write for instance --class cat=281.")
+        if name in found:
+            raise RequestError("--class", text, f"'{name}' is mapped twice", "Map each class once.")
+        found[name] = int(of) if of.isascii() and of.isdecimal() else of
+    return found
+
+
+def _trials(
+    real: str | None, judge: str | None, objective: str, max_cost: float, scales: str, jacobians: str, per_class: int
+) -> Any:
+    from handful.calibrate_trials import TrialsRequest
+    from handful.generate.recipe_file import anchored_extractor
+
+    if real is None and judge is None:
+        return None
+    if real is None or judge is None:
+        raise RequestError("--judge" if judge is None else "--real", None, "real images and a judge decide together",
+                           "Give both, or neither to choose by calibration alone.")  # fmt: skip
+    try:
+        numbers = tuple(float(part) for part in scales.split(","))
+    except ValueError:
+        raise RequestError("--scales", scales, "these are not numbers", "Write for instance --scales 0.2,0.4.") from None
+    ways: Any = tuple(listed(jacobians) or ())  # checked there
+    folder = str(Path(real).expanduser().absolute())
+    return TrialsRequest(folder, anchored_extractor(judge, Path.cwd()), objective, max_cost, numbers, ways, per_class)

@@ -1,0 +1,97 @@
+"""`handful sweep`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from handful import console
+
+if TYPE_CHECKING:
+    from handful.sweep import SweepResult
+
+
+def sweep(
+    request: Annotated[Path, typer.Argument(help="What to compare, and how.", metavar="SWEEP.yaml")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The sweep's directory; an interrupted sweep goes on there.")],
+    only: Annotated[list[str] | None, typer.Option(metavar="METHOD", help="Only this method; may be repeated.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the request; may be repeated.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    allow_version_change: Annotated[
+        bool, typer.Option("--allow-version-change", help="Go on with a sweep begun by other library versions.")
+    ] = False,
+    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+) -> None:
+    """Compare methods x scales x k x seeds, and choose the setting that an objective prefers.
+
+    Every set is an ordinary run directory below DIR/sets. Settings are chosen by one half of the real images and reported on
+    the other. Writes results.parquet (a row for each set and half), chosen.yaml (a recipe of the best setting), pareto.png
+    and, where several k were compared, over_k.png.
+
+    \b
+    Examples:
+      handful sweep recipes/sweeps/digits.yaml --out sweep
+      handful sweep recipes/sweeps/digits.yaml --out sweep --dry-run
+      handful sweep recipes/sweeps/digits.yaml --out sweep --only chamfer --set 'seeds=[0, 1, 2, 3, 4]'
+      handful sweep recipes/sweeps/digits.yaml --out sweep --set objective=utility --set 'within={cost_ratio: 1.15}'
+      handful generate sweep/chosen.yaml --out out --per-class 1000
+
+    The same command goes on where an interrupted sweep stopped. Methods, scales, k and seeds may be added later; a row that
+    is there is kept.
+    """
+    from handful.sweep import read_sweep
+
+    asked = read_sweep(request, settings or ())
+    if quiet:
+        from handful.libraries import hide_loading_bars
+
+        hide_loading_bars()
+    from handful.progress import Words, progress_for
+    from handful.sweep.job import prepare_sweep
+    from handful.sweep.run import run_sweep
+    from handful.sweep.tables import choice_table, plan_as_dict, plan_table, results_table
+    from handful.tables import print_table
+
+    job = prepare_sweep(asked, out, only=only, allow_version_change=allow_version_change)
+    if not quiet:
+        for note in job.notes:
+            print(f"note: {note}", file=sys.stderr)
+    if dry_run:
+        if json_wanted:
+            print(json.dumps(plan_as_dict(job)))
+        else:
+            print_table(plan_table(job))
+        return
+    result = run_sweep(job, progress_for(quiet, Words("sweeping", "finished", "sets")))
+    failed = f"{len(result.failures)} of {result.sets} sets failed" if result.failures else None
+    if json_wanted:
+        print(json.dumps(_as_dict(result) | ({"error": console.error_object("run", failed)} if failed else {})))
+    elif result.rows:
+        choice = result.choice()
+        print_table(results_table(result.rows, result.request, choice))
+        print()
+        print_table(choice_table(choice))
+        print(f"\n{result.done} sets measured, {result.resumed} were there, {len(result.failures)} failed; "
+              f"{', '.join(result.files)} in {result.out}")  # fmt: skip
+    if failed:
+        for failure in result.failures:
+            print(f"error: {failure}", file=sys.stderr)
+        print(f"error: {failed}; the same command tries them again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _as_dict(result: SweepResult) -> dict[str, Any]:
+    from handful.sweep.results import plain
+
+    return plain({
+        "out": str(result.out), "sets": result.sets, "done": result.done, "resumed": result.resumed,
+        "failures": result.failures, "notes": result.notes, "files": result.files,
+        "choice": result.choice().as_dict(), "rows": result.rows,
+    })  # fmt: skip

@@ -1,0 +1,155 @@
+"""A sweep's real images: one half to choose by, the other to report on, and none of them an exemplar."""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from handful.errors import RequestError
+from handful.images import LabelledImages, image_folder, open_file, read_folder
+from handful.sweep.columns import TEST, VALIDATION
+from handful.sweep.request import SweepRequest
+
+_SAME = 0.1  # share of real images among the exemplars' from which on it is no accident
+
+Files = dict[str, list[Path]]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The files of a folder of classes.
+
+    Attributes:
+        root: The folder.
+        files: By class.
+        contents: SHA-256 of each file.
+        digest: Of class names, file names and contents.
+    """
+
+    root: str
+    files: Files
+    contents: dict[Path, str]
+    digest: str
+
+
+def look_into(root: str, classes: Sequence[str] | None, field: str) -> Folder:
+    """Lists and hashes a folder's images.
+
+    Args:
+        root: The folder.
+        classes: Only these; None: all there are.
+        field: What errors call it.
+
+    Raises:
+        RequestError: If the folder is unusable, or a class is missing.
+    """
+    files = image_folder(root, classes=classes, field=field)
+    state, contents = hashlib.sha256(), {}
+    for name in sorted(files):
+        for file in sorted(files[name], key=lambda path: path.name):
+            with open_file(file) as stream:
+                contents[file] = hashlib.sha256(stream.read()).hexdigest()
+            state.update(repr((name, file.name, contents[file])).encode("utf-8", "backslashreplace"))
+    return Folder(root, files, contents, state.hexdigest())
+
+
+def refuse_shared(real: Folder, exemplars: Folder) -> list[str]:
+    """Refuses real images that are the exemplars' own: a sweep would reward copying them.
+
+    Returns:
+        A note, if a few are the same.
+
+    Raises:
+        RequestError: If a tenth of them are.
+    """
+    pool = set(exemplars.contents.values())
+    same = [file for file, content in real.contents.items() if content in pool]
+    if len(same) >= _SAME * len(real.contents):
+        raise RequestError("real", real.root, f"{len(same)} of its {len(real.contents)} images are among the exemplars' "
+                           f"('{exemplars.root}'), and sets must not be judged by what guided them",
+                           "Give other real images, or move these out of one of the folders.")  # fmt: skip
+    return [f"{len(same)} of the real images are also in the exemplars' folder"] if same else []
+
+
+def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[str, list[int]]]:
+    """Which images of each class belong to which half, by their places in the class.
+
+    The split of a class depends on its name and its number of images alone: not on the other classes, the seeds or the
+    machine.
+
+    Raises:
+        RequestError: If a class has a single image, or a half has no more images than neighbours.
+    """
+    single = [name for name, of_class in real.files.items() if len(of_class) < 2]
+    if single:
+        raise RequestError("real", single[0], "this class has one image, which can't both choose and report",
+                           "Give 2 or more real images of each class; 50 tell something.")  # fmt: skip
+    halves: dict[str, dict[str, list[int]]] = {VALIDATION: {}, TEST: {}}
+    for name, of_class in real.files.items():
+        # RandomState is what numpy promises never to change
+        order = np.random.RandomState(zlib.crc32(name.encode("utf-8", "backslashreplace"))).permutation(len(of_class))
+        count = min(max(1, round(share * len(of_class))), len(of_class) - 1)
+        halves[VALIDATION][name] = sorted(order[:count].tolist())
+        halves[TEST][name] = sorted(order[count:].tolist())
+    for split, places in halves.items():
+        if (count := sum(map(len, places.values()))) <= neighbours:
+            raise RequestError("real", real.root, f"its {split} half has {count} images, and {neighbours} neighbours need more",
+                               "Add real images, or lower neighbours.")  # fmt: skip
+    return halves
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The real images, read.
+
+    Attributes:
+        halves: `validation` and `test`, to judge against.
+        tests: The same two, to test classifiers on.
+    """
+
+    halves: dict[str, LabelledImages]
+    tests: dict[str, LabelledImages]
+
+
+def read_real(request: SweepRequest, real: Folder, test: Folder | None, *, channels: int, size: tuple[int, int]) -> RealImages:
+    """Reads both halves; from a folder to test classifiers on, what is chosen by is left out.
+
+    Args:
+        request: The sweep.
+        real, test: From `look_into`, of the same classes.
+        channels, size: As for `read_folder`; the generated images' own size.
+
+    Raises:
+        RequestError: If images are unreadable, or nothing is left to test on.
+    """
+    classes = list(real.files)
+    everything = read_folder(real.root, channels=channels, size=size, classes=classes, field="real")
+    split = split_places(real, request.validation, request.neighbours)
+    halves = {name: _picked(everything, places) for name, places in split.items()}
+    if test is None:
+        return RealImages(halves, halves)
+    chosen_by = {real.contents[file] for file in halves[VALIDATION].files}
+    others = read_folder(test.root, channels=channels, size=size, classes=classes, field="utility.test")
+    kept = [place for place, file in enumerate(others.files) if test.contents[file] not in chosen_by]
+    left = _at(others, kept)
+    if missing := [name for name in classes if name not in left.labels]:
+        raise RequestError("utility.test", test.root, f"all its images of class '{missing[0]}' are what settings are chosen by",
+                           "Give other images to test on, or leave it out.")  # fmt: skip
+    return RealImages(halves, {VALIDATION: halves[VALIDATION], TEST: left})
+
+
+def _picked(images: LabelledImages, places: Mapping[str, list[int]]) -> LabelledImages:
+    """Of each class the images at these places within it."""
+    first: dict[str, int] = {}
+    for index, label in enumerate(images.labels):
+        first.setdefault(label, index)
+    return _at(images, [first[name] + place for name in images.classes for place in places[name]])
+
+
+def _at(images: LabelledImages, indices: Sequence[int]) -> LabelledImages:
+    return LabelledImages(images.images[list(indices)], [images.labels[i] for i in indices], [images.files[i] for i in indices])

@@ -1,0 +1,127 @@
+"""A sweep's directory: what was asked for, what each set came to, and the results.
+
+DIR/sweep.yaml                                the whole request, with versions and digests
+DIR/sets/METHOD/scale-0.2-k-32/seed-0/        a run directory, as `handful generate` writes it
+DIR/sets/METHOD/scale-0.2-k-32/seed-0.json    its record: recipe, seconds, operations, and what was measured of it
+DIR/results.parquet, pareto.png, over_k.png, chosen.yaml    made from the records
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handful.errors import RequestError
+from handful.generate.directory import differences
+from handful.generate.owned import OwnedDirectory
+from handful.generate.provenance import DECIDING
+from handful.generate.recipe_file import PROVENANCE
+from handful.sweep.columns import SPLITS
+from handful.sweep.plan import PlannedSet
+from handful.sweep.request import SweepRequest
+from handful.sweep.results import Record
+
+MARK, RESULTS, CHOSEN, PARETO, OVER_K = "sweep.yaml", "results.parquet", "chosen.yaml", "pareto.png", "over_k.png"
+# What decides a row beyond its set's own recipe. All else may change: a sweep grows by methods, scales, k and seeds.
+_DECIDING = ("recipe", "real", "judge", "neighbours", "audit", "utility", "validation")
+_CONTENTS = ("model_sha256", "exemplars_sha256", "real_sha256", "test_sha256", "judge_sha256")
+_ASK_OTHERWISE = (
+    "Choose another --out, or ask for what was asked then. Methods, scales, k and seeds may be added; objective, within and "
+    "baseline may change."
+)
+
+
+def sweep_directory(out: str | Path) -> OwnedDirectory:
+    """The directory that a sweep writes into."""
+    return OwnedDirectory(out, MARK, job="sweep", request="request", doing="sweeping")
+
+
+def record_file(planned: PlannedSet) -> str:
+    """Where a set's record lies, relative to the sweep's directory."""
+    return f"{planned.name}.json"
+
+
+def read_records(directory: OwnedDirectory, sets: Sequence[PlannedSet]) -> dict[str, Record]:
+    """What is known of the sets, by name; a damaged record is none."""
+    found: dict[str, Record] = {}
+    for planned in sets:
+        try:
+            record = json.loads((directory.path / record_file(planned)).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        measured = record.get("measured") if isinstance(record, dict) else ()
+        if measured is None or (isinstance(measured, dict) and set(measured) == set(SPLITS)):
+            found[planned.name] = record
+    return found
+
+
+def record_bytes(record: Record) -> bytes:
+    return (json.dumps(record, indent=1) + "\n").encode()
+
+
+def sweep_yaml(request: SweepRequest, provenance: Mapping[str, Any]) -> bytes:
+    """The request as YAML, always the same text for the same request."""
+    data = {**request.as_dict(), PROVENANCE: dict(provenance)}
+    return yaml.safe_dump(data, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120).encode()
+
+
+def check_same_sweep(
+    directory: OwnedDirectory, stored: Mapping[str, Any], request: SweepRequest, provenance: Mapping[str, Any],
+    sets: Sequence[PlannedSet], records: Mapping[str, Record],
+) -> None:  # fmt: skip
+    """Compares what lies there with what is asked for now.
+
+    Args:
+        stored: The sweep.yaml that lies there.
+        provenance: Of now; what it does not say is not compared.
+
+    Raises:
+        RequestError: If rows that lie there would be others now; naming each difference.
+    """
+    before = stored[PROVENANCE]
+    unlike = [f"{key}: {before.get(key)} there, {provenance[key]} now"
+              for key in _CONTENTS if key in provenance and before.get(key) != provenance[key]]  # fmt: skip
+    guides, now = before.get("features_sha256") or {}, provenance.get("features_sha256") or {}
+    unlike += [f"features {name}: {guides[name]} there, {now[name]} now"
+               for name in now if guides.get(name, now[name]) != now[name]]  # fmt: skip
+    moved = {key for key in ("exemplars_sha256", "real_sha256", "test_sha256") if before.get(key) == provenance.get(key)}
+    there, here = ({key: data.get(key) for key in _DECIDING} for data in (dict(stored), request.as_dict()))
+    unlike = differences(_unmoved(there, moved), _unmoved(here, moved)) + unlike
+    by_sets: dict[str, list[str]] = {}
+    for planned in sets:
+        if (record := records.get(planned.name)) is not None:
+            of_set = differences(_unmoved({"recipe": record["recipe"]}, moved),
+                                 _unmoved({"recipe": planned.recipe.as_dict()}, moved))  # fmt: skip
+            for each in of_set:
+                by_sets.setdefault(each, []).append(planned.name)
+    for each, names in by_sets.items():
+        if each not in unlike:  # else it is told of the whole sweep
+            more = f" (and {len(names) - 1} more sets)" if len(names) > 1 else ""
+            unlike.append(f"{names[0]}{more}: {each.removeprefix('recipe.')}")
+    if unlike:
+        more = [f"and {len(unlike) - 12} more"] if len(unlike) > 12 else []
+        problem = "it holds a sweep that was asked for otherwise:\n  " + "\n  ".join(unlike[:12] + more)
+        raise RequestError("out", directory.path, problem, _ASK_OTHERWISE)
+
+
+def changed_versions(stored: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
+    """Versions of what decides bytes that are not what they were, in words."""
+    before = stored[PROVENANCE]
+    return [f"{name} {before.get(name)} then, {provenance[name]} now"
+            for name in DECIDING if name in provenance and before.get(name) != provenance[name]]  # fmt: skip
+
+
+def _unmoved(data: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
+    """The data without the paths of folders whose contents are known to be the same."""
+    found: dict[str, Any] = json.loads(json.dumps(data))
+    if "exemplars_sha256" in moved and (found["recipe"].get("exemplars") or {}).get("path"):
+        found["recipe"]["exemplars"]["path"] = "..."
+    if "real_sha256" in moved and found.get("real"):
+        found["real"] = "..."
+    if "test_sha256" in moved and (found.get("utility") or {}).get("test"):
+        found["utility"]["test"] = "..."
+    return found

@@ -1,0 +1,132 @@
+"""A sweep's plan, results and choice as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from handful.sweep.choice import Choice, Lead, Pick
+from handful.sweep.columns import HEADINGS, TEST, VALIDATION
+from handful.sweep.job import SweepJob
+from handful.sweep.operations import Operations
+from handful.sweep.request import SweepRequest
+from handful.sweep.results import Mean, Row, means
+from handful.tables import Table
+
+_NOTES = (
+    "*: the method's best setting, **: the best of all, both by the objective on the validation half.  rob.: after mild",
+    "transforms of real and generated images alike.  acc.: share that the judge names as asked.  copied: share nearer to an",
+    "exemplar than 99 % of the real images.  utility: accuracy on real images of a classifier trained on the set alone.",
+)
+
+
+def plan_table(job: SweepJob) -> Table:
+    """What a sweep would do: sets, images and operations by method."""
+    request, operations = job.request, Operations(job.request)
+    table = Table(f"{len(job.sets)} sets, {len(job.pending)} to make; {request.recipe.per_class} images of each of "
+                  f"{len(job.classes)} classes",
+                  ["method", "scales", "k", "seeds", "sets", "to make", "images", "x plain", "TFLOPs"])  # fmt: skip
+    pending, total = {each.name for each in job.pending}, 0.0
+    for name in dict.fromkeys(each.setting.method for each in job.sets):
+        sets = [each for each in job.sets if each.setting.method == name]
+        todo = [each for each in sets if each.name in pending]
+        images = request.recipe.per_class * len(job.classes)
+        counted = [operations.per_image(each) for each in todo]
+        flops = None if None in counted else sum(each or 0.0 for each in counted) * images
+        ratios = sorted({ratio for each in sets if (ratio := operations.ratio(each)) is not None})
+        shown = "-" if not ratios else "-".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
+        table.rows.append([
+            name, _listed(sorted({each.setting.scale for each in sets})), _listed(sorted({each.setting.k for each in sets})),
+            str(len({each.seed for each in sets})), str(len(sets)), str(len(todo)), str(len(todo) * images), shown,
+            "-" if flops is None else f"{flops / 1e12:.4g}",
+        ])  # fmt: skip
+        total += flops or 0.0
+    table.notes = [
+        f"{total / 1e12:.4g} TFLOPs in all, without measuring; x plain: over plain sampling's, a range where k differ in it",
+        _halves(job),
+    ]
+    return table
+
+
+def plan_as_dict(job: SweepJob) -> dict[str, Any]:
+    """The plan for JSON."""
+    operations, pending = Operations(job.request), {each.name for each in job.pending}
+    images = job.request.recipe.per_class * len(job.classes)
+    return {
+        "out": str(job.directory.path), "sets": len(job.sets), "to_make": len(pending), "classes": job.classes,
+        "real_images": job.provenance.get("real_images"), "notes": job.notes,
+        "plan": [
+            {"method": each.setting.method, "scale": each.setting.scale, "k": each.setting.k, "seed": each.seed,
+             "directory": each.name, "images": images, "to_make": each.name in pending,
+             "flops_per_image": operations.per_image(each), "flops_ratio": operations.ratio(each)}
+            for each in job.sets
+        ],
+    }  # fmt: skip
+
+
+def results_table(rows: Sequence[Row], request: SweepRequest, choice: Choice) -> Table:
+    """A line a setting: means on the test half and spreads over the seeds."""
+    found = means(rows, TEST)
+    columns = [column for column in HEADINGS if any(mean.mean.get(column) is not None for mean in found.values())]
+    seeds = max((len(mean.seeds) for mean in found.values()), default=0)
+    table = Table(f"test half of the real images, judged by {request.judge}; mean of {seeds} seed{'s' * (seeds != 1)}"
+                  + (" ± standard deviation" if seeds > 1 else ""),
+                  ["setting", *(HEADINGS[column] for column in columns)])  # fmt: skip
+    picked = {pick.setting for pick in choice.methods.values()}
+    for setting, mean in found.items():
+        mark = "**" if choice.best and choice.best.setting == setting else "* " if setting in picked else "  "
+        few = f" ({len(mean.seeds)} seed{'s' * (len(mean.seeds) > 1)})" if len(mean.seeds) < seeds else ""
+        table.rows.append([f"{mark} {setting}{few}", *(number(mean, column) for column in columns)])
+    table.notes = list(_NOTES)
+    return table
+
+
+def choice_table(choice: Choice) -> Table:
+    """What was chosen, of each method and of all, and how far it is ahead."""
+    table = Table(f"chosen by {choice.objective}: on the validation half, then as the test half has it",
+                  ["", "setting", "validation", "test", "next best", "ahead by", ""])  # fmt: skip
+    for name, pick in choice.methods.items():
+        table.rows.append([name, *_cells(pick, choice.objective)])
+    if choice.best is not None:
+        table.rows.append(["of all", *_cells(choice.best, choice.objective)])
+        if choice.over_methods is not None and choice.over_methods != choice.best.lead:
+            table.rows.append(["", "", "", "of other methods", *_ahead(choice.over_methods)])
+    else:
+        table.notes.append("nothing can be chosen")
+    table.notes += [f"passed over: {setting}: {why}" for setting, why in choice.passed_over.items()]
+    return table
+
+
+def number(mean: Mean, column: str) -> str:
+    """A mean and its spread in words."""
+    value, spread = mean.mean.get(column), mean.spread.get(column)
+    if value is None:
+        return "-"
+    text = f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    return text + (
+        "" if spread is None or column == "flops_ratio" else f" ±{spread:.3f}" if spread < 100 else f" ±{spread:.1f}"
+    )
+
+
+def _cells(pick: Pick, objective: str) -> list[str]:
+    test = number(pick.test, objective) if pick.test is not None else "-"
+    cells = [str(pick.setting), number(pick.validation, objective), test]
+    if pick.lead is None:
+        return [*cells, "-", "-", "the only one"]
+    return [*cells, *_ahead(pick.lead)]
+
+
+def _ahead(lead: Lead) -> list[str]:
+    ahead = f"{lead.gap:.4f}" + ("" if lead.spread is None else f" ±{lead.spread:.4f}")
+    said = {True: "within the spread", False: "beyond the spread", None: "spread unknown"}[lead.within_spread]
+    return [str(lead.runner_up), ahead, said]
+
+
+def _halves(job: SweepJob) -> str:
+    counts = job.provenance.get("real_images") or {}
+    return (f"real images: {counts.get(VALIDATION, '?')} to choose by, {counts.get(TEST, '?')} to report on; judged by "
+            f"{job.request.judge}, objective {job.request.objective}")  # fmt: skip
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:g}" for value in values)

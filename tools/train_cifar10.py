@@ -1,0 +1,404 @@
+"""Trains a class-conditional diffusion model of small colour images, such as CIFAR-10; it may be killed at any time.
+
+    python tools/train_cifar10.py --data train.parquet --out cifar10 --compile            one GPU; the same command goes on
+    python tools/train_cifar10.py --data train.parquet --out cifar10 --minutes 25         a piece of 25 minutes, then the next
+    python tools/train_cifar10.py --data photos/ --size 64 --out photos-model             any folder with a folder per class
+    python tools/train_cifar10.py --data train.parquet --out more --init cifar10 --constant --rate 4e-4 --batch 64
+
+A diffusers `UNet2DModel`: v-prediction, VP cosine, min-SNR-5 weights (Hang et al. 2023, arXiv 2303.09556), 10 % null class,
+flips, a moving average of the weights; bfloat16 autocast on a GPU. OUT becomes a model that `handful generate --model OUT`
+takes: unet/ (the average, in bfloat16), scheduler/, handful.json; and log.csv, samples.png and state.safetensors, from which
+the same command goes on. Every random choice of a step (data order, flips, classes dropped, levels, noise, dropout) is a
+function of --seed and the step's number, so a training that was killed ends with the log of one that was not, and on a CPU
+with its weights, to the bit. Progress goes to stderr; with --json the last line on stdout is one object.
+Exit codes: 0 the piece is done, 1 failed, 2 wrong request, 130 or 143 interrupted and saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
+
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from safetensors.torch import save
+from torch import Tensor, nn
+from training_state import STATE, Course, Learner, Settings, owned, read_state, save_state
+
+from handful.contact_sheet import contact_sheet
+from handful.denoiser import Clamped
+from handful.digests import weights_digest
+from handful.errors import RequestError, RunError
+from handful.generate.plan import ImageNoise, image_seed
+from handful.image_tables import read_labelled
+from handful.images import to_uint8, write_atomically
+from handful.models import load
+from handful.noise import VP
+from handful.progress import duration
+from handful.samplers import dpmpp_2m
+
+SAMPLES = "samples.png"
+TRAINING_LEVELS = 1000
+NULL_SHARE = 0.1
+SAMPLING_STEPS = 18
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = made.add_argument
+    add("--data", required=True, help="a parquet file as datasets writes it, or a folder with a folder of images per class")
+    add("--out", required=True, type=Path, help="a new directory, or one in which this training was begun")
+    add("--init", help="a model to start from (a directory of diffusers, or `cifar10`): its architecture and weights")
+    add("--steps", type=int, default=60_000, help="of the whole training (default: %(default)s)")
+    add("--minutes", type=float, help="length of this piece, without saving and sampling (default: until the end)")
+    add("--batch", type=int, default=512, help="images a step (default: %(default)s)")
+    add("--rate", type=float, default=8e-4, help="peak learning rate of AdamW (default: %(default)s)")
+    add("--constant", action="store_true", help="keep the rate after the warm-up; otherwise it falls as a cosine")
+    add("--warm-up", type=int, default=500, help="steps of the warm-up (default: %(default)s)")
+    add("--width", type=int, default=64, help="channels of the first stage, a multiple of 8 (default: 64, 16 M parameters)")
+    add("--layers", type=int, default=2, help="residual blocks a stage (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="(default: %(default)s)")
+    add("--average", type=float, default=5e5, help="half-life of the moving average, in images (default: %(default)s)")
+    add("--size", type=int, default=32, help="height and width of the images (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 autocast on a GPU")
+    add("--device", default="auto", help="auto, cpu, cuda (default: %(default)s)")
+    add("--threads", type=int, help="of torch on the CPU (default: as the training was begun)")
+    add("--compile", action="store_true", help="torch.compile the network: faster, but for the first minute")
+    add("--save-every", type=float, default=300.0, metavar="SECONDS", help="what a kill costs at most (default: %(default)s)")
+    add("--log-every", type=int, default=100, metavar="STEPS", help="steps to a row of log.csv (default: %(default)s)")
+    add("--samples", type=int, default=8, help="images of each class in samples.png; 0 draws none (default: %(default)s)")
+    add("--json", action="store_true", help="print the result as JSON, the last line on stdout")
+    return made
+
+
+def check(given: argparse.Namespace) -> None:
+    """Refuses numbers without sense, before anything is read."""
+    least = {"steps": 1, "batch": 1, "warm_up": 1, "width": 8, "layers": 1, "size": 8, "log_every": 1, "samples": 0}
+    for name, low in least.items():
+        if getattr(given, name) < low:
+            raise RequestError(f"--{name.replace('_', '-')}", getattr(given, name), "it is too small", f"Give {low} or more.")
+    for name in ("width", "size"):
+        if getattr(given, name) % 8:
+            raise RequestError(f"--{name}", getattr(given, name), "it is no multiple of 8", "Give 8, 16, 24 and so on.")
+    if not 0 <= given.dropout < 1:
+        raise RequestError("--dropout", given.dropout, "it is no probability below 1", "Give 0 to 0.9.")
+    for name in ("rate", "average"):
+        if not 0 < getattr(given, name) < math.inf:
+            raise RequestError(f"--{name}", getattr(given, name), "it is not positive", "Give a positive number.")
+    if given.device != "auto" and given.device.startswith("cuda") and not torch.cuda.is_available():
+        raise RequestError("--device", given.device, "this machine has no such device", "Use auto, or cpu.")
+
+
+# --- data -------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images uint8 (n, 3, h, w), labels int64 (n,), and what the labels are called."""
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+
+    def digest(self) -> str:
+        state = hashlib.sha256(json.dumps([self.classes, list(self.images.shape)]).encode())
+        state.update(self.images.numpy().data)
+        state.update(self.labels.numpy().data)
+        return state.hexdigest()
+
+
+def read_data(source: str, size: int) -> Data:
+    found, classes = read_labelled(source, channels=3, size=(size, size), field="--data")
+    place = {name: label for label, name in enumerate(classes)}
+    return Data(to_uint8(found.images), torch.tensor([place[name] for name in found.labels]), classes)
+
+
+class Order:
+    """Which images a step sees: one permutation of all after the other, each a function of the seed and its number."""
+
+    def __init__(self, count: int, batch: int, seed: int) -> None:
+        self.count, self.batch, self.seed = count, batch, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, step: int) -> Tensor:
+        """Indices (batch,) of a step, counted from 0."""
+        parts, at, end = [], step * self.batch, (step + 1) * self.batch
+        while at < end:
+            epoch, first = divmod(at, self.count)
+            part = self._permutation_of(epoch)[first : first + end - at]
+            parts.append(part)
+            at += len(part)
+        return torch.cat(parts)
+
+    def _permutation_of(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            draw = torch.Generator().manual_seed(seed_of(self.seed, "epoch", epoch))
+            self._epoch, self._permutation = epoch, torch.randperm(self.count, generator=draw)
+        return self._permutation
+
+
+def seed_of(seed: int, what: str, number: int) -> int:
+    """32 bits, all that torch's CPU generator uses of a seed; no two steps of a training have the same."""
+    offset = int.from_bytes(hashlib.blake2b(f"{seed} {what}".encode(), digest_size=4).digest(), "big")
+    return (offset + number) % 2**32
+
+
+# --- network and optimizer ----------------------------------------------------------------------------------------------------
+
+
+def scheduler() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=TRAINING_LEVELS, beta_schedule="squaredcos_cap_v2",
+                         prediction_type="v_prediction", clip_sample=False)  # fmt: skip
+
+
+def new_network(given: argparse.Namespace, classes: int) -> UNet2DModel:
+    """Four stages, attention on the middle two (16 x 16 and 8 x 8 of 32 x 32 images)."""
+    width = given.width
+    torch.manual_seed(seed_of(given.seed, "weights", 0))
+    return UNet2DModel(
+        sample_size=given.size, in_channels=3, out_channels=3, layers_per_block=given.layers,
+        block_out_channels=(width, 2 * width, 3 * width, 3 * width), num_class_embeds=classes + 1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=math.gcd(width, 32), attention_head_dim=math.gcd(width, 64), dropout=given.dropout,
+    )  # fmt: skip
+
+
+def network_from(name: str, data: Data) -> UNet2DModel:
+    """The network of `--init`, ready to train; refused where it is not what this trains."""
+    try:
+        denoiser: Any = load(name)
+    except RequestError as error:
+        raise RequestError("--init", name, f"{error.field}: {error.problem}", error.remedy) from error
+    network, remedy = denoiser.network, "Name another model, or leave --init out."
+    if not isinstance(network, UNet2DModel) or denoiser.prediction != "v":
+        raise RequestError("--init", name, "it is no UNet2DModel that predicts v", remedy)
+    ours, theirs = VP(scheduler().alphas_cumprod).alpha, getattr(denoiser.levels, "alpha", None)
+    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
+        raise RequestError("--init", name, "it was trained on other noise levels than VP cosine's 1,000", remedy)
+    if denoiser.shape != tuple(data.images.shape[1:]):
+        raise RequestError("--init", name, f"its images are {denoiser.shape}, the data's {tuple(data.images.shape[1:])}",
+                           f"Use --size {denoiser.shape[1]}, or another model.")  # fmt: skip
+    if denoiser.label_count != len(data.classes) + 1:
+        problem = f"it takes {denoiser.label_count} labels; {len(data.classes)} classes and the null class need one each"
+        raise RequestError("--init", name, problem, remedy)
+    return network.float().requires_grad_(True)
+
+
+# --- training -----------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, settings: Settings) -> float:
+    """Linear warm-up, then a cosine down to 2 % of the peak, or nothing."""
+    warm = min(1.0, (step + 1) / settings.warm_up)
+    if settings.constant or settings.steps is None:
+        return settings.rate * warm
+    return settings.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps))))
+
+
+def loss_of(network: nn.Module, data: Data, pick: Tensor, alphas: Tensor, sigmas: Tensor, bfloat16: bool) -> Tensor:
+    """The loss of one step; draws from torch's global generator, which the caller has seeded by the step."""
+    device, batch, null = data.images.device, len(pick), len(data.classes)
+    x0 = data.images[pick].float() / 127.5 - 1
+    x0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+    told = torch.where(torch.rand(batch, device=device) < NULL_SHARE, null, data.labels[pick])
+    # One level from each of `batch` equal strata: less noise in the loss than independent draws.
+    strata = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
+    t = (strata * TRAINING_LEVELS).long().clamp(max=TRAINING_LEVELS - 1)
+    alpha, sigma = alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
+    eps = torch.randn_like(x0)
+    x_t = alpha * x0 + sigma * eps
+    if device.type == "cuda":
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+        v = network(x_t, t, class_labels=told, return_dict=False)[0]
+    error = (v.float() - (alpha * eps - sigma * x0)).square().mean((1, 2, 3))
+    snr = (alpha / sigma).square().flatten()
+    # An error in v of e is an error in x0 of sigma e: min(SNR, 5) on x0 is min(SNR, 5) / (SNR + 1) on v.
+    return (error * snr.clamp(max=5) / (snr + 1)).mean()
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM while it is entered: the step is finished and saved first.
+
+    Attributes:
+        number: Of the signal; 0 where none came.
+    """
+
+    def __enter__(self) -> Interrupt:
+        self.number = 0
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.number = number
+
+
+def train(
+    given: argparse.Namespace, settings: Settings, data: Data, learner: Learner, course: Course, until: float,
+    interrupt: Interrupt,
+) -> None:  # fmt: skip
+    """Goes on until the last step, the end of the piece or a signal; the state is saved when it returns.
+
+    Raises:
+        RunError: The loss is not finite; the last saved state is kept.
+    """
+    device = data.images.device
+    abar = scheduler().alphas_cumprod.to(device)
+    alphas, sigmas = abar.sqrt(), (1 - abar).sqrt()
+    network: Any = torch.compile(learner.network) if given.compile else learner.network
+    order = Order(len(data.images), settings.batch, settings.seed)
+    total = torch.tensor(course.loss_sum, dtype=torch.float64, device=device)
+    begun = saved = told = time.monotonic()
+    before, at_told = course.seconds, course.step
+
+    def save_now() -> None:
+        course.loss_sum, course.seconds = float(total), before + time.monotonic() - begun
+        if not math.isfinite(course.loss_sum):
+            raise RunError(
+                f"the loss is not finite at step {course.step}; lower --rate. '{given.out}' keeps the last good state"
+            )
+        save_state(given.out, settings, course, learner)
+
+    while course.step < given.steps and time.monotonic() < until and not interrupt.number:
+        rate = learning_rate(course.step, settings)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(seed_of(settings.seed, "step", course.step))
+        pick = order(course.step).to(device)
+        loss = loss_of(network, data, pick, alphas, sigmas, settings.precision == "bfloat16")
+        learner.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(learner.parameters, 1.0)
+        learner.optimizer.step()
+        course.step += 1
+        total += loss.detach() + 0 * norm  # an infinite gradient spoils the sum too, and so is never saved
+        # The half-life grows to 1/20 of the training so far, so that the random first weights are soon forgotten.
+        half_life = min(settings.average, 0.05 * settings.batch * course.step + 1)
+        torch._foreach_lerp_(learner.averages, learner.parameters, 1 - 0.5 ** (settings.batch / half_life))
+        now = time.monotonic()
+        if course.step % settings.log_every == 0:
+            mean = float(total) / settings.log_every
+            course.log.append([course.step, course.step * settings.batch, mean, rate])
+            total.zero_()
+            speed = (course.step - at_told) / max(1e-9, now - told)
+            left = duration((given.steps - course.step) / max(1e-9, speed))
+            say(f"step {course.step} of {given.steps}, loss {mean:.4f}, {speed * settings.batch:.0f} images/s, {left} left")
+            told, at_told = now, course.step
+            if not math.isfinite(mean):
+                total.fill_(math.nan)
+                save_now()
+        if now - saved > given.save_every:
+            save_now()
+            saved = time.monotonic()
+    if course.step:
+        save_now()
+
+
+def export(out: Path, average: UNet2DModel, classes: list[str]) -> Path:
+    """The averaged weights as a model that handful and diffusers load."""
+    (out / "unet").mkdir(exist_ok=True)
+    weights = {name: value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in average.state_dict().items()}
+    average.save_config(out / "unet")
+    scheduler().save_config(out / "scheduler")
+    write_atomically(out / "handful.json", (json.dumps({"classes": classes, "null_class": len(classes)}) + "\n").encode())
+    file = out / "unet" / "diffusion_pytorch_model.safetensors"
+    write_atomically(file, save(weights, metadata={"format": "pt"}))
+    return file
+
+
+@torch.no_grad()
+def draw_samples(out: Path, classes: list[str], each: int, device: torch.device) -> None:
+    """samples.png: `each` images of each class, as `handful generate` with the same seed draws them without guidance."""
+    denoiser = Clamped(load(out).to(device))
+    levels, drawn = denoiser.levels.spacing(SAMPLING_STEPS), {}
+    for label, name in enumerate(classes):
+        noise = ImageNoise([image_seed(0, name, index) for index in range(each)], denoiser.shape, device)
+        x0 = dpmpp_2m(denoiser, noise(), levels, denoiser.condition([label] * each))
+        drawn[name] = x0.clamp(-1, 1).float().cpu()
+    contact_sheet({}, drawn, out / SAMPLES, columns=each, rows=1)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def run(given: argparse.Namespace) -> int:
+    began = time.monotonic()
+    check(given)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
+    precision = ("bfloat16" if device.type == "cuda" else "float32") if given.precision == "auto" else given.precision
+    with owned(given.out):
+        data = read_data(given.data, given.size)
+        network = network_from(given.init, data) if given.init else new_network(given, len(data.classes))
+        settings = Settings(
+            given.width, given.layers, given.dropout, given.batch, given.rate, None if given.constant else given.steps,
+            given.constant, given.warm_up, given.average, given.seed, precision, given.size, given.log_every,
+            weights_digest(network) if given.init else None, data.digest(),
+        )  # fmt: skip
+        state = read_state(given.out, settings, network)
+        course = state[0] if state else Course()
+        if threads := given.threads or (state[2] if state else None):
+            torch.set_num_threads(threads)
+        torch.backends.cudnn.benchmark = True
+        learner = Learner(network, given.rate, device)
+        if state:
+            learner.take(state[1], course.step, given.out / STATE)
+        data = Data(data.images.to(device), data.labels.to(device), data.classes)
+        count = sum(one.numel() for one in learner.parameters)
+        say(f"{device}: {count / 1e6:.1f} M parameters, {len(data.images)} images of {len(data.classes)} classes, "
+            + (f"going on at step {course.step}" if course.step else "from the beginning"))  # fmt: skip
+        first = course.step
+        until = began + 60 * given.minutes if given.minutes else math.inf
+        clock = time.monotonic()
+        with Interrupt() as interrupt:
+            train(given, settings, data, learner, course, until, interrupt)
+        if interrupt.number:
+            say(f"interrupted: saved at step {course.step}; the same command goes on")
+            return 128 + interrupt.number
+        weights = export(given.out, learner.average, data.classes)
+        if given.samples:
+            draw_samples(given.out, data.classes, given.samples, device)
+    finished = course.step >= given.steps
+    say(f"{'finished' if finished else 'to be continued by the same command'}: {course.step} steps, "
+        f"{course.step * given.batch / 1e6:.2f} M images, {duration(course.seconds)}")  # fmt: skip
+    if given.json:
+        print(json.dumps({
+            "out": str(given.out), "weights": str(weights), "finished": finished, "step": course.step,
+            "images": course.step * given.batch, "loss": course.log[-1][2] if course.log else None,
+            "seconds": round(course.seconds, 1), "parameters": count,
+            "images_per_second": round((course.step - first) * given.batch / max(1e-9, time.monotonic() - clock), 1),
+        }))  # fmt: skip
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = parser().parse_args(arguments)
+    try:
+        return run(given)
+    except (RequestError, RunError, OSError) as error:
+        say(f"error: {error}")
+        if given.json:
+            kind = "request" if isinstance(error, RequestError) else "run"
+            print(json.dumps({"error": {"kind": kind, "message": str(error), "field": getattr(error, "field", None)}}))
+        return 2 if isinstance(error, RequestError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
