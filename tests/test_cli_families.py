@@ -225,7 +225,7 @@ REFUSED = {
 }  # fmt: skip
 REFUSED_WITH_EXEMPLARS = {
     "a shrinking that leaves a rest": ((*IN_PIXELS, "--set", "guidance.chamfer.reduce=3"), r"guidance\[0\].reduce: 3: "),
-    "an extractor of texts": (("--features", "./bert"), "features: .*bert': a BertModel takes input_ids, not images"),
+    "an extractor of texts": (("--features", "./bert"), ".*features: .*bert': a BertModel takes input_ids, not images"),
     "a tiny decoder of other latents": (
         (*IN_PIXELS, "--set", "model.preview_decoder=tiny16", "--set", "guidance.chamfer.reduce=4"), "model.preview_decoder: ",
     ),

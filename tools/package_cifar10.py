@@ -52,6 +52,7 @@ ZOO = Path(__file__).resolve().parents[1] / "src" / "handful" / "zoo" / "cifar10
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DEPTHS = {"guide": 20, "judge": 56}
 EXEMPLARS, REAL = 32, 100  # of each class
+PICTURE = "![Ten classes: eight images without guidance, below them eight with classifier-free guidance](samples.png)"
 LICENCE = ("The authors of CIFAR-10 state no licence and ask to be cited (Krizhevsky 2009). These are features of images, made "
            "to guide and to judge; they come under handful's licence.")  # fmt: skip
 
@@ -221,6 +222,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(rounding, file=sys.stderr, flush=True)
             text, made = measured_text(ZOO, given.data, given.per_class)
             picture(made, ZOO / "samples.png")
+            text = f"{PICTURE}\n\n{text}"
             write_card(ZOO, {"trained": trained_text(ZOO, given.model, given.note, rounding), "measured": text})
     except (RequestError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -37,9 +37,9 @@ def plan_as_text(job: Job) -> str:
         else str(max(counts.values(), default=0))
     )
     alone = "" if job.exemplars is None or job.exemplars.images else ", as features alone"
-    told = ("embeddings", "scale", "exchange", "features", "jacobian", "every")
+    told = ("embeddings", "classifier", "softplus", "scale", "exchange", "features", "jacobian", "every")
     terms = [
-        ", ".join([term.method, *(f"{key} {value}" for key, value in term.model_dump().items() if key in told)])
+        ", ".join([term.method, *(f"{key} {value}" for key in told if (value := getattr(term, key, None)) is not None)])
         for term in recipe.guidance or ()
     ]
     steps = f"the last {job.levels.steps} of {recipe.sampler.steps}" if job.inverted else str(recipe.sampler.steps)

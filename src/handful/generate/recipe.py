@@ -18,6 +18,7 @@ from handful.errors import RequestError
 from handful.generate.guidance_requests import (
     METHODS,
     ChamferRequest,
+    ClassifierRequest,
     ClassNames,
     FeaturesRequest,
     GuidanceRequest,
@@ -208,6 +209,9 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
         if isinstance(term, PotentialRequest):
             automatic = getattr(term, "features", None) == "auto"
             term = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
+            if isinstance(term, ClassifierRequest) and term.softplus is None and term.scale:
+                notes.append(f"guidance[{index}].softplus: none; a classifier with ReLUs guides better with one, 3 is a good "
+                             "first try, and handful calibrate finds the best")  # fmt: skip
             if automatic and isinstance(term, FeaturesRequest):
                 notes.append(f"guidance[{index}].features: auto became {term.features}")
         chosen.append(term)
