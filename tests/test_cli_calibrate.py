@@ -40,7 +40,7 @@ def test_json_is_alone_on_stdout_and_says_what_the_file_says(tmp_path: Path, cap
     assert "note:" not in printed.err
     written = json.loads((tmp_path / "out/calibration.json").read_text())
     assert {key: told[key] for key in written} == written
-    assert told["provenance"]["command"].startswith("handful ")
+    assert told["provenance"]["command"].startswith("handful")
 
 
 def test_a_dry_run_tells_how_much_it_is_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
