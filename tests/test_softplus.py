@@ -19,6 +19,7 @@ from handful.features import FeatureExtractor, extractor_skeleton, load_extracto
 from handful.generate.classifying import load_for
 from handful.generate.guidance_requests import ClassifierRequest
 from handful.softplus import Softplus, softened
+from handful.zoo import cifar_resnet
 from handful.zoo.digits import load_digits_classifier
 
 BETA = 3.0
@@ -168,9 +169,9 @@ def test_the_packaged_guide():
 
 
 def cifar_networks() -> ModuleType:
-    """benchmarks/cifar_networks.py, a fresh copy of the module."""
-    path = Path(__file__).parents[1] / "benchmarks" / "cifar_networks.py"
-    spec = importlib.util.spec_from_file_location("cifar_networks", path)
+    """handful.zoo.cifar_resnet, a fresh copy of the module."""
+    path = Path(cifar_resnet.__file__)
+    spec = importlib.util.spec_from_file_location("a_cifar_resnet", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

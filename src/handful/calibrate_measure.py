@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from handful.calibrate_candidates import Looks
-from handful.denoiser import Condition, Denoiser
+from handful.denoiser import Around, Condition, Denoiser
 from handful.errors import RunError
 from handful.feature_extractor import FeatureExtractor
 from handful.generate.job import Job
@@ -37,7 +37,7 @@ _AT_ONCE = 16  # images through the decoder or a classifier, where no chunk is s
 Sees = tuple[float | None, Looks]  # Softplus, and what is shown
 
 
-class Watched(Denoiser):
+class Watched(Around):
     """A denoiser that tells what it was asked at the first evaluation of each step: x_t and its own x0_hat.
 
     Args:
@@ -47,42 +47,15 @@ class Watched(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, count: int, each: Callable[[int, Level, Tensor, Tensor], None]) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
-        self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
+        super().__init__(denoiser)
         self._count, self._each = count, each
         self._due: int | None = None
         self._parts: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.denoiser.image_shape
-
-    @property
-    def learns_variance(self) -> bool:
-        return self.denoiser.learns_variance
-
-    @property
-    def label_embeddings(self) -> Sequence[nn.Module]:
-        return self.denoiser.label_embeddings
-
-    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-        return self.denoiser.condition(labels)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return self.denoiser.decode(x0)
-
-    def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
-        return self.denoiser.preview(x0, reduce)
 
     def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
         self._due = index
         self._parts.clear()
         return self.denoiser.enter(x, levels, index, condition)
-
-    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
-        return self.denoiser.leave(x, levels, index)
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
         try:

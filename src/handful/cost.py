@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser, NetworkDenoiser
+from handful.denoiser import Around, Condition, Denoiser, NetworkDenoiser
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features import FeatureExtractor
 from handful.flops import OTHER, Count
@@ -25,7 +25,7 @@ from handful.generate.classifying import extractors_wanted, load_for
 from handful.generate.guidance_requests import CFGRequest, GuidanceRequest
 from handful.generate.inverting import Inverted, read_inversion
 from handful.generate.recipe import Recipe
-from handful.generate.settle import complete, model_options, settle
+from handful.generate.settle import complete, model_options, sampler_options, settle
 from handful.generate.terms import View, make_terms, views
 from handful.guidance import Guidance, Guided
 from handful.models import skeleton
@@ -34,7 +34,7 @@ from handful.models.latent import LatentDenoiser
 from handful.models.prompts import ENCODERS
 from handful.models.source import Source, find_source
 from handful.noise import Level, Levels
-from handful.samplers import SAMPLERS, STOCHASTIC
+from handful.samplers import SAMPLERS
 
 META = torch.device("meta")
 UNKNOWN_EXEMPLARS = 32  # of each class, where the recipe takes all there are; it hardly matters
@@ -131,8 +131,8 @@ def cost_of(recipe: Recipe) -> Cost:
         denoiser.linear_preview = torch.zeros(denoiser.image_shape[0], denoiser.shape[0] + 1, device=META)
     classes = list(settled.labels.of)
     extractors = {key: load_for(term, classes, meta=True).to(META) for key, term in extractors_wanted(guidance).items()}
-    work = _Work(denoiser, extractors, evaluated(settled.levels, recipe), min(recipe.cohort, recipe.per_class), recipe.chunk,
-                 recipe.exemplars.per_class or UNKNOWN_EXEMPLARS, inverted, recipe.sampler.recurrence)  # fmt: skip
+    work = _Work(denoiser, extractors, _walked(settled.levels, recipe), min(recipe.cohort, recipe.per_class), recipe.chunk,
+                 recipe.exemplars.per_class or UNKNOWN_EXEMPLARS, inverted)  # fmt: skip
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)
     networks = {name: _size(network) for name, network in denoiser.named_children()}
     networks |= {f"features: {name}": _size(extractor) for name, extractor in extractors.items() if _size(extractor)}
@@ -147,11 +147,14 @@ def cost_of(recipe: Recipe) -> Cost:
 
 def evaluated(levels: Levels, recipe: Recipe) -> list[Level]:
     """Every level at which the recipe's sampler asks its denoiser, in order: the sampler is run on one number."""
+    return [level for level, _ in _walked(levels, recipe)]
+
+
+def _walked(levels: Levels, recipe: Recipe) -> list[tuple[Level, bool]]:
+    """The levels of `evaluated`, each with whether the sampler entered a step there (Heun's second evaluation does not)."""
     recorder = _Recorder(levels)
     asked = recipe.sampler
-    options: dict[str, Any] = {"noise": lambda: torch.zeros(1, 1, 1, 1)} if asked.name in STOCHASTIC else {}
-    options |= {"eta": asked.eta} if asked.name == "ddim" else {}
-    options |= {"recurrence": asked.recurrence} if asked.name in STOCHASTIC else {}
+    options = sampler_options(asked, lambda: torch.zeros(1, 1, 1, 1))
     SAMPLERS[asked.name](recorder, torch.zeros(1, 1, 1, 1), levels, Condition(), **options)
     return recorder.asked
 
@@ -194,21 +197,19 @@ class _Work:
     Attributes:
         denoiser: On the meta device.
         extractors: By name, there too.
-        evaluated: Every level at which the sampler asks.
+        walked: Every level at which the sampler asks, and whether it entered a step there.
         cohort, chunk: As in the recipe.
         exemplars: Of one class.
         inverted: For guidance by inversion.
-        recurrence: How often each step is made, and so entered.
     """
 
     denoiser: NetworkDenoiser
     extractors: Mapping[str, FeatureExtractor]
-    evaluated: list[Level]
+    walked: list[tuple[Level, bool]]
     cohort: int
     chunk: int | None
     exemplars: int
     inverted: Inverted | None = None
-    recurrence: int = 1
 
     @torch.no_grad()
     def way(self, guidance: Sequence[GuidanceRequest]) -> Way:
@@ -216,18 +217,15 @@ class _Work:
         count = Count()
         counted, terms = _Counted(self.denoiser, count), self._terms(guidance, count)
         kinds: dict[tuple[bool, ...], list[Level]] = {}
-        entered: set[int | None] = set()  # Heun's method evaluates a level twice, and enters a step there once
-        for level in self.evaluated:
-            again = level.index in entered and self.recurrence == 1
-            entered.add(level.index)
-            kinds.setdefault((again, *(term.strength(level) > 0 for term in terms)), []).append(level)
+        for level, entered in self.walked:
+            kinds.setdefault((entered, *(term.strength(level) > 0 for term in terms)), []).append(level)
         flops, evaluations = Counter[str](), 0
-        for (again, *_), levels in kinds.items():
+        for (entered, *_), levels in kinds.items():
             count.flops.clear()
             counted.images = 0
             with count:
                 guided, x = Guided(counted, terms, self.chunk), self._empty(self.denoiser.shape)
-                if not again:
+                if entered:
                     guided.moved_before(x, levels[0], self._condition)
                 guided(x, levels[0], self._condition)
             flops.update({part: each * len(levels) for part, each in count.flops.items()})
@@ -247,7 +245,7 @@ class _Work:
 
     def guided(self, guidance: Sequence[GuidanceRequest]) -> list[int]:
         """For each term the number of evaluations at which it acts."""
-        return [sum(term.strength(level) > 0 for level in self.evaluated) for term in self._terms(guidance, Count())]
+        return [sum(term.strength(level) > 0 for level, _ in self.walked) for term in self._terms(guidance, Count())]
 
     @torch.no_grad()
     def exemplar_flops(self, guidance: Sequence[GuidanceRequest]) -> dict[str, float]:
@@ -310,19 +308,25 @@ class _Alone(Condition):
 
 
 class _Recorder(Denoiser):
-    """Notes at which levels it is asked."""
+    """Notes at which levels it is asked, and whether a step was entered before."""
 
     def __init__(self, levels: Levels) -> None:
         super().__init__()
         self.shape = (1, 1, 1)
-        self.asked: list[Level] = []
+        self.asked: list[tuple[Level, bool]] = []
+        self._entered = False
+
+    def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
+        self._entered = True
+        return x
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
-        self.asked.append(level)
+        self.asked.append((level, self._entered))
+        self._entered = False
         return x_t
 
 
-class _Counted(Denoiser):
+class _Counted(Around):
     """A denoiser whose parts are counted apart.
 
     Attributes:
@@ -330,20 +334,12 @@ class _Counted(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, count: Count) -> None:
-        super().__init__()
-        self.denoiser, self.count, self.images = denoiser, count, 0
-        self.shape, self.levels = denoiser.shape, denoiser.levels
+        super().__init__(denoiser)
+        self.count, self.images = count, 0
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
         self.images += len(x_t)
         return self.count.through("denoiser", lambda x: self.denoiser(x, level, condition), x_t)
-
-    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-        return self.denoiser.condition(labels)
-
-    @property
-    def label_embeddings(self) -> Sequence[nn.Module]:
-        return self.denoiser.label_embeddings
 
     def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
         return self.count.through("preview", lambda x: self.denoiser.preview(x, reduce), x0)

@@ -22,15 +22,13 @@ import torch
 from handful import __version__
 from handful.contact_sheet import contact_sheet
 from handful.errors import RequestError, RunError
-from handful.evaluate import Judge
 from handful.exemplars import Exemplars
 from handful.features import load_extractor
 from handful.generate import generate
 from handful.generate.guidance_requests import CFGRequest, ChamferRequest, EnergyRequest, GuidanceRequest
 from handful.generate.recipe import ExemplarsRequest, ModelRequest, Recipe, SamplerRequest, for_model
 from handful.images import LabelledImages, encode_png, read_folder, write_atomically
-from handful.metrics.copying import copied_share
-from handful.utility import downstream_accuracy
+from handful.measure import Referee, Training, train_on
 from handful.zoo.digits import CLASSES, load_digits_split
 
 CFG_SCALES = (0.5, 1.0, 2.0)
@@ -43,6 +41,8 @@ COLUMNS = (
 )  # fmt: skip
 
 SIZE = (8, 8)
+# without augmentation: what the classifier learns of the digits' variety is then in the set, or nowhere
+TRAINING = Training(steps=200, augment=False)
 
 Row = dict[str, Any]
 
@@ -115,13 +115,13 @@ def _one_thread() -> Iterator[None]:
 def _demo(out: Path, seeds: int, per_class: int, say: Callable[[str], None]) -> list[Row]:
     rows = begin(out, {"handful": __version__, "demo": "digits", "per_class": per_class})
     exemplars, real = _real_images(out)
-    judge = Judge(real.images, real.labels, load_extractor("digits-judge"), ceiling=False, classes=CLASSES)
+    referee = Referee(real, load_extractor("digits-judge"), classes=CLASSES)
     for seed in range(seeds):
         for entry in entries():
             known = (entry.method, entry.scale, entry.k, seed)
             if any((r["method"], r["scale"], r["k"], r["seed"]) == known for r in rows):
                 continue
-            rows.append(_row(entry, seed, per_class, out, exemplars, judge, real))
+            rows.append(_row(entry, seed, per_class, out, exemplars, referee))
             write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
             say(
                 "  ".join([f"seed {seed}  {entry.folder:14}", *(f"{c} {rows[-1][c]:.3f}" for c in COLUMNS[3:4] + COLUMNS[-2:])])
@@ -162,7 +162,7 @@ def _real_images(out: Path) -> tuple[Path, LabelledImages]:
     return out / "real-train", read_folder(out / "real-held-out", channels=1, size=SIZE)
 
 
-def _row(entry: Entry, seed: int, per_class: int, out: Path, pool: Path, judge: Judge, real: LabelledImages) -> Row:
+def _row(entry: Entry, seed: int, per_class: int, out: Path, pool: Path, referee: Referee) -> Row:
     asked = ExemplarsRequest(path=str(pool.resolve()), per_class=entry.k, seed=seed) if entry.k else ExemplarsRequest()
     recipe = Recipe(
         model=ModelRequest(name="digits"), seed=seed, per_class=per_class, cohort=per_class, guidance=entry.guidance,
@@ -173,20 +173,13 @@ def _row(entry: Entry, seed: int, per_class: int, out: Path, pool: Path, judge: 
     if summary.failures:
         raise RunError(summary.failures[0])
     made = read_folder(folder, channels=1, size=SIZE)
-    train, test = (torch.tensor([CLASSES.index(name) for name in images.labels]) for images in (made, real))
-    # without augmentation: what the classifier learns of the digits' variety is then in the set, or nowhere
-    utility = downstream_accuracy(made.images, train, real.images, test, steps=200, augment=False, seed=seed)
     drawn = Exemplars.from_folder(pool, channels=1, size=SIZE, k=entry.k or HEADLINE_K, seed=seed).images
-    copied = copied_share(_pixels(made), {name: images.flatten(1) for name, images in drawn.items()}, _pixels(real))
+    measured = referee.row(made, drawn, train_on(made, CLASSES, TRAINING, seed))
+    del measured["utility_spread"]  # of one classifier there is none
     return {
-        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **judge(made.images, made.labels).row(),
-        "copied": copied, "utility": utility, "seconds": summary.seconds, "images": len(made),
+        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **measured, "seconds": summary.seconds,
+        "images": len(made),
     }  # fmt: skip
-
-
-def _pixels(images: LabelledImages) -> dict[str, torch.Tensor]:
-    """Flat pixels (n, D) by class."""
-    return {name: part.flatten(1) for name, part in images.by_class().items()}
 
 
 def _picture(out: Path, seed: int) -> None:

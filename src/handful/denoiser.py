@@ -287,11 +287,11 @@ class NetworkDenoiser(Denoiser):
         return denoised_from(self.prediction, x_t, out, level)
 
 
-class Clamped(Denoiser):
-    """A pixel denoiser whose estimate is kept inside the images' range [-1, 1].
+class Around(Denoiser):
+    """A denoiser around another one, which is asked for all that a subclass does not answer itself.
 
-    Outermost: guidance lies inside, so that the clamp follows the shift and zeroes no gradient. Without it a strong shift
-    pushes pixels out of range, and every later step starts from an image that the network never saw.
+    Attributes:
+        denoiser: The one inside.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -300,16 +300,22 @@ class Clamped(Denoiser):
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
         self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
 
-    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
-        x0_hat = self.denoiser(x_t, level, condition).clamp(-1, 1)
-        self.learned_variance = self.denoiser.learned_variance
-        return x0_hat
+    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
+        return self.denoiser.condition(labels)
 
     def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
         return self.denoiser.enter(x, levels, index, condition)
 
     def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
         return self.denoiser.leave(x, levels, index)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return self.denoiser.image_shape
+
+    @property
+    def preview_factor(self) -> int:
+        return self.denoiser.preview_factor
 
     @property
     def learns_variance(self) -> bool:
@@ -319,5 +325,24 @@ class Clamped(Denoiser):
     def label_embeddings(self) -> Sequence[nn.Module]:
         return self.denoiser.label_embeddings
 
-    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-        return self.denoiser.condition(labels)
+    def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
+        return self.denoiser.preview(x0, reduce)
+
+    def decode(self, x0: Tensor) -> Tensor:
+        return self.denoiser.decode(x0)
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.denoiser.encode(images)
+
+
+class Clamped(Around):
+    """A pixel denoiser whose estimate is kept inside the images' range [-1, 1].
+
+    Outermost: guidance lies inside, so that the clamp follows the shift and zeroes no gradient. Without it a strong shift
+    pushes pixels out of range, and every later step starts from an image that the network never saw.
+    """
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        x0_hat = self.denoiser(x_t, level, condition).clamp(-1, 1)
+        self.learned_variance = self.denoiser.learned_variance
+        return x0_hat

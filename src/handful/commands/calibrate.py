@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from handful.commands.shared import listed
+from handful.commands.shared import ClassNames, Device, Dtype, Json, NullClass, Quiet, TrustPickle, listed
 from handful.errors import RequestError
 
 
@@ -52,21 +52,17 @@ def calibrate(
     ] = "gaussian,exact",
     trial_per_class: Annotated[int, typer.Option(help="Images of each class in a tried set.", min=1)] = 32,
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
-    class_names: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
-    ] = None,
-    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
-    ] = False,
+    class_names: ClassNames = None,
+    null_class: NullClass = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_pickle: TrustPickle = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of a recipe; may be repeated.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say how much it is, write nothing.")] = False,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    json_wanted: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find which pre-conditioning suits an off-the-shelf classifier that shall guide.
 

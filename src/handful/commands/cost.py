@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from handful.commands.shared import Json
+
 
 def cost(
     recipe: Annotated[Path, typer.Argument(help="A recipe; the options below override it.", metavar="RECIPE.yaml")],
@@ -17,7 +19,7 @@ def cost(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
     ] = None,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    json_wanted: Json = False,
 ) -> None:
     """Say what a recipe costs, before anything runs: operations an image, parameters, peak memory.
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from handful.commands.shared import Quiet
 from handful.errors import RequestError
 
 
@@ -27,7 +28,7 @@ def demo(
         ),
     ] = None,
     json_wanted: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Generate images without guidance, with classifier-free guidance and with Chamfer guidance, and compare them.
 

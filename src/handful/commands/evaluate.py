@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from handful.commands.shared import Json
+
 
 def evaluate(
     synthetic: Annotated[Path, typer.Argument(help="Generated images: a run directory, or a folder per class.")],
@@ -26,7 +28,7 @@ def evaluate(
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets.")] = True,
     ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Measure real against real too.")] = True,
     report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    json_wanted: Json = False,
 ) -> None:
     """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
 

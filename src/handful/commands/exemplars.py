@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from handful.commands.shared import Json
 from handful.errors import RequestError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def exemplars(
     ] = None,
     source: Annotated[str, typer.Option(metavar="TEXT", help="Where the images come from; kept in the file.")] = "",
     licence: Annotated[str, typer.Option(metavar="TEXT", help="What may be done with them; kept in the file.")] = "",
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
+    json_wanted: Json = False,
 ) -> None:
     """Keep exemplars as features alone: a file that guides generate where the images can't be given away.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handful import console
-from handful.commands.shared import listed
+from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed
 from handful.errors import RequestError
 
 if TYPE_CHECKING:
@@ -68,27 +68,23 @@ def generate(
     cohort: Annotated[int | None, typer.Option(help="Images guided together.  [64]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
-    class_names: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
-    ] = None,
-    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    class_names: ClassNames = None,
+    null_class: NullClass = None,
     template: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
-    ] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_pickle: TrustPickle = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    dry_run: DryRun = False,
     allow_version_change: Annotated[
         bool, typer.Option("--allow-version-change", help="Go on with a run begun by other library versions.")
     ] = False,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    json_wanted: Json = False,
+    quiet: Quiet = False,
     order: Annotated[str, typer.Option(hidden=True)] = "plan",
 ) -> None:
     """Generate a labelled image set from exemplars and a pretrained model.

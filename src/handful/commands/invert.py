@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from handful.commands.shared import listed
+from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed
 from handful.errors import RequestError
 
 
@@ -37,20 +37,16 @@ def invert(
     clamp: Annotated[
         bool | None, typer.Option("--clamp/--no-clamp", help="Keep the model's estimate in range.  [where it makes pixels]")
     ] = None,
-    class_names: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")
-    ] = None,
-    null_class: Annotated[int | None, typer.Option(help='The model\'s label for "no class".')] = None,
+    class_names: ClassNames = None,
+    null_class: NullClass = None,
     seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
     chunk: Annotated[int | None, typer.Option(help="At most so many images at once through the networks.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")] = None,
-    trust_pickle: Annotated[
-        bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_pickle: TrustPickle = False,
+    dry_run: DryRun = False,
+    json_wanted: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fit a few images of a new domain (CRDI), so that generate makes many of them with a model of a neighbouring one.
 

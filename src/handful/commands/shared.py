@@ -1,6 +1,21 @@
-"""What commands share."""
+"""What commands share: the options that mean the same everywhere, and how lists are written."""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ClassNames = Annotated[str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")]
+NullClass = Annotated[int | None, typer.Option(help='The model\'s label for "no class".')]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")]
+TrustPickle = Annotated[
+    bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
 
 
 def listed(text: str | None) -> list[str] | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handful import console
+from handful.commands.shared import DryRun, Json, Quiet
 
 if TYPE_CHECKING:
     from handful.sweep import SweepResult
@@ -22,12 +23,12 @@ def sweep(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the request; may be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")] = False,
+    dry_run: DryRun = False,
     allow_version_change: Annotated[
         bool, typer.Option("--allow-version-change", help="Go on with a sweep begun by other library versions.")
     ] = False,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")] = False,
+    json_wanted: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare methods x scales x k x seeds, and choose the setting that an objective prefers.
 

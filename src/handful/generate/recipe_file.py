@@ -65,17 +65,33 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path).expanduser()
     remedy = "Give a recipe's YAML file, or describe the run by options (handful generate --help)."
+    data = plain_mapping(path, "recipe", remedy, "Begin with `model:` and its `name:`.")
+    return anchored(data, path.absolute().parent)
+
+
+def plain_mapping(path: Path, field: str, remedy: str, begin: str) -> dict[str, Any]:
+    """Reads a mapping from a YAML file; a run's provenance is dropped.
+
+    Args:
+        path: The file.
+        field: What an error calls it.
+        remedy: Where it can't be read.
+        begin: The remedy where it is no mapping.
+
+    Raises:
+        RequestError: The file is missing, unreadable or no mapping.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RequestError("recipe", path, "there is no such file", remedy) from None
+        raise RequestError(field, path, "there is no such file", remedy) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError("recipe", path, f"it can't be read ({error})", remedy) from None
-    data = parse_yaml(text, "recipe", path)
+        raise RequestError(field, path, f"it can't be read ({error})", remedy) from None
+    data = parse_yaml(text, field, path)
     if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise RequestError("recipe", path, "it is not a mapping of keys to values", "Begin with `model:` and its `name:`.")
+        raise RequestError(field, path, "it is not a mapping of keys to values", begin)
     data.pop(PROVENANCE, None)
-    return anchored(data, path.absolute().parent)
+    return data
 
 
 def read_recipe(path: str | Path) -> Recipe:

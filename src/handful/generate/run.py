@@ -29,6 +29,7 @@ from handful.generate.plan import Cohort, ImageNoise, image_seed
 from handful.generate.provenance import describe_device
 from handful.generate.recipe import recipe_from
 from handful.generate.recipe_file import PROVENANCE, recipe_yaml
+from handful.generate.settle import sampler_options
 from handful.generate.terms import View, energy_columns, make_terms, views
 from handful.generate.writers import IMAGES, METADATA, image_file, metadata_jsonl
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
@@ -37,7 +38,7 @@ from handful.guidance.inversion import no_condition
 from handful.images import encode_png, from_uint8, read_image, to_uint8
 from handful.models.latent import LatentDenoiser
 from handful.progress import Progress
-from handful.samplers import SAMPLERS, STOCHASTIC, start
+from handful.samplers import SAMPLERS, start
 
 __all__ = ["Job", "RunSummary", "prepare", "run"]
 
@@ -239,11 +240,7 @@ def sample_cohort(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Se
     before = job.inverted is not None or any(isinstance(term, Potential) and term.pull.rule != "shift" for term in terms)
     inside, outside = asked.clamp and before, asked.clamp and not before
     guided = Guided(Clamped(job.denoiser) if inside else job.denoiser, terms, job.recipe.chunk)
-    options: dict[str, Any] = {"noise": noise} if asked.name in STOCHASTIC else {}
-    if asked.name == "ddim":
-        options["eta"] = asked.eta
-    if asked.name in STOCHASTIC:
-        options["recurrence"] = asked.recurrence
+    options = sampler_options(asked, noise)
     if asked.name == "ddpm":
         options["variance"] = asked.variance or "small"
     denoiser = Clamped(guided) if outside else guided

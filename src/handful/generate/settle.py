@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -24,13 +25,13 @@ from handful.generate.guidance_requests import (
 from handful.generate.inverting import Inverted, as_fitted
 from handful.generate.plan import Labels, assign_labels
 from handful.generate.prompting import prompts_of
-from handful.generate.recipe import ModelRequest, Recipe, with_defaults
+from handful.generate.recipe import ModelRequest, Recipe, SamplerRequest, with_defaults
 from handful.generate.terms import check_terms
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions
 from handful.models.unet2d import UNet2DDenoiser
 from handful.noise import Levels
-from handful.samplers import STOCHASTIC
+from handful.samplers import STOCHASTIC, Noise
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,12 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
         raise RequestError("sampler.recurrence", sampler.recurrence, f"the sampler {sampler.name} can't repeat a step",
                            f"Use {' or '.join(STOCHASTIC)}, or recurrence 1.")  # fmt: skip
     return recipe, notes
+
+
+def sampler_options(asked: SamplerRequest, noise: Noise) -> dict[str, Any]:
+    """What the recipe's sampler is told beyond the path, but for ddpm's variance; `noise` draws for those that take it."""
+    options: dict[str, Any] = {"noise": noise, "recurrence": asked.recurrence} if asked.name in STOCHASTIC else {}
+    return options | ({"eta": asked.eta} if asked.name == "ddim" else {})
 
 
 def model_options(recipe: Recipe) -> ModelOptions:

@@ -18,9 +18,9 @@ from functools import partial
 from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from handful.denoiser import Condition, Denoiser
+from handful.denoiser import Around, Condition, Denoiser
 from handful.errors import RequestError, RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
 from handful.noise import Level, Levels, posterior_deviation
@@ -29,7 +29,7 @@ Turn = tuple[Pull, Timing]  # potentials that go back together; where directions
 Result = TypeVar("Result")
 
 
-class Guided(Denoiser):
+class Guided(Around):
     """A guided denoiser.
 
     With no active term it returns the denoiser's own output, to the bit. Where x_t carries a graph of the caller's, the
@@ -43,44 +43,14 @@ class Guided(Denoiser):
     """
 
     def __init__(self, denoiser: Denoiser, terms: Sequence[Guidance], chunk: int | None = None) -> None:
-        super().__init__()
+        super().__init__(denoiser)
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {chunk}")
         if chunk is not None and isinstance(denoiser, Guided):
             raise ValueError("chunk: the guided denoiser inside couples its cohort; give the chunk to that one")
-        self.denoiser, self.terms, self.chunk = denoiser, tuple(terms), chunk
-        self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
-        self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
+        self.terms, self.chunk = tuple(terms), chunk
         self._held: dict[Turn, Tensor] = {}
         self._moves: dict[int, list[tuple[Turn, Tensor]]] = {}  # by a step's index: what its end does to the sample
-
-    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-        return self.denoiser.condition(labels)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return self.denoiser.image_shape
-
-    @property
-    def preview_factor(self) -> int:
-        return self.denoiser.preview_factor
-
-    @property
-    def learns_variance(self) -> bool:
-        return self.denoiser.learns_variance
-
-    @property
-    def label_embeddings(self) -> Sequence[nn.Module]:
-        return self.denoiser.label_embeddings
-
-    def preview(self, x0: Tensor, reduce: int = 1) -> Tensor:
-        return self.denoiser.preview(x0, reduce)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        return self.denoiser.decode(x0)
-
-    def encode(self, images: Tensor) -> Tensor:
-        return self.denoiser.encode(images)
 
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
         x0_hat, shift = self.parts(x_t, level, condition)

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from handful.errors import RequestError
 from handful.generate.guidance_requests import METHODS, GuidanceRequest, Positive, Request, Weight
 from handful.generate.recipe import PARTS, Parts, Recipe, SamplerRequest, did_you_mean, first_of, told
-from handful.generate.recipe_file import PROVENANCE, anchored, anchored_extractor, overridden, parse_yaml, read_mapping
+from handful.generate.recipe_file import anchored, anchored_extractor, overridden, plain_mapping, read_mapping
 from handful.sweep.columns import NUMBERS, ROBUST
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a method; it names a folder
@@ -141,16 +141,7 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepRequest:
         RequestError: As `sweep_from`, or if the file is missing or no mapping.
     """
     path = Path(path).expanduser()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RequestError("sweep", path, "there is no such file", _REMEDY) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RequestError("sweep", path, f"it can't be read ({error})", _REMEDY) from None
-    data = parse_yaml(text, "sweep", path)
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-        raise RequestError("sweep", path, "it is not a mapping of keys to values", _REMEDY)
-    data.pop(PROVENANCE, None)
+    data = plain_mapping(path, "sweep", _REMEDY, _REMEDY)
     return sweep_from(overridden(_anchored(data, path.absolute().parent), {}, settings=settings))
 
 
