@@ -91,3 +91,18 @@ def test_a_file_that_is_there_is_kept(photos, tmp_path, capsys):
     assert (tmp_path / "shared.safetensors").read_text() == "years of work"
     assert handful("exemplars", tmp_path / "shared.safetensors") == 2
     assert "it holds no exemplar features" in capsys.readouterr().err
+
+
+def test_features_are_kept_as_a_smooth_network_sees_them(photos, tmp_path, capsys):
+    out = tmp_path / "smooth.safetensors"
+    words = ["exemplars", photos, "--model", "digits", "--features", "digits-guide", "--softplus", 3, "--out", out, "--json"]
+    assert handful(*words) == 0
+    assert [view["features"] for view in json.loads(capsys.readouterr().out)["views"]] == ["digits-guide softplus 3"]
+    asked = ["generate", "--model", "digits", "--exemplars", out, "--features", "digits-guide", "--guidance", "energy"]
+    asked += ["--per-class", 2, "--steps", 4]
+    assert handful(*asked, "--out", tmp_path / "sharp") == 2
+    assert "digits-guide softplus 3" in capsys.readouterr().err
+    assert handful(*asked, "--set", "guidance.energy.softplus=3", "--out", tmp_path / "run", "--quiet") == 0
+    words[5] = "digits-judge"
+    assert handful(*[word if word != out else tmp_path / "other.safetensors" for word in words]) == 2
+    assert "calls no ReLU" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_the_sheet_and_the_table_show_every_class_and_method(small):
         assert sheet.height > 10 * 64
         assert sheet.width > 8 * 64
     shown = table(means(rows, tuple(COLUMNS)))
-    assert [row[0] for row in shown.rows] == ["none", "cfg w=2.5", "chamfer k=32", "chamfer+cfg k=32"]
+    assert [row[0] for row in shown.rows] == ["none", "cfg w=2.5", "chamfer k=32", "energy k=32", "energy+cfg k=32"]
     assert "utility" not in shown.headings
 
 
@@ -83,6 +83,10 @@ def test_the_methods_run_the_defaults_that_generate_has():
     chamfer = next(entry for entry in entries() if entry.method == "chamfer")
     assert [term.features for term in chamfer.guidance] == ["cifar10-guide"]  # type: ignore[union-attr]
     assert chamfer.k == 32
+    energy = next(entry for entry in entries() if entry.method == "energy")
+    assert [(term.features, term.softplus, term.jacobian) for term in energy.guidance] == [  # type: ignore[union-attr]
+        ("cifar10-guide", 3.0, "gaussian")
+    ]
 
 
 @pytest.mark.parametrize(

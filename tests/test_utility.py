@@ -130,3 +130,19 @@ def test_too_few_steps_for_a_one_cycle_rate_are_refused_by_name(split, steps):
 @pytest.mark.parametrize(("channels", "side"), [(1, 8), (3, 32), (3, 64), (1, 9)])
 def test_images_of_any_size_and_channels_make_logits(channels, side):
     assert SmallClassifier(channels, 7, width=4)(torch.zeros(2, channels, side, side)).shape == (2, 7)
+
+
+def test_a_function_augments_each_batch_by_the_trainings_own_draws(split):
+    """Images that are all made alike teach nothing, however many there are; and the draws are the seed's."""
+    seen: list[Tensor] = []
+
+    def blank(images: Tensor, draw: torch.Generator) -> Tensor:
+        seen.append(torch.rand((), generator=draw))
+        return torch.zeros_like(images)
+
+    options = {"steps": 20, "width": 8, "augment": blank}
+    found = [downstream_accuracy(split.train_images, split.train_labels, split.test_images, split.test_labels, **options)
+             for _ in range(2)]  # fmt: skip
+    assert found[0] == found[1] < 0.3
+    assert len(seen) == 40
+    assert seen[:20] == seen[20:]

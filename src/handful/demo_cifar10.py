@@ -1,9 +1,10 @@
 """`handful demo --model cifar10`: the main job on photographs, with the provisional packaged model and no image of the data.
 
-Exemplars are packaged as features alone, and so are the real test images that the judge compares with. 16 images of each
-class are generated without guidance, with classifier-free guidance, with Chamfer guidance, and with both; every set is an
-ordinary run directory. The judge (ResNet-56) is of the guide's family (ResNet-20): what it sees after the mild transforms
-counts, and the pictures. With real images at hand it judges by those, and tests a small classifier trained on each set.
+Exemplars are packaged as features alone, and so are the real test images that the judges compare with. 16 images of each
+class are generated without guidance, with classifier-free guidance, with Chamfer and with energy guidance by the exemplars, and
+with the last and CFG; every set is an ordinary run directory. Of the judges one (ResNet-56) is of the guide's family
+(ResNet-20), the other (a transformer trained without labels) is not: what both see after the mild transforms counts, and the
+pictures. With real images at hand they judge by those, and a small classifier trained on each set is tested.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from handful.evaluate import Judge
 from handful.features import FeatureExtractor, load_extractor
 from handful.gains import AS_IS
 from handful.generate import generate
-from handful.generate.guidance_requests import CFGRequest, ChamferRequest
+from handful.generate.guidance_requests import CFGRequest, ChamferRequest, EnergyRequest
 from handful.generate.recipe import ExemplarsRequest, ModelRequest, Recipe, SamplerRequest, for_model
 from handful.image_tables import read_labelled
 from handful.images import LabelledImages, read_folder, write_atomically
@@ -35,18 +36,20 @@ from handful.shared_exemplars import ExemplarFeatures
 from handful.tables import Table
 from handful.utility import downstream_accuracy
 from handful.zoo import exemplars_path
-from handful.zoo.cifar10 import CLASSES, SIZE, UNTOUCHED, RealFeatures, load_real_features
+from handful.zoo.cifar10 import CLASSES, JUDGES, SIZE, UNTOUCHED, RealFeatures, load_real_features
 
 EXEMPLARS = "cifar10-exemplars"
 CFG_SCALE = 2.5
 STEPS = 18
 EXEMPLARS_PER_CLASS = 32
-HEADLINE = "chamfer+cfg"  # what the picture shows
+HEADLINE = "energy+cfg"  # what the picture shows
+OTHER = "simclr_"  # begins the columns of the judge that is not of the guide's family
 REAL_PER_CLASS = 200  # of the user's own real images, at most
 COLUMNS = {
-    "precision": "precision", "coverage": "coverage", "f1": "F1", "frechet": "Frechet", "judge_accuracy": "accuracy",
-    "robust_precision": "rob.prec", "robust_coverage": "rob.cov", "robust_judge_accuracy": "rob.acc", "copied": "copied",
-    "utility": "utility", "seconds": "seconds",
+    "precision": "precision", "coverage": "coverage", "frechet": "Frechet", "judge_accuracy": "accuracy",
+    "robust_coverage": "rob.cov", "robust_f1": "rob.F1", "robust_frechet": "rob.Fre", f"{OTHER}robust_coverage": "SSL cov",
+    f"{OTHER}robust_f1": "SSL F1", f"{OTHER}robust_frechet": "SSL Fre", "copied": "copied", "utility": "utility",
+    "seconds": "seconds",
 }  # fmt: skip
 
 
@@ -76,12 +79,14 @@ class FeaturesJudge(Judge):
 def entries(steps: int = STEPS) -> list[Entry]:
     """What is compared, at the defaults that `handful generate` has; `steps` are the sampler's."""
     cfg = CFGRequest(scale=CFG_SCALE)
-    chamfer = for_model(ChamferRequest(), "cifar10", steps)
+    chamfer, energy = (for_model(term, "cifar10", steps) for term in (ChamferRequest(), EnergyRequest()))
+    sparse = CFGRequest(scale=2 * CFG_SCALE, every=2)  # half of the second evaluations, at twice the scale
     return [
         Entry("none", 0.0, 0, ()),
         Entry("cfg", CFG_SCALE, 0, (cfg,)),
         Entry("chamfer", chamfer.scale, EXEMPLARS_PER_CLASS, (chamfer,)),
-        Entry(HEADLINE, chamfer.scale, EXEMPLARS_PER_CLASS, (chamfer, cfg)),
+        Entry("energy", energy.scale, EXEMPLARS_PER_CLASS, (energy,)),
+        Entry(HEADLINE, energy.scale, EXEMPLARS_PER_CLASS, (energy, sparse)),
     ]
 
 
@@ -114,18 +119,21 @@ def demo(
     settings = {"handful": __version__, "demo": "cifar10", "per_class": per_class, "steps": steps,
                 "real": None if real is None else str(Path(real).absolute())}  # fmt: skip
     rows = begin(Path(out), settings)
-    extractor = load_extractor("cifar10-judge")
-    exemplars = ExemplarFeatures.load(exemplars_path(EXEMPLARS)).seen_by(extractor, 1)
-    judge = (FeaturesJudge(load_real_features(), extractor) if given is None
-             else Judge(given.images, given.labels, extractor, ceiling=False, classes=CLASSES))  # fmt: skip
+    judges = {
+        prefix: FeaturesJudge(load_real_features(role), extractor) if given is None
+        else Judge(given.images, given.labels, extractor, ceiling=False, classes=CLASSES)
+        for prefix, role in zip(("", OTHER), JUDGES, strict=True)
+        for extractor in (load_extractor(f"cifar10-{role}"),)
+    }  # fmt: skip
+    exemplars = ExemplarFeatures.load(exemplars_path(EXEMPLARS)).seen_by(judges[""].extractor, 1)
     for seed in range(seeds):
         for entry in entries(steps):
             known = (entry.method, entry.scale, entry.k, seed)
             if any((r["method"], r["scale"], r["k"], r["seed"]) == known for r in rows):
                 continue
-            rows.append(_row(entry, seed, per_class, steps, Path(out), exemplars, judge, given))
+            rows.append(_row(entry, seed, per_class, steps, Path(out), exemplars, judges, given))
             write_atomically(Path(out) / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
-            told = ("coverage", "robust_coverage", "judge_accuracy", "seconds")
+            told = ("coverage", "robust_coverage", f"{OTHER}robust_coverage", "seconds")
             say("  ".join([f"seed {seed}  {entry.folder:16}", *(f"{column} {rows[-1][column]:.3f}" for column in told)]))
     made = read_folder(Path(out) / "seed-0" / entries(steps)[-1].folder, channels=3, size=SIZE)
     contact_sheet({}, made.by_class(), Path(out) / "contact_sheet.png", columns=16, rows=1)
@@ -141,8 +149,8 @@ def _read_real(source: str | Path) -> LabelledImages:
 
 
 def _row(
-    entry: Entry, seed: int, per_class: int, steps: int, out: Path, exemplars: Mapping[str, torch.Tensor], judge: Judge,
-    real: LabelledImages | None,
+    entry: Entry, seed: int, per_class: int, steps: int, out: Path, exemplars: Mapping[str, torch.Tensor],
+    judges: Mapping[str, Judge], real: LabelledImages | None,
 ) -> Row:  # fmt: skip
     asked = ExemplarsRequest(path=EXEMPLARS, per_class=entry.k) if entry.k else ExemplarsRequest()
     recipe = Recipe(
@@ -154,14 +162,18 @@ def _row(
     if summary.failures:
         raise RunError(summary.failures[0])
     made = read_folder(folder, channels=3, size=SIZE)
-    seen = judge.see(made.images, made.labels)
-    copied = copied_share(_by_class(seen.features[AS_IS], made.labels), exemplars, _by_class(judge.real, judge.labels))
+    seen = {prefix: judge.see(made.images, made.labels) for prefix, judge in judges.items()}
+    found = {
+        prefix + name: value for prefix, judge in judges.items() for name, value in judge.judged(seen[prefix]).row().items()
+    }
+    first = judges[""]
+    copied = copied_share(_by_class(seen[""].features[AS_IS], made.labels), exemplars, _by_class(first.real, first.labels))
     utility = None
     if real is not None:
         train, test = (torch.tensor([CLASSES.index(name) for name in images.labels]) for images in (made, real))
         utility = downstream_accuracy(made.images, train, real.images, test, steps=400, flip=True, seed=seed)
     return {
-        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **judge.judged(seen).row(),
+        "method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed, **found,
         "copied": copied, "utility": utility, "seconds": summary.seconds, "images": len(made),
     }  # fmt: skip
 
@@ -174,7 +186,7 @@ def table(means: Sequence[Mapping[str, Any]]) -> Table:
     """A line a method: mean, and spread over the seeds; of what was measured."""
     shown = {column: title for column, title in COLUMNS.items() if means[0][column] is not None}
     seeds = max(mean["seeds"] for mean in means)
-    made = Table(f"CIFAR-10, provisional model, judge cifar10-judge; mean of {seeds} seed{'s' * (seeds > 1)}"
+    made = Table(f"CIFAR-10, provisional model; mean of {seeds} seed{'s' * (seeds > 1)}"
                  + (" ± standard deviation" if seeds > 1 else ""), ["method", *shown.values()])  # fmt: skip
     for mean in means:
         name = mean["method"] + (f" w={mean['scale']:g}" if mean["method"] == "cfg" else "")
@@ -185,9 +197,10 @@ def table(means: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(f"{mean[column]:.3f}" + ("" if spread is None else f" ±{spread:.3f}"))
         made.rows.append([name, *cells])
     made.notes = [
+        "Judge: cifar10-judge, of the guide's family; SSL: cifar10-simclr, which learned without labels, after the transforms.",
         "accuracy: share that the judge names as asked.  rob.: mean after mild transforms of real and generated images alike.",
         "copied: share nearer to an exemplar, in the judge's features, than 99 % of real test images are.",
-        "The judge is of the guide's family: believe what is left after the transforms, and the pictures.",
+        "Believe what both judges see after the transforms, and the pictures.",
         *(
             ["utility: accuracy on the real images of a small classifier trained on the set alone."]
             if "utility" in shown

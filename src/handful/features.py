@@ -27,7 +27,7 @@ __all__ = [
     "pixels",
 ]
 
-PACKAGED = ("pixels", "digits-guide", "digits-judge", "cifar10-guide", "cifar10-judge")
+PACKAGED = ("pixels", "digits-guide", "digits-judge", "cifar10-guide", "cifar10-judge", "cifar10-simclr")
 TRANSFORMERS = {
     "dinov2": "facebook/dinov2-base",
     "dinov2-small": "facebook/dinov2-small",
@@ -58,11 +58,11 @@ def load_extractor(name: str) -> FeatureExtractor:
     """Loads an extractor by name.
 
     Args:
-        name: `digits-guide`, `digits-judge`, `cifar10-guide` or `cifar10-judge` (packaged), `pixels`, `dinov2` (ViT-B/14;
-            `dinov2-small`, `-large`, `-giant`), `clip` (ViT-L/14), a directory or hub name for transformers, `FILE.pt` for a
-            TorchScript file, or `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers may end in
-            `@SIDE`, as in `dinov2@112`: the network is then fed smaller or larger images than usual, which is the cheaper
-            or the dearer.
+        name: `digits-guide`, `digits-judge`, `cifar10-guide`, `cifar10-judge`, `cifar10-simclr` (packaged), `pixels`,
+            `dinov2` (ViT-B/14; `dinov2-small`, `-large`, `-giant`), `clip` (ViT-L/14), a directory or hub name for
+            transformers, `FILE.pt` for a TorchScript file, or `FILE.py:FUNCTION` (runs that file) for one's own. Those of
+            transformers may end in `@SIDE`, as in `dinov2@112`: the network is then fed smaller or larger images than usual,
+            which is the cheaper or the dearer.
 
     Raises:
         RequestError: If there is no such extractor, or it can't be used as asked.
@@ -113,12 +113,11 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
 
         network = load_digits_classifier("guide" if name == "digits-guide" else "judge")
         return FeatureExtractor(name, network, channels=1, size=(8, 8), features=network.features, classify=network)
-    if name in ("cifar10-guide", "cifar10-judge"):
+    if name.startswith("cifar10-") and name in PACKAGED:
         from handful.zoo import cifar10
-        from handful.zoo.cifar_resnet import MEAN, STD
 
-        network = cifar10.load_cifar10_classifier("guide" if name == "cifar10-guide" else "judge")
-        return FeatureExtractor(name, network, size=cifar10.SIZE, mean=MEAN, std=STD, features=network.features,
+        network = cifar10.load_cifar10_classifier(name.removeprefix("cifar10-"))
+        return FeatureExtractor(name, network, size=cifar10.SIZE, mean=network.mean, std=network.std, features=network.features,
                                 classify=network, classes=cifar10.CLASSES)  # fmt: skip
     if path.endswith(".py"):
         return from_file(Path(path), attribute)

@@ -6,11 +6,15 @@ that is compared: what differs is the data alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from handful.errors import RequestError
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class SmallClassifier(nn.Module):
@@ -35,7 +39,7 @@ class SmallClassifier(nn.Module):
 
 def train_classifier(
     images: Tensor, labels: Tensor, classes: int, *, steps: int = 400, batch: int = 64, rate: float = 3e-3,
-    augment: bool = True, flip: bool = False, width: int = 32, seed: int = 0,
+    augment: bool | Augment = True, flip: bool = False, width: int = 32, seed: int = 0,
 ) -> SmallClassifier:  # fmt: skip
     """Trains a classifier from scratch; deterministic on CPU for a seed.
 
@@ -45,7 +49,8 @@ def train_classifier(
         steps: Optimizer steps, the same for every set that is compared, whatever its size.
         batch: Images a step.
         rate: Highest learning rate.
-        augment: Shift images at random by up to an eighth of their side. Without it, only the set's own diversity counts.
+        augment: Shift images at random by up to an eighth of their side; False does not, then only the set's own diversity
+            counts. Or what makes other images of a batch, by random draws: `handful.augmentation.random_view`.
         flip: Mirror images at random: for photographs, not for digits.
         width: Channels of the first stage.
         seed: Of weights, batches and augmentation.
@@ -61,7 +66,7 @@ def train_classifier(
         found = f"labels {int(labels.min())} to {int(labels.max())}" if len(labels) else "no labels"
         problem = f"a classifier of {classes} classes needs images of them"
         raise RequestError("labels", f"{len(images)} images, {found}", problem, "Give at least one image a class.")
-    draw = torch.Generator().manual_seed(seed)
+    draw, change = torch.Generator().manual_seed(seed), _shifted if augment is True else augment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights and dropout have no generator of their own
         network = SmallClassifier(images.shape[1], classes, width).to(images.device)
@@ -70,7 +75,7 @@ def train_classifier(
         for _ in range(steps):
             pick = torch.randint(len(images), (batch,), generator=draw).to(images.device)
             batch_images = _mirrored(images[pick], draw) if flip else images[pick]
-            batch_images = _shifted(batch_images, draw) if augment else batch_images
+            batch_images = change(batch_images, draw) if change else batch_images
             loss = cross_entropy(network(batch_images), labels[pick], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

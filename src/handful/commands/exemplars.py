@@ -38,6 +38,10 @@ def exemplars(
         list[int] | None,
         typer.Option(help="Look at images of 1/REDUCE of the resolution; may be repeated.  [1]", metavar="REDUCE"),
     ] = None,
+    softplus: Annotated[
+        float | None,
+        typer.Option(metavar="BETA", help="See them with Softplus in place of every ReLU, as terms with that softplus do."),
+    ] = None,
     source: Annotated[str, typer.Option(metavar="TEXT", help="Where the images come from; kept in the file.")] = "",
     licence: Annotated[str, typer.Option(metavar="TEXT", help="What may be done with them; kept in the file.")] = "",
     json_wanted: Json = False,
@@ -58,7 +62,8 @@ def exemplars(
 
     file = features_file(given)
     if file is not None:
-        _refuse_beside(file, {"--features": features, "--out": out, "--model": model, "--size": size, "--k": k})
+        _refuse_beside(file, {"--features": features, "--out": out, "--model": model, "--size": size, "--k": k,
+                               "--softplus": softplus})  # fmt: skip
         _say(ExemplarFeatures.load(file), file, json_wanted)
         return
     if not features:
@@ -72,8 +77,11 @@ def exemplars(
 
     from handful.exemplars import Exemplars
     from handful.features import load_extractor
+    from handful.softplus import softened
 
     extractors = [load_extractor(name) for name in dict.fromkeys(features)]
+    if softplus is not None:
+        extractors = [softened(extractor, softplus) for extractor in extractors]
     drawn = Exemplars.from_folder(given, channels=shape[0], size=shape[1:], k=k, seed=seed, minimum=1 if k == 1 else 2)
     for warning in drawn.warnings:
         print(f"note: {warning}", file=sys.stderr)

@@ -20,6 +20,7 @@ from handful.generate.guidance_requests import (
     GuidanceRequest,
     NoisyClassifierRequest,
     PotentialRequest,
+    SmoothableRequest,
 )
 from handful.softplus import softened
 from handful.user_code import run_user_file
@@ -30,13 +31,13 @@ _TEMPLATE = ClassifierRequest.model_fields["template"].default
 def extractor_key(request: PotentialRequest) -> str:
     """What a term looks with, in words: the same for two terms that can share it. The key of every table of extractors."""
     if isinstance(request, FeaturesRequest):
-        return request.features
+        return request.features + _smoothness(request)
     if isinstance(request, ClassifierRequest):
         told = ""
         if request.prompts or request.template != _TEMPLATE:
             text = json.dumps([request.template, sorted(request.prompts.items())])
             told = f" prompts {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        return request.classifier + told + (f" softplus {request.softplus:g}" if request.softplus else "")
+        return request.classifier + told + _smoothness(request)
     assert isinstance(request, NoisyClassifierRequest)
     return f"{request.classifier} noisy"
 
@@ -58,7 +59,7 @@ def load_for(request: PotentialRequest, classes: Sequence[str] = (), *, meta: bo
         RequestError: If there is no such extractor, or it is not what the term needs.
     """
     if isinstance(request, FeaturesRequest):
-        return (extractor_skeleton if meta else load_extractor)(request.features)
+        return _smooth((extractor_skeleton if meta else load_extractor)(request.features), request)
     if isinstance(request, NoisyClassifierRequest):
         extractor = _noisy(request.classifier)
         return extractor.to("meta") if meta else extractor
@@ -76,7 +77,7 @@ def load_for(request: PotentialRequest, classes: Sequence[str] = (), *, meta: bo
     if not extractor.is_classifier:
         raise RequestError("classifier", request.classifier, "it has no logits", "Name an image classifier; a FILE.py:FUNCTION "
                            "says by classify= of its FeatureExtractor what gives them.")  # fmt: skip
-    return extractor if request.softplus is None else softened(extractor, request.softplus)
+    return _smooth(extractor, request)
 
 
 def class_prompts(request: ClassifierRequest, classes: Sequence[str], *, refuse_others: bool = True) -> dict[str, str]:
@@ -154,6 +155,14 @@ def targets_of(
             raise RequestError("classes", name, problem, f"Say which it is: classes: {{{name}: NUMBER}}; or by_label: true, if "
                                "it numbers them as the model does.")  # fmt: skip
     return found
+
+
+def _smoothness(request: SmoothableRequest) -> str:
+    return "" if request.softplus is None else f" softplus {request.softplus!r}".removesuffix(".0")
+
+
+def _smooth(extractor: FeatureExtractor, request: SmoothableRequest) -> FeatureExtractor:
+    return extractor if request.softplus is None else softened(extractor, request.softplus)
 
 
 def _noisy(name: str) -> FeatureExtractor:

@@ -85,8 +85,18 @@ class PotentialRequest(TimedRequest):
     boost: Weight = 0.0
 
 
-class FeaturesRequest(PotentialRequest):
-    """A potential of features; `auto` becomes what suits the model."""
+class SmoothableRequest(PotentialRequest):
+    """A potential of what a network of the user's choice answers.
+
+    Attributes:
+        softplus: Beta; every ReLU of the network becomes softplus(beta x) / beta. None leaves them.
+    """
+
+    softplus: Annotated[float, Field(gt=0)] | None = None
+
+
+class FeaturesRequest(SmoothableRequest):
+    """A potential of features; `auto` becomes what suits the model. With `softplus` exemplars are seen so as well."""
 
     features: Annotated[str, Field(min_length=1)] = "auto"
 
@@ -132,7 +142,7 @@ class CVSGRequest(ByExemplarsRequest):
     beta: Weight = 2.0
 
 
-class ClassifierRequest(PotentialRequest):
+class ClassifierRequest(SmoothableRequest):
     """Guidance by a classifier of clean images (EluCD); see `handful.guidance.Classifier`.
 
     The gaussian jacobian is the default: with Softplus 3 more of its gain survived than of the exact one's, at half the price
@@ -147,7 +157,6 @@ class ClassifierRequest(PotentialRequest):
         prompts: For CLIP, the prompts of single classes, over the template.
         template: For CLIP, how a class becomes a prompt.
         tau1, tau2: The inverse temperatures: -(tau1 f_y - logsumexp(tau2 f)).
-        softplus: Beta; every ReLU of the classifier becomes softplus(beta x) / beta. None leaves them.
         temperatures: [sigma / alpha, T] pairs, rising in the first: logits are divided by T, interpolated between.
     """
 
@@ -161,7 +170,6 @@ class ClassifierRequest(PotentialRequest):
     template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
     tau1: Weight = 1.0
     tau2: Weight = 1.0
-    softplus: Annotated[float, Field(gt=0)] | None = None
     temperatures: tuple[tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]], ...] = ()
 
 

@@ -96,7 +96,7 @@ def views(requests: Requests) -> list[View]:
 
 
 def view_of(request: ByExemplarsRequest) -> View:
-    return request.features, request.reduce or 1
+    return extractor_key(request), request.reduce or 1
 
 
 def make_terms(

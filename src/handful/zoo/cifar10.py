@@ -1,14 +1,13 @@
-"""The packaged CIFAR-10: two off-the-shelf classifiers, and of the real images features alone.
+"""The packaged CIFAR-10: two off-the-shelf classifiers, a self-supervised judge, and of the real images features alone.
 
 No image of the data set is in the package. The exemplars are `cifar10/exemplars.safetensors` (`handful.shared_exemplars`),
-what the judge saw of real test images is `cifar10/real.safetensors`. How they were made: `tools/package_cifar10.py`.
+what each judge saw of real test images is `cifar10/real-JUDGE.safetensors`. How they were made: `tools/package_cifar10.py`.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from safetensors.torch import load_file
@@ -18,20 +17,23 @@ from handful.errors import RequestError
 from handful.sealed import unseal
 from handful.zoo import zoo_path
 from handful.zoo.cifar_resnet import CifarResNet
+from handful.zoo.cifar_vit import CifarViT
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-CLASSIFIERS = ("guide", "judge")
+CLASSIFIERS = {"guide": CifarResNet, "judge": CifarResNet, "simclr": CifarViT}
+JUDGES = ("judge", "simclr")
 SIZE = (32, 32)
 KIND, VERSION = "real features", 1
 UNTOUCHED = "as is"
 _REMEDY = "The package is damaged: install it again."
 
 
-def load_cifar10_classifier(name: Literal["guide", "judge"]) -> CifarResNet:
+def load_cifar10_classifier(name: str) -> CifarResNet | CifarViT:
     """A packaged classifier, in evaluation mode and with its weights frozen.
 
     Args:
-        name: `guide` (ResNet-20) to steer with, `judge` (ResNet-56) to measure with. They are of one family: see the card.
+        name: `guide` (ResNet-20) to steer with; `judge` (ResNet-56) to measure with, of the guide's family; `simclr`, a
+            transformer that learned its features without labels, for claims. See the cards.
 
     Returns:
         The classifier of normalised images: logits, and `features(images)` for the pooled last stage.
@@ -43,7 +45,7 @@ def load_cifar10_classifier(name: Literal["guide", "judge"]) -> CifarResNet:
         raise RequestError("classifier", name, "is not a packaged classifier", f"Take one of: {', '.join(CLASSIFIERS)}.")
     folder = zoo_path("cifar10") / name
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    classifier = CifarResNet(**config["network"])
+    classifier = CLASSIFIERS[name](**config["network"])
     classifier.load_state_dict(load_file(folder / "model.safetensors"))  # float16 on the disk
     return classifier.requires_grad_(False).eval()
 
@@ -67,13 +69,16 @@ class RealFeatures:
     source: str
 
 
-def load_real_features() -> RealFeatures:
+def load_real_features(judge: str = "judge") -> RealFeatures:
     """The packaged features of real test images, 100 of each class.
+
+    Args:
+        judge: One of `JUDGES`.
 
     Raises:
         RequestError: The file is damaged.
     """
-    settings, tensors = unseal(zoo_path("cifar10") / "real.safetensors", KIND, VERSION, field="real", remedy=_REMEDY)
+    settings, tensors = unseal(zoo_path("cifar10") / f"real-{judge}.safetensors", KIND, VERSION, field="real", remedy=_REMEDY)
     parts: dict[str, dict[str, Tensor]] = {"features": {}, "probe": {}}
     for key, value in tensors.items():
         part, _, view = key.partition("/")

@@ -37,6 +37,8 @@ class CifarResNet(nn.Module):
         depth: 20, 32, 44, 56 or any other 6 n + 2.
     """
 
+    mean, std = MEAN, STD
+
     def __init__(self, depth: int) -> None:
         super().__init__()
         blocks = (depth - 2) // 6
