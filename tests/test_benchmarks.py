@@ -1,13 +1,23 @@
-"""The GPU benchmark runs, tiny, where there is no GPU: what it measures there means nothing, that it runs does."""
+"""The benchmarks run, tiny: what they measure then means nothing, that they run does."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_families.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import tables  # noqa: E402
+from shifts import SHIFTS, shifted  # noqa: E402
+
+from handful.image_tables import read_labelled  # noqa: E402
+
+SCRIPT = BENCHMARKS / "gpu_families.py"
 
 
 @pytest.mark.slow
@@ -21,3 +31,58 @@ def test_every_family_of_the_gpu_benchmark_runs_tiny_on_a_cpu(tmp_path: Path):
     for row in rows:
         assert row["throughput_ratio"] > 0
         assert (row["resolution"], row["images"], row["steps"]) == (128, 2, 4)
+
+
+# --- the tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tables(monkeypatch):
+    """The tables' module with few images and short trainings; real data, the packaged model and judges."""
+    if not tables.DATA.is_dir():
+        pytest.skip(f"needs CIFAR-10 at {tables.DATA}")
+    monkeypatch.setattr(tables, "REAL", 10)
+    monkeypatch.setattr(tables, "USEFUL_STEPS", 4)
+    small = {name: replace(table, per_class=2, steps=20) for name, table in tables.TABLES.items()}
+    monkeypatch.setattr(tables, "TABLES", small)
+
+    def test_images(bench):
+        return read_labelled(tables.DATA / "test.parquet", channels=3, size=tables.SIZE, limit=20)[0]
+
+    monkeypatch.setattr(tables.Bench, "test", property(test_images))
+    return tables
+
+
+@pytest.mark.slow
+def test_a_table_is_made_once_and_printed_with_what_both_judges_see(small_tables, tmp_path, monkeypatch, capsys):
+    words = ["tables.py", "useful", "--out", str(tmp_path), "--seeds", "0", "--only", "real;Chamfer + energy"]
+    monkeypatch.setattr(sys, "argv", words)
+    small_tables.main()
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("*.json")}
+    assert [path.name for path in sorted(made)] == ["Chamfer + energy seed 0.json", "real seed 0.json"]
+    told = capsys.readouterr().out
+    assert "Chamfer + energy, seed 0: " in told
+    assert "| |" not in told, "not all rows are there"
+    monkeypatch.setattr(sys, "argv", [*words, "--print"])
+    small_tables.main()
+    table = capsys.readouterr().out.splitlines()
+    assert {path: path.stat().st_mtime_ns for path in made} == made, "nothing is made twice"
+    assert "in distribution" in table[0]
+    assert "SimCLR F1" in table[0]
+    assert [line.split(" |")[0] for line in table[2:]] == ["| real", "| Chamfer + energy"]
+    row = json.loads((tmp_path / "rows/useful/Chamfer + energy seed 0.json").read_text())
+    assert row["shifted"] == pytest.approx(sum(row[name] for name in SHIFTS) / len(SHIFTS))
+    assert 1 < row["operations"] < 1.3
+
+
+def test_shifts_change_images_and_keep_their_size_and_range():
+    images = 2 * torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)) - 1
+    for name, seen in shifted(images).items():
+        assert seen.shape == images.shape
+        assert seen.abs().max() <= 1
+        assert torch.equal(seen, images) == (name == "as is")
+    flat = torch.full((1, 3, 8, 8), 0.3)
+    torch.testing.assert_close(SHIFTS["contrast"](flat), flat)
+    centre = torch.full((1, 1, 8, 8), -1.0)
+    centre[..., 1:7, 1:7] = 1.0
+    torch.testing.assert_close(SHIFTS["crop"](centre), torch.ones(1, 1, 8, 8))
