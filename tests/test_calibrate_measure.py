@@ -14,7 +14,7 @@ from support.pipelines import tiny_stable_diffusion
 from torch import Tensor
 
 from handful.calibrate import CalibrateJob, calibrate, prepare
-from handful.calibrate_measure import Recorded, Watched, watch
+from handful.calibrate.measure import Recorded, Watched, watch
 from handful.denoiser import Condition, Denoiser
 from handful.features import load_extractor
 from handful.generate.guidance_requests import ClassifierRequest

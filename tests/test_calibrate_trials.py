@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from handful.calibrate import CalibrateRequest, CalibrateSummary, calibrate, prepare
-from handful.calibrate_trials import TrialsRequest, most_sets
+from handful.calibrate.trials import TrialsRequest, most_sets
 from handful.errors import RequestError
 from handful.generate.guidance_requests import ClassifierRequest
 from handful.generate.recipe import recipe_from

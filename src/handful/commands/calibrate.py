@@ -83,9 +83,9 @@ def calibrate(
     """
     from handful.calibrate import MEASURED, CalibrateRequest, prepare
     from handful.calibrate import calibrate as run_calibrate
-    from handful.calibrate_candidates import TAUS, read_betas, read_taus
-    from handful.calibrate_report import calibration_table, trials_table
-    from handful.calibrate_trials import SETS
+    from handful.calibrate.candidates import TAUS, read_betas, read_taus
+    from handful.calibrate.report import calibration_table, trials_table
+    from handful.calibrate.trials import SETS
     from handful.generate.guidance_requests import ClassifierRequest
     from handful.generate.recipe import recipe_from
     from handful.generate.recipe_file import anchored_extractor, overridden, read_mapping
@@ -152,7 +152,7 @@ def _mapping(texts: list[str]) -> dict[str, str | int]:
 def _trials(
     real: str | None, judge: str | None, objective: str, max_cost: float, scales: str, jacobians: str, per_class: int
 ) -> Any:
-    from handful.calibrate_trials import TrialsRequest
+    from handful.calibrate.trials import TrialsRequest
     from handful.generate.recipe_file import anchored_extractor
 
     if real is None and judge is None:

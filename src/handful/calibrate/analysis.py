@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handful.calibrate_candidates import PLAIN, Candidate
-from handful.calibrate_measure import Recorded, Sees
+from handful.calibrate.candidates import PLAIN, Candidate
+from handful.calibrate.measure import Recorded, Sees
 from handful.feature_extractor import FeatureExtractor
 from handful.guidance import Timing
 from handful.guidance.classifier import temperature_at, tempered_energy

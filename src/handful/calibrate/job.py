@@ -3,7 +3,7 @@
 First, without any real image: the reverse process runs unguided, and at every step each pre-conditioning's calibration error is
 measured with respect to the class that the image was asked to be; its mean over the path, the integral calibration error, is
 the paper's compass. A classifier can be calibrated and still guide adversarially, so then, where real images and an unrelated
-judge are given, the best of each kind generate small sets, and what survives the audit decides (`calibrate_trials`).
+judge are given, the best of each kind generate small sets, and what survives the audit decides (`calibrate.trials`).
 
     DIR/request.yaml         what was asked for, with its provenance
     DIR/guidance.yaml        the chosen guidance, ready for a recipe
@@ -27,13 +27,13 @@ from typing import Any
 import torch
 import yaml
 
-from handful.calibrate_analysis import Found, analyse, with_roughness
-from handful.calibrate_candidates import BETAS, TAUS, Candidate, Looks, candidates
-from handful.calibrate_choice import Choice, by_calibration, shortlist
-from handful.calibrate_measure import KEPT_STEPS, SEEN, Recorded, Sees, bytes_needed, kept_images, watch
-from handful.calibrate_plot import reliability_png
-from handful.calibrate_report import guidance_block, guidance_yaml, rows_parquet
-from handful.calibrate_trials import Trials, TrialsRequest, by_trials, check_trials, most_sets, run_trials, step_costs
+from handful.calibrate.analysis import Found, analyse, with_roughness
+from handful.calibrate.candidates import BETAS, TAUS, Candidate, Looks, candidates
+from handful.calibrate.choice import Choice, by_calibration, shortlist
+from handful.calibrate.measure import KEPT_STEPS, SEEN, Recorded, Sees, bytes_needed, kept_images, watch
+from handful.calibrate.plot import reliability_png
+from handful.calibrate.report import guidance_block, guidance_yaml, rows_parquet
+from handful.calibrate.trials import Trials, TrialsRequest, by_trials, check_trials, most_sets, run_trials, step_costs
 from handful.errors import RequestError
 from handful.feature_extractor import FeatureExtractor
 from handful.generate.classifying import extractor_key

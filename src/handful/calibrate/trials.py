@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from handful.calibrate_analysis import Found
-from handful.calibrate_candidates import PLAIN, Candidate
-from handful.calibrate_choice import Choice, temperatures_of
-from handful.calibrate_cost import affordable, overheads
+from handful.calibrate.analysis import Found
+from handful.calibrate.candidates import PLAIN, Candidate
+from handful.calibrate.choice import Choice, temperatures_of
+from handful.calibrate.cost import affordable, overheads
 from handful.errors import RequestError, RunError
 from handful.feature_extractor import FeatureExtractor
 from handful.features import load_extractor
@@ -179,7 +179,7 @@ def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor)
 
 
 def most_sets(request: TrialsRequest) -> int:
-    """How many sets at most: every shortlisted candidate (see `calibrate_choice.shortlist`), refined and confirmed."""
+    """How many sets at most: every shortlisted candidate (see `calibrate.choice.shortlist`), refined and confirmed."""
     ways = 3 * len(request.jacobians) + 2
     return 1 + ways * len(request.scales) + _EDGES + 4 + 3 * _CONFIRMING
 

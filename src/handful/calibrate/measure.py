@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from handful.calibrate_candidates import Looks
+from handful.calibrate.candidates import Looks
 from handful.denoiser import Around, Condition, Denoiser
 from handful.errors import RunError
 from handful.feature_extractor import FeatureExtractor

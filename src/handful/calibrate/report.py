@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from handful.calibrate_analysis import Found
-from handful.calibrate_choice import Choice
+from handful.calibrate.analysis import Found
+from handful.calibrate.choice import Choice
 from handful.generate.guidance_requests import ClassifierRequest
 from handful.generate.manifest import parquet_bytes
 from handful.sweep.columns import LOWER_IS_BETTER, TEST, VALIDATION

@@ -19,8 +19,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from handful.calibrate_analysis import Found
-from handful.calibrate_candidates import PLAIN, Candidate
+from handful.calibrate.analysis import Found
+from handful.calibrate.candidates import PLAIN, Candidate
 
 # Okabe and Ito's colours, which colour-blind people tell apart.
 _PLAIN, _CHOSEN = "#555555", "#D55E00"

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from handful.calibrate_analysis import Found
-from handful.calibrate_candidates import PLAIN, Candidate
+from handful.calibrate.analysis import Found
+from handful.calibrate.candidates import PLAIN, Candidate
 from handful.generate.guidance_requests import ClassifierRequest
 
 ADVERSARIAL = (
