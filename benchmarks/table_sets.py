@@ -78,17 +78,18 @@ def make(setting: Setting, pool: Path, folder: Path, per_class: int, seed: int) 
     """
     recipe = setting.recipe(pool, per_class, seed)
     note = folder.parent / f"{folder.name}.json"
-    summary = handful.generate(recipe, folder)
-    if summary.failures:
-        raise RuntimeError(f"{folder}: {summary.failures[0]}")
-    if not note.is_file():
-        made_now = summary.cohorts_done / (summary.cohorts_done + summary.cohorts_resumed)
-        cost = {
-            "operations": cost_of(recipe).recipe.flops_per_image
-            / cost_of(Setting(steps=setting.steps).recipe(pool, per_class, seed)).recipe.flops_per_image,
-            "seconds": summary.seconds / made_now if made_now else float("nan"),
-        }
-        write_atomically(note, json.dumps(cost).encode())
+    with claimed(folder.parent / f".{folder.name}.lock", wait=True):  # another table's process may make the same set
+        summary = handful.generate(recipe, folder)
+        if summary.failures:
+            raise RuntimeError(f"{folder}: {summary.failures[0]}")
+        if not note.is_file():
+            made_now = summary.cohorts_done / (summary.cohorts_done + summary.cohorts_resumed)
+            cost = {
+                "operations": cost_of(recipe).recipe.flops_per_image
+                / cost_of(Setting(steps=setting.steps).recipe(pool, per_class, seed)).recipe.flops_per_image,
+                "seconds": summary.seconds / made_now if made_now else float("nan"),
+            }
+            write_atomically(note, json.dumps(cost).encode())
     return read_folder(folder, channels=3, size=SIZE), json.loads(note.read_text())
 
 

@@ -47,6 +47,7 @@ WIDTH = 16  # channels of the downstream classifiers' first stage
 JUDGED = 100  # images a class of a large set that the judges see
 REAL = 100  # real test images a class that judges compare with
 
+# Written out, so that a later default of the package does not change what a table compares.
 PIXELS = {"method": "chamfer", "features": "pixels", "scale": 0.2, "jacobian": "gaussian", "every": 1, "margin": 0.5}
 ENERGY = {
     "method": "energy",
@@ -131,7 +132,8 @@ class Bench:
         made = LabelledImages(torch.cat(list(by_class.values())), labels, [])
         found: dict[str, Any] = {}
         for prefix, referee in self.referees.items():
-            found |= {prefix + column: value for column, value in referee.row(made, near).items()}
+            row = referee.row(made, None if prefix else near)  # copies are counted in pixels: by one is enough
+            found |= {prefix + column: value for column, value in row.items()}
         return found
 
     def train(self, images: Tensor, labels: Tensor, seed: int, strong: bool = False) -> torch.nn.Module:
@@ -264,16 +266,16 @@ def tasks(table: Table, seeds: Sequence[int], only: Sequence[str]) -> Iterator[t
                 yield name, row, seed
 
 
-def record(out: Path, table: str, name: str, seed: int) -> Path:
-    return out / "rows" / table / f"{name} seed {seed}.json".replace("/", "-")
+def record(out: Path, table: str, per_class: int, name: str, seed: int) -> Path:
+    return out / "rows" / f"{table}-{per_class}" / f"{name} seed {seed}.json".replace("/", "-")
 
 
-def markdown(out: Path, name: str, seeds: Sequence[int]) -> str:
+def markdown(out: Path, name: str, per_class: int, seeds: Sequence[int]) -> str:
     """The table of what is measured: mean ± standard deviation over the seeds."""
     shown = dict(TABLES[name].columns)
     found: dict[str, list[dict[str, Any]]] = {}
     for row in TABLES[name].rows():
-        files = [file for seed in seeds if (file := record(out, name, row, seed)).is_file()]
+        files = [file for seed in seeds if (file := record(out, name, per_class, row, seed)).is_file()]
         if files:
             found[row] = [json.loads(file.read_text()) for file in files]
     shown = {column: title for column, title in shown.items() if any(column in each[0] for each in found.values())}
@@ -304,12 +306,15 @@ def main() -> None:
     add("--print", action="store_true", help="print what is measured and make nothing")
     given = parser.parse_args()
     table, seeds = TABLES[given.table], [int(seed) for seed in given.seeds.split(",")]
+    per_class, only = given.per_class or table.per_class, given.only.split(";") if given.only else []
+    if unknown := set(only) - set(table.rows()):
+        parser.error(f"--only: there is no row {sorted(unknown)[0]!r}; the rows are {'; '.join(table.rows())}")
     bench = Bench(given.out, table.steps)
-    for name, row, seed in () if given.print else tasks(table, seeds, given.only.split(";") if given.only else ()):
-        file = record(given.out, given.table, name, seed)
-        with claimed(given.out / ".locks" / f"{given.table} {file.stem}") as mine:
+    for name, row, seed in () if given.print else tasks(table, seeds, only):
+        file = record(given.out, given.table, per_class, name, seed)
+        with claimed(given.out / ".locks" / f"{file.parent.name} {file.stem}") as mine:
             if mine and not file.is_file():
-                found = table.measure(bench, name, row, seed, given.per_class or table.per_class)
+                found = table.measure(bench, name, row, seed, per_class)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
                 told = {
@@ -320,8 +325,10 @@ def main() -> None:
                 print(
                     f"{name}, seed {seed}: " + ", ".join(f"{column} {value:.3f}" for column, value in told.items()), flush=True
                 )
-    if given.print or all(record(given.out, given.table, name, seed).is_file() for name, _, seed in tasks(table, seeds, ())):
-        print(markdown(given.out, given.table, seeds))
+    if given.print or all(
+        record(given.out, given.table, per_class, name, seed).is_file() for name, _, seed in tasks(table, seeds, ())
+    ):
+        print(markdown(given.out, given.table, per_class, seeds))
 
 
 if __name__ == "__main__":

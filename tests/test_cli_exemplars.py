@@ -93,16 +93,18 @@ def test_a_file_that_is_there_is_kept(photos, tmp_path, capsys):
     assert "it holds no exemplar features" in capsys.readouterr().err
 
 
-def test_features_are_kept_as_a_smooth_network_sees_them(photos, tmp_path, capsys):
-    out = tmp_path / "smooth.safetensors"
-    words = ["exemplars", photos, "--model", "digits", "--features", "digits-guide", "--softplus", 3, "--out", out, "--json"]
-    assert handful(*words) == 0
-    assert [view["features"] for view in json.loads(capsys.readouterr().out)["views"]] == ["digits-guide softplus 3"]
-    asked = ["generate", "--model", "digits", "--exemplars", out, "--features", "digits-guide", "--guidance", "energy"]
-    asked += ["--per-class", 2, "--steps", 4]
-    assert handful(*asked, "--out", tmp_path / "sharp") == 2
-    assert "digits-guide softplus 3" in capsys.readouterr().err
-    assert handful(*asked, "--set", "guidance.energy.softplus=3", "--out", tmp_path / "run", "--quiet") == 0
-    words[5] = "digits-judge"
-    assert handful(*[word if word != out else tmp_path / "other.safetensors" for word in words]) == 2
+def test_features_are_kept_as_a_smooth_network_sees_them_too(photos, tmp_path, capsys):
+    out, plain = tmp_path / "smooth.safetensors", tmp_path / "plain.safetensors"
+    words = ["exemplars", photos, "--model", "digits", "--features", "digits-guide"]
+    assert handful(*words, "--softplus", 3, "--out", out, "--json") == 0
+    views = json.loads(capsys.readouterr().out)["views"]
+    assert [view["features"] for view in views] == ["digits-guide", "digits-guide softplus 3"]
+    assert handful(*words, "--out", plain) == 0
+    asked = ["generate", "--model", "digits", "--features", "digits-guide", "--guidance", "energy", "--per-class", 2]
+    asked += ["--steps", 4, "--set", "guidance.energy.softplus=3"]
+    assert handful(*asked, "--exemplars", plain, "--out", tmp_path / "none") == 2
+    assert "--softplus" in capsys.readouterr().err
+    assert handful(*asked, "--exemplars", out, "--out", tmp_path / "run", "--quiet") == 0
+    words[-1] = "digits-judge"
+    assert handful(*words, "--softplus", 3, "--out", tmp_path / "other.safetensors") == 2
     assert "calls no ReLU" in capsys.readouterr().err

@@ -6,7 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser, NetworkDenoiser, Prediction, denoised_from, network_input, output_from
+from handful.denoiser import (
+    Around,
+    Clamped,
+    Condition,
+    Denoiser,
+    NetworkDenoiser,
+    Prediction,
+    denoised_from,
+    network_input,
+    output_from,
+)
 from handful.errors import RequestError
 from handful.noise import EDM, VP, Flow, Level, Schedule, level
 
@@ -251,3 +261,71 @@ def test_the_true_answer_gives_back_the_true_image_and_the_image_the_answer(pred
         x_t = at.alpha * x0 + at.sigma * eps
         torch.testing.assert_close(denoised_from(prediction, x_t, answer, at), x0, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(output_from(prediction, x_t, x0, at), answer, rtol=1e-12, atol=1e-12)
+
+
+class Peculiar(Denoiser):
+    """Answers everything that a denoiser is asked otherwise than the base does."""
+
+    shape, levels, classes, label_count, null_class, prompted = (2, 4, 4), VP.cosine(), ("a", "b"), 3, 2, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(3, 2)
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        self.learned_variance = x_t + 7
+        return 3 * x_t
+
+    def condition(self, labels) -> Condition:
+        return Condition(torch.as_tensor(labels) + 1)
+
+    def enter(self, x, levels, index, condition):
+        return x + 1
+
+    def leave(self, x, levels, index):
+        return x + 2
+
+    @property
+    def image_shape(self):
+        return (3, 8, 8)
+
+    def decode(self, x0):
+        return x0 + 3
+
+    def encode(self, images):
+        return images + 4
+
+    def preview(self, x0, reduce=1):
+        return x0 + 5 * reduce
+
+    @property
+    def preview_factor(self):
+        return 8
+
+    @property
+    def learns_variance(self):
+        return True
+
+    @property
+    def label_embeddings(self):
+        return [self.embedding]
+
+
+def test_a_wrapper_answers_as_what_it_wraps():
+    inner = Peculiar()
+    outer = Clamped(inner)
+    for name in ("shape", "levels", "classes", "label_count", "null_class", "prompted", "image_shape", "preview_factor",
+                 "has_null", "learns_variance", "label_embeddings"):  # fmt: skip
+        assert getattr(outer, name) == getattr(inner, name), name
+    x, levels, condition = torch.zeros(1, 2, 4, 4), inner.levels.spacing(3), inner.condition([0])
+    assert torch.equal(outer.condition([0]).labels, condition.labels)
+    asked = {"enter": (x, levels, 0, condition), "leave": (x, levels, 0), "decode": (x,), "encode": (x,), "preview": (x, 2)}
+    for name, arguments in asked.items():
+        assert torch.equal(getattr(outer, name)(*arguments), getattr(inner, name)(*arguments)), name
+        assert not torch.equal(getattr(outer, name)(*arguments), x), name
+    found = outer(x + 0.25, levels[0], condition)
+    assert found.max() == 0.75
+    assert torch.equal(outer.learned_variance, x + 7.25)
+    public = {name for name in vars(Denoiser) if not name.startswith("_")}
+    assert public <= {*vars(Around), *vars(outer), *asked, "forward", "has_null", "place", "components", "learned_variance",
+                      "code_sha256"}, "a new member of Denoiser must be handed on by Around"  # fmt: skip

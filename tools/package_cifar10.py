@@ -47,7 +47,7 @@ from handful.samplers import dpmpp_2m
 from handful.sealed import seal
 from handful.shared_exemplars import ExemplarFeatures
 from handful.softplus import softened
-from handful.zoo.cifar10 import CLASSES, JUDGES, KIND, SIZE, UNTOUCHED, VERSION, probe
+from handful.zoo.cifar10 import CLASSES, CLASSIFIERS, JUDGES, KIND, SIZE, UNTOUCHED, VERSION, probe
 from handful.zoo.cifar_resnet import CifarResNet
 
 ZOO = Path(__file__).resolve().parents[1] / "src" / "handful" / "zoo" / "cifar10"
@@ -147,7 +147,7 @@ def install_classifiers(folder: Path, zoo: Path) -> None:
 def install_features(data: Path, zoo: Path) -> None:
     """exemplars.safetensors and real-JUDGE.safetensors, and the classifiers' accuracy into their config.json."""
     train, _ = read_labelled(data / "train.parquet", channels=3, size=SIZE, limit=EXEMPLARS, field="--data")
-    extractors = {role: load_extractor(f"cifar10-{role}") for role in (*DEPTHS, "simclr")}
+    extractors = {role: load_extractor(f"cifar10-{role}") for role in CLASSIFIERS}
     of_class = train.by_class()
     kept = ExemplarFeatures.of(
         Exemplars.from_tensors({name: of_class[name] for name in CLASSES}),

@@ -71,7 +71,8 @@ def train(
     network = CifarViT(WIDTH, DEPTHS)
     head = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH // 2))
     parameters = [p for name, p in network.named_parameters() if not name.startswith("linear")] + list(head.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.95, 0.98), weight_decay=0.05)
+    # it moves beta1 too, from 0.95 to 0.85 and back, as the learning rate rises and falls
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     log, total, began = [], 0.0, time.monotonic()
     for step in range(1, steps + 1):
@@ -118,30 +119,32 @@ def fit_linear(network: CifarViT, seen: Tensor, labels: Tensor) -> None:
     network.linear = layer
 
 
-def read(source: str, classes: list[str] | None = None) -> tuple[Tensor, Tensor, list[str]]:
+def read(source: str, field: str, classes: list[str] | None = None) -> tuple[Tensor, Tensor, list[str]]:
     """Images in [-1, 1], labels, and what these are called."""
-    found, named = read_labelled(source, channels=3, size=(32, 32), field="--data")
+    found, named = read_labelled(source, channels=3, size=(32, 32), field=field)
     places = {name: place for place, name in enumerate(classes or named)}
+    if unknown := [name for name in named if name not in places]:
+        raise RequestError(field, source, f"no training image is of class '{unknown[0]}'", "Give images of the same classes.")
     return found.images, torch.tensor([places[name] for name in found.labels]), named
 
 
 def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     try:
-        if given.out.exists() and any(given.out.iterdir()):
-            raise RequestError("--out", given.out, "it is not empty", "Choose a new directory.")
-        for name in ("steps", "batch"):
-            if getattr(given, name) < 10:
-                raise RequestError(f"--{name}", getattr(given, name), "it is too small", "Give 10 or more.")
-        images, labels, classes = read(given.data)
+        if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+            raise RequestError("--out", given.out, "it is a file, or not empty", "Choose a new directory.")
+        for name, least in (("steps", 20), ("batch", 2)):
+            if getattr(given, name) < least:
+                raise RequestError(f"--{name}", getattr(given, name), "it is too small", f"Give {least} or more.")
+        images, labels, classes = read(given.data, "--data")
+        test = read(given.test, "--test", classes) if given.test else None
         network, log = train(images, given.steps, given.batch, given.rate, given.seed,
                              lambda text: print(text, file=sys.stderr, flush=True))  # fmt: skip
         fit_linear(network, features(network, images), labels)
         told = {"network": {"width": WIDTH, "depths": DEPTHS, "classes": len(classes)}, "steps": given.steps,
                 "batch": given.batch, "seed": given.seed}  # fmt: skip
-        if given.test:
-            test, wanted, _ = read(given.test, classes)
-            right = network.linear(features(network, test)).argmax(1) == wanted
+        if test is not None:
+            right = network.linear(features(network, test[0])).argmax(1) == test[1]
             told["test_accuracy"] = round(float(right.double().mean()), 4)
         given.out.mkdir(parents=True, exist_ok=True)
         weights = {name: value.half().contiguous() for name, value in network.state_dict().items()}

@@ -21,7 +21,7 @@ def random_view(images: Tensor, draw: torch.Generator, *, area: float = 0.2, jit
         draw: On the CPU, so that a seed gives the same views on every device.
         area: Smallest share of the image that a crop keeps, above 0; 1 keeps it whole, but for its aspect.
         jitter: Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in four images of five;
-            a quarter of it is the deviation of each channel's tint. 0 leaves the colours.
+            a quarter of it is the deviation of each channel's saturation from the others'. 0 leaves the colours.
         gray: Share of the jittered images that lose their colours.
 
     Returns:

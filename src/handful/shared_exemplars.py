@@ -211,6 +211,8 @@ class ExemplarFeatures:
             same = [view for view in self.features if self.names[view] == extractor.name and view.reduce == reduce]
             but = ", but of other weights or preprocessing" if same else ""
             remedy = f"Use what it holds ({self.held()}), or give the folder of images (--exemplars DIR)."
+            if " softplus " in extractor.name:
+                remedy += " Or make it with handful exemplars --softplus; softplus=null looks without it."
             raise RequestError("features", extractor.name, f"the exemplars are a file of features, which holds none of it at "
                                f"reduce {reduce}{but}", remedy)  # fmt: skip
         return found
@@ -242,4 +244,5 @@ def _key(view: int, number: int) -> str:
 
 def _public(name: str) -> str:
     """An extractor's name without the folders of whoever made the file."""
-    return Path(name).name if Path(name).exists() else name
+    plain, mark, beta = name.partition(" softplus ")  # of a directory's network with Softplus for ReLU
+    return (Path(plain).name if Path(plain).exists() else plain) + mark + beta

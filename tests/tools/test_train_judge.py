@@ -62,23 +62,28 @@ def test_a_training_writes_what_the_zoo_takes_and_its_seed_decides(photographs, 
     told = []
     for name in ("a", "b"):
         data = ["--data", str(photographs), "--test", str(photographs)]
-        assert tool.main([*data, "--out", str(tmp_path / name), "--steps", "12", "--batch", "12"]) == 0
+        assert tool.main([*data, "--out", str(tmp_path / name), "--steps", "20", "--batch", "12"]) == 0
         told.append(json.loads(capsys.readouterr().out))
     assert told[0] == told[1]
     assert told[0]["test_accuracy"] == 1.0  # its own training images, told apart by one colour
     held = [load_file(tmp_path / name / "model.safetensors") for name in ("a", "b")]
     assert all(torch.equal(held[0][key], held[1][key]) for key in held[0])
     CifarViT(**json.loads((tmp_path / "a" / "config.json").read_text())["network"]).load_state_dict(held[0])
-    assert (tmp_path / "a" / "log.csv").read_text().startswith("step,loss\n12,")
+    assert (tmp_path / "a" / "log.csv").read_text().startswith("step,loss\n20,")
 
 
 @pytest.mark.parametrize(("option", "value", "told"), [("--steps", "3", "--steps: 3"), ("--out", "full", "not empty"),
-                                                       ("--data", "nowhere", "nowhere")])  # fmt: skip
+                                                       ("--data", "nowhere", "--data: "), ("--test", "nowhere", "--test: "),
+                                                       ("--test", "other", "class 'green'"),
+                                                       ("--out", "file", "it is a file")])  # fmt: skip
 def test_bad_requests_are_refused_by_name(photographs, tmp_path, capsys, monkeypatch, option, value, told):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")
-    asked = {"--data": str(photographs), "--out": "new", "--steps": "12", "--batch": "12", option: value}
+    Path("file").touch()
+    Path("other/green").mkdir(parents=True)
+    Image.new("RGB", (32, 32)).save("other/green/0.png")
+    asked = {"--data": str(photographs), "--out": "new", "--steps": "20", "--batch": "12", option: value}
     assert tool.main([part for pair in asked.items() for part in pair]) == 2
     assert told in capsys.readouterr().err
     assert not Path("new").exists()

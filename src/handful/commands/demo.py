@@ -30,11 +30,11 @@ def demo(
     json_wanted: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, alone on stdout.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Generate images without guidance, with classifier-free guidance and with Chamfer guidance, and compare them.
+    """Generate images without guidance, with classifier-free guidance and with guidance by exemplars, and compare them.
 
     digits: every set is judged on held-out real digits by a classifier that guided nothing, and a small classifier trained on
     it alone is tested on them; each seed draws exemplars anew. cifar10: a provisional model of photographs; exemplars and the
-    real images that the judge compares with are packaged as features alone. Writes run directories, contact_sheet.png and
+    real images that two judges compare with are packaged as features alone. Writes run directories, contact_sheet.png and
     results.json.
 
     \b

@@ -40,7 +40,7 @@ def exemplars(
     ] = None,
     softplus: Annotated[
         float | None,
-        typer.Option(metavar="BETA", help="See them with Softplus in place of every ReLU, as terms with that softplus do."),
+        typer.Option(metavar="BETA", help="See them with Softplus in place of every ReLU too, as terms with that softplus do."),
     ] = None,
     source: Annotated[str, typer.Option(metavar="TEXT", help="Where the images come from; kept in the file.")] = "",
     licence: Annotated[str, typer.Option(metavar="TEXT", help="What may be done with them; kept in the file.")] = "",
@@ -81,7 +81,7 @@ def exemplars(
 
     extractors = [load_extractor(name) for name in dict.fromkeys(features)]
     if softplus is not None:
-        extractors = [softened(extractor, softplus) for extractor in extractors]
+        extractors += [softened(extractor, softplus) for extractor in extractors]
     drawn = Exemplars.from_folder(given, channels=shape[0], size=shape[1:], k=k, seed=seed, minimum=1 if k == 1 else 2)
     for warning in drawn.warnings:
         print(f"note: {warning}", file=sys.stderr)
