@@ -85,7 +85,8 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
             words: dict[str, Any] = {"use_safetensors": any(where.glob("*.safetensors")) or None}
         else:
             where, words = source.name, {"subfolder": inside.rstrip("/"), "revision": source.revision}
-        loaded: Any = UNet2DModel.from_pretrained(where, output_loading_info=True, **words)
+        # cast afterwards, diffusers would warn of modules to keep in float32 even where it names none
+        loaded: Any = UNet2DModel.from_pretrained(where, output_loading_info=True, torch_dtype=options.dtype, **words)
     except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
         raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})",
                            remedy(source)) from error  # fmt: skip
@@ -94,7 +95,7 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
         raise RequestError("model", str(where), f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
                            "Copy config.json and weights from the same checkpoint.")  # fmt: skip
-    return _denoiser(network if options.dtype is None else network.to(options.dtype), source, options)
+    return _denoiser(network, source, options)
 
 
 def _inside(source: Source) -> str:
