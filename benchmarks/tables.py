@@ -58,8 +58,12 @@ ENERGY = {
     "every": 3,
     "smoothing": {"shift": 2},
 }
+HALF = {**ENERGY, "reduce": 2}
 SMOOTH = {"method": "classifier", "classifier": GUIDE, "softplus": 3.0, "every": 3}
 SPARSE_CFG = {"method": "cfg", "scale": 5.0, "every": 2}
+
+
+Terms = tuple[dict[str, Any], ...]
 
 
 def cfg(scale: float, **timing: Any) -> dict[str, Any]:
@@ -99,10 +103,11 @@ class Bench:
     Args:
         out: Where everything goes.
         steps: Of each downstream classifier.
+        trainings: Classifiers trained on each set, in tables of classifiers.
     """
 
-    def __init__(self, out: Path, steps: int) -> None:
-        self.out, self.steps = out, steps
+    def __init__(self, out: Path, steps: int, trainings: int = 1) -> None:
+        self.out, self.steps, self.trainings = out, steps, trainings
         out.mkdir(parents=True, exist_ok=True)
         self.pool = write_pool(DATA, out)
 
@@ -137,16 +142,22 @@ class Bench:
         return found
 
     def train(self, images: Tensor, labels: Tensor, seed: int, strong: bool = False) -> torch.nn.Module:
+        """A downstream classifier; `strong` augments as one would who has few images."""
         augment = partial(random_view, area=0.4, gray=0.1) if strong else True
         return train_classifier(
             images, labels, len(CLASSES), steps=self.steps, augment=augment, flip=not strong, width=WIDTH, seed=seed
         )
 
-    def accuracies(self, network: torch.nn.Module) -> dict[str, float]:
-        """On the real test images, as they are and shifted."""
-        labels = numbers(self.test)
-        found = {name: accuracy(network, images, labels) for name, images in self.views.items()}
-        return {**found, "shifted": fmean(found[name] for name in SHIFTS)}
+    def accuracies(self, images: Tensor, labels: Tensor, seed: int, strong: bool = False) -> dict[str, list[float]]:
+        """On the real test images, as they are and shifted, of `self.trainings` classifiers trained on these."""
+        wanted = numbers(self.test)
+        found: dict[str, list[float]] = {name: [] for name in (*self.views, "shifted")}
+        for training in range(self.trainings):
+            network = self.train(images, labels, seed + 100 * training, strong)
+            for name, view in self.views.items():
+                found[name].append(accuracy(network, view, wanted))
+            found["shifted"].append(fmean(found[name][-1] for name in SHIFTS))
+        return found
 
 
 def numbers(images: LabelledImages) -> Tensor:
@@ -166,7 +177,7 @@ def chamfer_rows() -> dict[str, Row]:
         **{f"Chamfer, k = {k}": Setting((PIXELS,), k) for k in (2, 32)},
         "energy, k = 32": Setting((ENERGY,), 32),
         **{f"Chamfer + energy, k = {k}": Setting((PIXELS, ENERGY), k) for k in (2, 4, 8, 16, 32)},
-        "Chamfer + energy/2, k = 32": Setting((PIXELS, {**ENERGY, "reduce": 2}), 32),
+        "Chamfer + energy/2, k = 32": Setting((PIXELS, HALF), 32),
     }
     return {name: Row(setting) for name, setting in settings.items()}
 
@@ -180,11 +191,13 @@ def chamfer_measure(bench: Bench, name: str, row: Row, seed: int, per_class: int
 
 
 def useful_rows() -> dict[str, Row]:
-    guidance = {
-        "none": (), "CFG 2.5": (cfg(2.5),), "energy": (ENERGY,), "Chamfer + energy": (PIXELS, ENERGY),
-        "Chamfer + energy + CFG/2": (PIXELS, ENERGY, SPARSE_CFG),
+    guidance: dict[str, Terms] = {
+        "none": (), "CFG 2.5": (cfg(2.5),), "energy": (ENERGY,), "Chamfer": (PIXELS,), "Chamfer + energy": (PIXELS, ENERGY),
+        "Chamfer + energy/2": (PIXELS, HALF), "Chamfer + energy + CFG/2": (PIXELS, ENERGY, SPARSE_CFG),
+        "Chamfer + energy/2 + CFG/2": (PIXELS, HALF, SPARSE_CFG),
     }  # fmt: skip
-    settings = {name: Setting(terms, 32 * (ENERGY in terms), USEFUL_STEPS) for name, terms in guidance.items()}
+    by_exemplars = {name for name, terms in guidance.items() if PIXELS in terms or ENERGY in terms}
+    settings = {name: Setting(terms, 32 * (name in by_exemplars), USEFUL_STEPS) for name, terms in guidance.items()}
     return {"real": Row(None), **{name: Row(setting) for name, setting in settings.items()}}
 
 
@@ -195,7 +208,7 @@ def useful_measure(bench: Bench, name: str, row: Row, seed: int, per_class: int)
     else:
         made, cost = bench.set_of(name, row.setting, per_class, seed)
         extra = {**bench.quality(made, row.setting, seed), **cost}
-    return {**bench.accuracies(bench.train(made.images, numbers(made), seed)), **extra}
+    return {**bench.accuracies(made.images, numbers(made), seed), **extra}
 
 
 def real_training_images(per_class: int, seed: int) -> LabelledImages:
@@ -234,7 +247,7 @@ def together_measure(bench: Bench, name: str, row: Row, seed: int, per_class: in
         times = max(1, round(len(made.images) / 3 / len(images)))
         images, labels = (torch.cat([new, old.repeat(times, *[1] * (old.dim() - 1))])
                           for new, old in ((made.images, images), (numbers(made), labels)))  # fmt: skip
-    return bench.accuracies(bench.train(images, labels, seed, strong=row.kind != "plain"))
+    return bench.accuracies(images, labels, seed, strong=row.kind != "plain")
 
 
 @dataclass(frozen=True)
@@ -271,7 +284,7 @@ def record(out: Path, table: str, per_class: int, name: str, seed: int) -> Path:
 
 
 def markdown(out: Path, name: str, per_class: int, seeds: Sequence[int]) -> str:
-    """The table of what is measured: mean ± standard deviation over the seeds."""
+    """The table of what is measured: mean ± standard deviation over the seeds, and the trainings of each."""
     shown = dict(TABLES[name].columns)
     found: dict[str, list[dict[str, Any]]] = {}
     for row in TABLES[name].rows():
@@ -286,8 +299,8 @@ def markdown(out: Path, name: str, per_class: int, seeds: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def cell(values: Sequence[float | None], column: str) -> str:
-    known = [value for value in values if value is not None]
+def cell(values: Sequence[float | list[float] | None], column: str) -> str:
+    known = [one for value in values if value is not None for one in (value if isinstance(value, list) else [value])]
     if not known:
         return ""
     digits = 0 if column == "seconds" else 2 if "frechet" in column or column in ("operations", "vendi") else 3
@@ -302,6 +315,7 @@ def main() -> None:
     add("--out", type=Path, required=True)
     add("--seeds", default="0,1,2", help="with commas (default: %(default)s)")
     add("--only", default="", help="names of rows, with semicolons (default: all)")
+    add("--trainings", type=int, default=1, help="classifiers trained on each set of (b) and (d) (default: %(default)s)")
     add("--per-class", type=int, help="images of each class in a set (default: the table's own)")
     add("--print", action="store_true", help="print what is measured and make nothing")
     given = parser.parse_args()
@@ -309,7 +323,7 @@ def main() -> None:
     per_class, only = given.per_class or table.per_class, given.only.split(";") if given.only else []
     if unknown := set(only) - set(table.rows()):
         parser.error(f"--only: there is no row {sorted(unknown)[0]!r}; the rows are {'; '.join(table.rows())}")
-    bench = Bench(given.out, table.steps)
+    bench = Bench(given.out, table.steps, given.trainings)
     for name, row, seed in () if given.print else tasks(table, seeds, only):
         file = record(given.out, given.table, per_class, name, seed)
         with claimed(given.out / ".locks" / f"{file.parent.name} {file.stem}") as mine:
@@ -317,14 +331,9 @@ def main() -> None:
                 found = table.measure(bench, name, row, seed, per_class)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
-                told = {
-                    column: found[column]
-                    for column in ("robust_f1", "simclr_robust_f1", "downstream", "as is")
-                    if column in found
-                }
-                print(
-                    f"{name}, seed {seed}: " + ", ".join(f"{column} {value:.3f}" for column, value in told.items()), flush=True
-                )
+                shown = [each for each in ("robust_f1", "simclr_robust_f1", "downstream", "as is") if each in found]
+                told = ", ".join(f"{each} {cell([found[each]], each)}" for each in shown)
+                print(f"{name}, seed {seed}: {told}", flush=True)
     if given.print or all(
         record(given.out, given.table, per_class, name, seed).is_file() for name, _, seed in tasks(table, seeds, ())
     ):
