@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -125,9 +126,7 @@ class Bench:
         return {prefix: Referee(real, load_extractor(name), classes=CLASSES) for prefix, name in JUDGES.items()}
 
     def set_of(self, name: str, setting: Setting, per_class: int, seed: int) -> tuple[LabelledImages, dict[str, float]]:
-        return make(
-            setting, self.pool, self.out / f"sets-{per_class}" / name.replace(" ", "-") / f"seed-{seed}", per_class, seed
-        )
+        return make(setting, self.pool, self.out / f"sets-{per_class}" / file_name(name) / f"seed-{seed}", per_class, seed)
 
     def quality(self, made: LabelledImages, setting: Setting, seed: int) -> dict[str, Any]:
         """What both judges find of the first images of each class, and copies."""
@@ -272,6 +271,10 @@ TABLES = {
 # --- running and printing ---------------------------------------------------------------------------------------------------
 
 
+def file_name(row: str) -> str:
+    return re.sub(r"[^\w.+]+", "-", row)
+
+
 def tasks(table: Table, seeds: Sequence[int], only: Sequence[str]) -> Iterator[tuple[str, Row, int]]:
     for seed in seeds:
         for name, row in table.rows().items():
@@ -280,7 +283,7 @@ def tasks(table: Table, seeds: Sequence[int], only: Sequence[str]) -> Iterator[t
 
 
 def record(out: Path, table: str, per_class: int, name: str, seed: int) -> Path:
-    return out / "rows" / f"{table}-{per_class}" / f"{name} seed {seed}.json".replace("/", "-")
+    return out / "rows" / f"{table}-{per_class}" / f"{file_name(name)}-seed-{seed}.json"
 
 
 def markdown(out: Path, name: str, per_class: int, seeds: Sequence[int]) -> str:

@@ -59,7 +59,7 @@ def test_a_table_is_made_once_and_printed_with_what_both_judges_see(small_tables
     monkeypatch.setattr(sys, "argv", words)
     small_tables.main()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("*.json")}
-    assert [path.name for path in sorted(made)] == ["Chamfer + energy seed 0.json", "real seed 0.json"]
+    assert [path.name for path in sorted(made)] == ["Chamfer-+-energy-seed-0.json", "real-seed-0.json"]
     told = capsys.readouterr().out
     assert "Chamfer + energy, seed 0: " in told
     assert "| |" not in told, "not all rows are there"
@@ -70,7 +70,7 @@ def test_a_table_is_made_once_and_printed_with_what_both_judges_see(small_tables
     assert "in distribution" in table[0]
     assert "SimCLR F1" in table[0]
     assert [line.split(" |")[0] for line in table[2:]] == ["| real", "| Chamfer + energy"]
-    row = json.loads((tmp_path / "rows/useful/Chamfer + energy seed 0.json").read_text())
+    row = json.loads((tmp_path / "rows/useful-2/Chamfer-+-energy-seed-0.json").read_text())
     assert row["shifted"] == pytest.approx(sum(row[name] for name in SHIFTS) / len(SHIFTS))
     assert 1 < row["operations"] < 1.3
 

@@ -10,7 +10,7 @@ The weights become bfloat16; where they were not, it is measured what that chang
 the model, and the card (README.md) and samples.png are written anew.
 
 `--only features` keeps, of real images, what classifiers see: exemplars.safetensors, the first 32 images of each class in the
-order of train.parquet, as all packaged classifiers see them, and the guide with Softplus for ReLU too; real-JUDGE.safetensors,
+order of train.parquet, as guide and judge see them, and the guide with Softplus for ReLU, at full and half size; real-JUDGE.safetensors,
 the first 100 of each class of test.parquet, as each judge sees them, as they are and after the audit's transforms. No image is
 copied. The self-supervised judge itself is tools/train_judge.py's.
 """
@@ -22,6 +22,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from handful.audit import TRANSFORMS
 from handful.denoiser import Clamped
 from handful.errors import RequestError, RunError, first_line
 from handful.exemplars import Exemplars
-from handful.features import load_extractor
+from handful.features import FeatureExtractor, load_extractor
 from handful.generate.plan import ImageNoise
 from handful.image_tables import read_labelled
 from handful.images import write_atomically
@@ -53,7 +54,7 @@ from handful.zoo.cifar_resnet import CifarResNet
 ZOO = Path(__file__).resolve().parents[1] / "src" / "handful" / "zoo" / "cifar10"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 DEPTHS = {"guide": 20, "judge": 56}
-SOFTPLUS = 3.0  # of the guide's smooth view of the exemplars
+SOFTPLUS, REDUCES = 3.0, (1, 2)  # of the guide's smooth views of the exemplars; energy guidance has the first by default
 EXEMPLARS, REAL = 32, 100  # of each class
 PICTURE = "![Ten classes: eight images without guidance, below them eight with classifier-free guidance](samples.png)"
 LICENCE = ("The authors of CIFAR-10 state no licence and ask to be cited (Krizhevsky 2009). These are features of images, made "
@@ -143,19 +144,30 @@ def install_classifiers(folder: Path, zoo: Path) -> None:
         write_json(zoo / role / "config.json", {"network": {"depth": depth}})
 
 
-@torch.no_grad()
 def install_features(data: Path, zoo: Path) -> None:
     """exemplars.safetensors and real-JUDGE.safetensors, and the classifiers' accuracy into their config.json."""
-    train, _ = read_labelled(data / "train.parquet", channels=3, size=SIZE, limit=EXEMPLARS, field="--data")
     extractors = {role: load_extractor(f"cifar10-{role}") for role in CLASSIFIERS}
+    zoo.mkdir(parents=True, exist_ok=True)
+    install_exemplars(data, zoo, extractors)
+    install_real(data, zoo, extractors)
+
+
+@torch.no_grad()
+def install_exemplars(data: Path, zoo: Path, extractors: dict[str, FeatureExtractor]) -> None:
+    train, _ = read_labelled(data / "train.parquet", channels=3, size=SIZE, limit=EXEMPLARS, field="--data")
     of_class = train.by_class()
+    drawn = Exemplars.from_tensors({name: of_class[name] for name in CLASSES})
     kept = ExemplarFeatures.of(
-        Exemplars.from_tensors({name: of_class[name] for name in CLASSES}),
-        [*extractors.values(), softened(extractors["guide"], SOFTPLUS)], licence=LICENCE,
+        drawn, [extractors[role] for role in DEPTHS], licence=LICENCE,
         source=f"{DATA_SOURCE}; the first {EXEMPLARS} images of each class in the order of train.parquet",
     )  # fmt: skip
-    zoo.mkdir(parents=True, exist_ok=True)
+    smooth = ExemplarFeatures.of(drawn, [softened(extractors["guide"], SOFTPLUS)], REDUCES)
+    kept = replace(kept, features=kept.features | smooth.features, names=kept.names | smooth.names)
     kept.save(zoo / "exemplars.safetensors")
+
+
+@torch.no_grad()
+def install_real(data: Path, zoo: Path, extractors: dict[str, FeatureExtractor]) -> None:
     test, _ = read_labelled(data / "test.parquet", channels=3, size=SIZE, field="--data")
     wanted = torch.tensor([CLASSES.index(name) for name in test.labels])
     for role, depth in DEPTHS.items():

@@ -131,7 +131,8 @@ def test_of_real_images_only_features_are_kept_the_first_of_each_class(tmp_path,
     exemplars = ExemplarFeatures.load(tmp_path / "zoo" / "exemplars.safetensors")
     assert exemplars.counts == dict.fromkeys(CLASSES, 2)
     assert exemplars.held() == (
-        "cifar10-guide at reduce 1, cifar10-judge at reduce 1, cifar10-simclr at reduce 1, cifar10-guide softplus 3 at reduce 1"
+        "cifar10-guide at reduce 1, cifar10-judge at reduce 1, cifar10-guide softplus 3 at reduce 1, "
+        "cifar10-guide softplus 3 at reduce 2"
     )
     for judge, width in (("judge", 64), ("simclr", 128)):
         settings, tensors = unseal(tmp_path / "zoo" / f"real-{judge}.safetensors", KIND, VERSION, field="", remedy="")

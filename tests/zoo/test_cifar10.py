@@ -136,23 +136,23 @@ def test_the_third_partys_licence_is_there():
     assert "Redistributions in binary form must reproduce" in text
 
 
-def test_the_exemplars_are_32_of_each_class_as_every_packaged_classifier_sees_them(exemplars):
+def test_the_exemplars_are_32_of_each_class_as_guide_judge_and_the_smooth_guide_see_them(exemplars):
     assert exemplars.classes == list(CLASSES)
     assert set(exemplars.counts.values()) == {32}
     assert exemplars.shape == (3, 32, 32)
-    extractors = [load_extractor(f"cifar10-{role}") for role in SIZES]
+    extractors = [load_extractor(f"cifar10-{role}") for role in ROLES]
     smooth = softened(extractors[0], 3.0)
-    assert set(exemplars.features) == {View(extractor.digest, 1) for extractor in (*extractors, smooth)}
+    assert set(exemplars.features) == {View(each.digest, 1) for each in (*extractors, smooth)} | {View(smooth.digest, 2)}
     assert "first 32 images of each class" in exemplars.source
     assert exemplars.licence
     assert len({content for of_class in exemplars.hashes.values() for content in of_class}) == 320
 
 
-@pytest.mark.parametrize("role", SIZES)
+@pytest.mark.parametrize("role", ROLES)
 def test_the_exemplars_features_are_of_the_class_they_are_filed_under(exemplars, role):
     found = exemplars.seen_by(load_extractor(f"cifar10-{role}"), 1)
     labels = torch.arange(10).repeat_interleave(32)
-    assert named_rightly(role, torch.cat([found[name] for name in CLASSES]), labels) > (0.4 if role == "simclr" else 0.75)
+    assert named_rightly(role, torch.cat([found[name] for name in CLASSES]), labels) > 0.75
 
 
 @pytest.mark.parametrize("role", JUDGES)

@@ -39,10 +39,16 @@ AUTO_FEATURES = "dinov2"  # for every other model
 # Only what differs from the defaults below; what a user states himself always wins. In pixels, which no gradient can fool,
 # the cheap jacobian on every step is as good as the exact one (docs/findings.md).
 _IN_PIXELS = {"jacobian": "gaussian", "every": 1}
-# In a small network's features the smoothed, cheap gradient is the one whose gain is real (section 9).
+# In a small network's features the smooth, cheap gradient is the one whose gain is real (section 9).
 DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
     "cifar10-guide": {
-        "energy": {"softplus": 3.0, "jacobian": "gaussian", "scale": 0.3, "smoothing": SmoothingRequest(shift=2)}
+        "energy": {
+            "softplus": 3.0,
+            "jacobian": "gaussian",
+            "scale": 0.3,
+            "reduce": 2,
+            "smoothing": SmoothingRequest(shift=2),
+        }
     },
     "pixels": {"chamfer": {**_IN_PIXELS, "scale": 0.2}, "energy": {**_IN_PIXELS, "scale": 0.05}},
 }
