@@ -10,9 +10,9 @@ The weights become bfloat16; where they were not, it is measured what that chang
 the model, and the card (README.md) and samples.png are written anew.
 
 `--only features` keeps, of real images, what classifiers see: exemplars.safetensors, the first 32 images of each class in the
-order of train.parquet, as guide and judge see them, and the guide with Softplus for ReLU, at full and half size; real-JUDGE.safetensors,
-the first 100 of each class of test.parquet, as each judge sees them, as they are and after the audit's transforms. No image is
-copied. The self-supervised judge itself is tools/train_judge.py's.
+order of train.parquet, as guide and judge see them, and the guide with Softplus for ReLU, at full and half size;
+real-JUDGE.safetensors, the first 100 of each class of test.parquet, as each judge sees them, as they are and after the audit's
+transforms. No image is copied. The self-supervised judge itself is tools/train_judge.py's.
 """
 
 from __future__ import annotations
