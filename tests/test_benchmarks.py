@@ -55,7 +55,18 @@ def small_tables(monkeypatch):
 
 @pytest.mark.slow
 def test_a_table_is_made_once_and_printed_with_what_both_judges_see(small_tables, tmp_path, monkeypatch, capsys):
-    words = ["tables.py", "useful", "--out", str(tmp_path), "--seeds", "0", "--only", "real;Chamfer + energy"]
+    words = [
+        "tables.py",
+        "useful",
+        "--out",
+        str(tmp_path),
+        "--seeds",
+        "0",
+        "--only",
+        "real;Chamfer + energy",
+        "--trainings",
+        "2",
+    ]
     monkeypatch.setattr(sys, "argv", words)
     small_tables.main()
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "rows").rglob("*.json")}
@@ -71,7 +82,9 @@ def test_a_table_is_made_once_and_printed_with_what_both_judges_see(small_tables
     assert "SimCLR F1" in table[0]
     assert [line.split(" |")[0] for line in table[2:]] == ["| real", "| Chamfer + energy"]
     row = json.loads((tmp_path / "rows/useful-2/Chamfer-+-energy-seed-0.json").read_text())
-    assert row["shifted"] == pytest.approx(sum(row[name] for name in SHIFTS) / len(SHIFTS))
+    assert [len(row[name]) for name in ("as is", "shifted", *SHIFTS)] == [2] * (2 + len(SHIFTS))
+    for training in range(2):
+        assert row["shifted"][training] == pytest.approx(sum(row[name][training] for name in SHIFTS) / len(SHIFTS))
     assert 1 < row["operations"] < 1.3
 
 
