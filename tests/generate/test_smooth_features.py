@@ -94,5 +94,6 @@ def test_the_packaged_guides_energy_is_smooth_and_cheap_unless_said_otherwise():
     term = for_model(EnergyRequest(), "cifar10", 18)
     assert (term.features, term.softplus, term.jacobian, term.every, term.hold) == ("cifar10-guide", 3.0, "gaussian", 4, True)
     assert (term.scale, term.smoothing.shift) == (0.3, 2)
+    assert term.reduce is None, "the full size: docs/findings.md, section 9"
     assert for_model(EnergyRequest(softplus=None, jacobian="exact"), "cifar10", 18).softplus is None
     assert for_model(ChamferRequest(), "cifar10", 18).softplus is None

@@ -46,7 +46,6 @@ DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
             "softplus": 3.0,
             "jacobian": "gaussian",
             "scale": 0.3,
-            "reduce": 2,
             "smoothing": SmoothingRequest(shift=2),
         }
     },
