@@ -27,13 +27,13 @@ import torch
 from PIL import Image
 
 import handful
-from handful.audit import TRANSFORMS
-from handful.features import load_extractor
-from handful.generate.recipe import recipe_from
-from handful.images import read_folder, write_atomically
+from handful.data.images import read_folder, write_atomically
+from handful.features.registry import load_extractor
+from handful.judge.audit import TRANSFORMS
+from handful.judge.utility import accuracy, train_classifier
 from handful.metrics import frechet, prdc
 from handful.metrics.copying import copied_share
-from handful.utility import accuracy, train_classifier
+from handful.recipe.schema import recipe_from
 
 HERE = Path(__file__).resolve().parent
 SHARED = Path(os.environ.get("HANDFUL_SHARED", HERE.parents[1] / "shared"))
@@ -72,19 +72,41 @@ def levers() -> dict[str, tuple[int, list[dict]]]:
     A name says jacobian, every, scale, "hold" (the direction is used again between guided steps), "half" (at half size).
     """
     rows: list[tuple[str, int, float, bool, int]] = [
-        ("exact", 2, 0.4, False, 1), ("exact", 2, 0.4, True, 1), ("exact", 4, 0.4, False, 1), ("exact", 4, 0.8, False, 1),
-        ("exact", 4, 0.2, True, 1), ("exact", 4, 0.4, True, 1), ("exact", 4, 0.4, True, 2), ("exact", 5, 0.4, True, 1),
-        ("exact", 6, 0.4, True, 1), ("exact", 10, 0.4, True, 1), ("exact", 10, 0.4, True, 2), ("gaussian", 1, 0.2, False, 1),
-        ("gaussian", 4, 0.8, False, 1), ("gaussian", 4, 0.2, True, 1), ("gaussian", 4, 0.4, True, 1),
+        ("exact", 2, 0.4, False, 1),
+        ("exact", 2, 0.4, True, 1),
+        ("exact", 4, 0.4, False, 1),
+        ("exact", 4, 0.8, False, 1),
+        ("exact", 4, 0.2, True, 1),
+        ("exact", 4, 0.4, True, 1),
+        ("exact", 4, 0.4, True, 2),
+        ("exact", 5, 0.4, True, 1),
+        ("exact", 6, 0.4, True, 1),
+        ("exact", 10, 0.4, True, 1),
+        ("exact", 10, 0.4, True, 2),
+        ("gaussian", 1, 0.2, False, 1),
+        ("gaussian", 4, 0.8, False, 1),
+        ("gaussian", 4, 0.2, True, 1),
+        ("gaussian", 4, 0.4, True, 1),
         ("gaussian", 10, 0.4, True, 1),
-    ]  # fmt: skip
+    ]
     return {
-        f"lever-{jacobian}-every{every}-{scale:g}" + "-hold" * hold + "-half" * (reduce == 2): (32, [{
-            "method": "chamfer", "features": GUIDE, "coverage_weight": 1.0, "scale": scale, "jacobian": jacobian,
-            "every": every, "hold": hold, "reduce": reduce,
-        }])
+        f"lever-{jacobian}-every{every}-{scale:g}" + "-hold" * hold + "-half" * (reduce == 2): (
+            32,
+            [
+                {
+                    "method": "chamfer",
+                    "features": GUIDE,
+                    "coverage_weight": 1.0,
+                    "scale": scale,
+                    "jacobian": jacobian,
+                    "every": every,
+                    "hold": hold,
+                    "reduce": reduce,
+                }
+            ],
+        )
         for jacobian, every, scale, hold, reduce in rows
-    }  # fmt: skip
+    }
 
 
 def write_images(split: str, folder: Path, per_class: int) -> None:
@@ -127,11 +149,15 @@ class Referee:
             found = {
                 "precision": float(np.mean([e.precision for e in each])),
                 "coverage": float(np.mean([e.coverage for e in each])),
-                "acc": float(np.mean([
-                    float((self.judge.logits(transform(made[name])).argmax(1) == label).double().mean())
-                    for label, name in enumerate(CLASSES)
-                ])),
-            }  # fmt: skip
+                "acc": float(
+                    np.mean(
+                        [
+                            float((self.judge.logits(transform(made[name])).argmax(1) == label).double().mean())
+                            for label, name in enumerate(CLASSES)
+                        ]
+                    )
+                ),
+            }
             if view == "plain":
                 row |= found | {"frechet": frechet(*(np.concatenate(list(f.values())) for f in (real, features)))}
                 row["f1"] = harmonic(row["precision"], row["coverage"])
@@ -184,9 +210,12 @@ def main() -> None:
         asked = {
             "model": {"name": str(SHARED / "models/cifar10-unet"), "null_class": 10, "classes": CLASSES},
             "exemplars": {"path": str(pool.resolve()), "per_class": k, "seed": args.seed} if k else {},
-            "sampler": {"steps": args.sampler_steps}, "guidance": guidance,
-            "per_class": args.per_class, "cohort": args.cohort, "seed": args.seed,
-        }  # fmt: skip
+            "sampler": {"steps": args.sampler_steps},
+            "guidance": guidance,
+            "per_class": args.per_class,
+            "cohort": args.cohort,
+            "seed": args.seed,
+        }
         folder = args.out / f"seed-{args.seed}" / name
         if key not in rows:
             summary = handful.generate(recipe_from(asked), folder)

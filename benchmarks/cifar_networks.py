@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-from handful.features import FeatureExtractor
+from handful.features.registry import FeatureExtractor
 from handful.zoo.cifar_resnet import MEAN, STD, CifarResNet
 
 WEIGHTS = Path(os.environ.get("HANDFUL_SHARED", Path(__file__).resolve().parents[2] / "shared")) / "models/cifar10-classifiers"
@@ -26,8 +26,9 @@ def load_resnet(depth: int) -> CifarResNet:
 
 def _extractor(depth: int) -> FeatureExtractor:
     network = load_resnet(depth)
-    return FeatureExtractor(f"resnet{depth}", network, size=(32, 32), mean=MEAN, std=STD,
-                            features=network.features, classify=network)  # fmt: skip
+    return FeatureExtractor(
+        f"resnet{depth}", network, size=(32, 32), mean=MEAN, std=STD, features=network.features, classify=network
+    )
 
 
 def resnet20() -> FeatureExtractor:

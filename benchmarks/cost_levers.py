@@ -14,9 +14,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from handful.cost import cost_of
-from handful.generate.recipe import recipe_from
-from handful.generate.recipe_file import overridden, read_mapping
+from handful.cost.estimate import cost_of
+from handful.recipe.file import overridden, read_mapping
+from handful.recipe.schema import recipe_from
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 MODELS = ("sd15", "sd35-medium", "dit-xl-2-256")

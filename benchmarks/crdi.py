@@ -31,11 +31,10 @@ import torch
 from crdi_cases import CASES, Case
 from torch import Tensor
 
-from handful.audit import TRANSFORMS
-from handful.denoiser import Clamped, Denoiser
-from handful.features import pixels
-from handful.few_shot_figure import few_shot_figure_png
-from handful.generate.plan import ImageNoise, image_seed
+from handful.core.denoiser import Clamped, Denoiser
+from handful.core.samplers import ddim, start
+from handful.data.images import write_atomically
+from handful.features.registry import pixels
 from handful.guidance import Guided
 from handful.guidance.base import Guidance, Pull
 from handful.guidance.chamfer import Chamfer
@@ -52,11 +51,12 @@ from handful.guidance.inversion import (
     target_keys,
 )
 from handful.guidance.inversion_fit import Method, fit
-from handful.images import write_atomically
+from handful.judge.audit import TRANSFORMS
 from handful.metrics import frechet, prdc, vendi
 from handful.metrics.few_shot import copied, intra_distance, mc_ssim, nearest_targets, reconstruction
 from handful.metrics.perceptual import feature_distance
-from handful.samplers import ddim, start
+from handful.recipe.plan import ImageNoise, image_seed
+from handful.report.few_shot_figure import few_shot_figure_png
 
 STEPS = 25
 SPARED = 5  # the clean steps that guidance leaves alone, as in the paper
@@ -107,8 +107,15 @@ class Fits:
         key = (way.eta, way.lo, way.hi, way.s, way.method, way.clamped)
         if key not in self.made:
             assert way.hi is not None
-            self.made[key] = fit(model(self.case, way), self.case.targets, segments=way.eta, interval=(way.lo, way.hi),
-                                 scale=way.s, seed=self.seed, method=way.method)  # fmt: skip
+            self.made[key] = fit(
+                model(self.case, way),
+                self.case.targets,
+                segments=way.eta,
+                interval=(way.lo, way.hi),
+                scale=way.s,
+                seed=self.seed,
+                method=way.method,
+            )
         return self.made[key]
 
 
@@ -122,11 +129,20 @@ def generated(case: Case, way: Way, fits: Fits, seed: int) -> tuple[Tensor, list
         part = slice(first, first + case.cohort)
         terms: list[Guidance] = []
         if way.eta:
-            terms.append(Inversion(fits(way), seeds[part], way.strength, exchange=way.exchange, own=own[part],
-                                   perturbation=way.a))  # fmt: skip
+            terms.append(
+                Inversion(fits(way), seeds[part], way.strength, exchange=way.exchange, own=own[part], perturbation=way.a)
+            )
         if way.chamfer:
-            terms.append(Chamfer(compared, compared(case.targets), way.chamfer, coverage_weight=4.0, margin=0.5,
-                                 pull=Pull(jacobian="gaussian")))  # fmt: skip
+            terms.append(
+                Chamfer(
+                    compared,
+                    compared(case.targets),
+                    way.chamfer,
+                    coverage_weight=4.0,
+                    margin=0.5,
+                    pull=Pull(jacobian="gaussian"),
+                )
+            )
         noise = ImageNoise(seeds[part], case.denoiser.shape)()
         if way.hi is None:
             x, path = start(noise, levels), levels
@@ -170,29 +186,37 @@ class Referee:
         side = images[0].numel() ** 0.5
         spread = self.rms.pairs(images)
         return {
-            "frechet": distances.pop(""), "robust_frechet": float(np.mean(list(distances.values()))),
-            "precision": near.precision, "coverage": near.coverage,
+            "frechet": distances.pop(""),
+            "robust_frechet": float(np.mean(list(distances.values()))),
+            "precision": near.precision,
+            "coverage": near.coverage,
             "intra": intra_distance(images, case.targets, self.looks).mean,
             "mc_ssim": mc_ssim(case.reference[:100], images).mean,
             "vendi": vendi(found[""] - self.reference[""].mean(0)),
             "spread": float(spread.sum() / (len(images) * (len(images) - 1)) / side),
             "copied": copied(images, case.targets, torch.cat([case.reference, case.others]), self.rms),
             "nearest": float(np.median(nearest_targets(images, case.targets, self.rms)[0]) / side),
-        }  # fmt: skip
+        }
 
     def reconstruction(self, way: Way, fits: Fits) -> dict[str, float]:
         found = [
             reconstruction(self.case.targets, reconstructed(self.case, way, fits, seed), self.looks)
             for seed in range(self.case.noises)
         ]
-        return {"mse": float(np.mean([f.mse.mean for f in found])), "ssim": float(np.mean([f.ssim.mean for f in found])),
-                "perceptual": float(np.mean([f.perceptual.mean for f in found if f.perceptual]))}  # fmt: skip
+        return {
+            "mse": float(np.mean([f.mse.mean for f in found])),
+            "ssim": float(np.mean([f.ssim.mean for f in found])),
+            "perceptual": float(np.mean([f.perceptual.mean for f in found if f.perceptual])),
+        }
 
 
 def real_rows(case: Case) -> dict[str, Tensor]:
     copies = case.targets.repeat(-(-case.n // len(case.targets)), 1, 1, 1)[: case.n]
-    return {"other real images of the kind": case.others, "real images without the look": case.source,
-            "copies of the ten targets": copies}  # fmt: skip
+    return {
+        "other real images of the kind": case.others,
+        "real images without the look": case.source,
+        "copies of the ten targets": copies,
+    }
 
 
 def ways(case: str, levers: bool) -> dict[str, Way]:
@@ -264,7 +288,7 @@ def saving(case: Case, seed: int, eta: int, quick: bool) -> dict[str, dict[str, 
     told = {
         method: {str(e): loss(fit(case.denoiser, case.targets, segments=eta, epochs=e, method=method, seed=seed)) for e in each}
         for method, each in asked.items()
-    }  # fmt: skip
+    }
     begun = fit(case.denoiser, case.targets, segments=eta, epochs=1, seed=seed)
     told["none"] = {"0": loss(replace(begun, G=torch.zeros_like(begun.G)))}
     return told
@@ -321,8 +345,13 @@ def picture(case: Case, referee: Referee, fits: Fits, sets: dict[str, tuple[Tens
     images, own = sets.get(crdi) or generated(case, ways(case.name, False)[crdi], fits, 0)
     rows = torch.cat([images[_from_each(own, place)] for place in range(2)])
     features = {"source": case.source, "held-out targets": case.reference, "generated": images, "targets": case.targets}
-    return few_shot_figure_png(case.targets, rows, reconstructions=shown, rows=2,
-                               features={name: referee.features(part) for name, part in features.items()})  # fmt: skip
+    return few_shot_figure_png(
+        case.targets,
+        rows,
+        reconstructions=shown,
+        rows=2,
+        features={name: referee.features(part) for name, part in features.items()},
+    )
 
 
 def _from_each(own: Sequence[int], place: int) -> list[int]:
@@ -331,10 +360,20 @@ def _from_each(own: Sequence[int], place: int) -> list[int]:
 
 
 COLUMNS = {
-    "frechet": "Frechet", "robust_frechet": "robust Frechet", "precision": "precision", "coverage": "coverage",
-    "intra": "Intra-distance", "mc_ssim": "MC-SSIM", "vendi": "Vendi", "spread": "pixel spread", "copied": "copied",
-    "nearest": "nearest", "mse": "rec. MSE", "ssim": "rec. SSIM", "seconds": "seconds",
-}  # fmt: skip
+    "frechet": "Frechet",
+    "robust_frechet": "robust Frechet",
+    "precision": "precision",
+    "coverage": "coverage",
+    "intra": "Intra-distance",
+    "mc_ssim": "MC-SSIM",
+    "vendi": "Vendi",
+    "spread": "pixel spread",
+    "copied": "copied",
+    "nearest": "nearest",
+    "mse": "rec. MSE",
+    "ssim": "rec. SSIM",
+    "seconds": "seconds",
+}
 ONE_PLACE = ("frechet", "robust_frechet", "vendi", "seconds")
 
 
@@ -375,8 +414,12 @@ def equal_reconstruction(rows: dict[str, dict], case: str) -> str:
         cells = []
         for column in columns:
             curves = [sorted((other[seed]["mse"], other[seed][column]) for other in plain) for seed in range(len(each))]
-            beside = np.mean([np.interp(row["mse"], [at for at, _ in curve], [value for _, value in curve])
-                              for row, curve in zip(each, curves, strict=True)])  # fmt: skip
+            beside = np.mean(
+                [
+                    np.interp(row["mse"], [at for at, _ in curve], [value for _, value in curve])
+                    for row, curve in zip(each, curves, strict=True)
+                ]
+            )
             places = 1 if column in ONE_PLACE else 2
             cells.append(f"{mean(each, column):.{places}f} / {beside:.{places}f}")
         lines.append(f"| {name} | {mean(each, 'mse'):.3f} | " + " | ".join(cells) + " |")

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d, pad
 
 import handful
-from handful.denoiser import Denoiser
-from handful.features import FeatureExtractor, load_extractor
+from handful.core.denoiser import Denoiser
+from handful.features.registry import FeatureExtractor, load_extractor
 from handful.zoo.digits import load_digits_split
 
 HERE = Path(__file__).resolve().parent
@@ -70,24 +70,46 @@ def digits(seed: int, quick: bool) -> Case:
     half = len(rest) // 2
     targets, reference, others = (split.test_images[i] for i in (order[chosen], rest[:half], rest[half:]))
     n = 96 if quick else 256
-    return Case("digits", handful.load("digits"), load_extractor("digits-judge"), thick(targets), thick(reference),
-                thick(others[:n]), others[:n], n, 32 if quick else 64, 2)  # fmt: skip
+    return Case(
+        "digits",
+        handful.load("digits"),
+        load_extractor("digits-judge"),
+        thick(targets),
+        thick(reference),
+        thick(others[:n]),
+        others[:n],
+        n,
+        32 if quick else 64,
+        2,
+    )
 
 
 def cifar10(seed: int, quick: bool) -> Case:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(SHARED / "data/cifar10/test.parquet").read(use_threads=False)
-    files = [image["bytes"] for image, label in zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
-             if label == CARS]  # fmt: skip
+    files = [
+        image["bytes"]
+        for image, label in zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True)
+        if label == CARS
+    ]
     n = 40 if quick else 100
     order = np.random.RandomState(seed).permutation(len(files))[: 10 + 400 + n]
     read = [np.asarray(Image.open(io.BytesIO(files[i])).convert("RGB")) for i in order]
     images = torch.from_numpy(np.stack(read)).permute(0, 3, 1, 2).float() / 127.5 - 1
     targets, reference, others = images[:10], images[10:410], images[410:]
-    return Case("cifar10", handful.load(SHARED / "models/cifar10-unet", null_class=10),
-                load_extractor(f"{HERE / 'cifar_networks.py'}:resnet56"), night(targets), night(reference), night(others),
-                others, n, 20 if quick else 50, 2)  # fmt: skip
+    return Case(
+        "cifar10",
+        handful.load(SHARED / "models/cifar10-unet", null_class=10),
+        load_extractor(f"{HERE / 'cifar_networks.py'}:resnet56"),
+        night(targets),
+        night(reference),
+        night(others),
+        others,
+        n,
+        20 if quick else 50,
+        2,
+    )
 
 
 CASES: dict[str, Callable[[int, bool], Case]] = {"digits": digits, "cifar10": cifar10}

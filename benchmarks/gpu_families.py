@@ -27,18 +27,18 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model
 
-from handful.denoiser import shrunk
-from handful.features import FeatureExtractor, extractor_skeleton
-from handful.generate.guidance_requests import ChamferRequest
-from handful.generate.recipe import for_model
-from handful.generate.terms import make_terms
+from handful.core.denoiser import shrunk
+from handful.core.samplers import dpmpp_2m, start
+from handful.data.images import write_atomically
+from handful.features.registry import FeatureExtractor, extractor_skeleton
 from handful.guidance import Guided
-from handful.images import write_atomically
+from handful.guidance.requests import ChamferRequest
+from handful.guidance.terms import make_terms
 from handful.models import skeleton
 from handful.models.architectures import packaged_configs
 from handful.models.latent import LatentDenoiser
 from handful.models.source import Source
-from handful.samplers import dpmpp_2m, start
+from handful.recipe.schema import for_model
 
 FAMILIES = {
     "sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -49,18 +49,45 @@ FAMILIES = {
 # The same architectures, small enough for a CPU: fields of their configs that are replaced.
 TINY_VAE = {"block_out_channels": [8, 8, 8, 8], "norm_num_groups": 4, "layers_per_block": 1}
 TINY: dict[str, dict[str, dict[str, Any]]] = {
-    "sd15": {"unet": {"sample_size": 16, "block_out_channels": [8, 16, 16, 16], "attention_head_dim": 2, "norm_num_groups": 4,
-                      "cross_attention_dim": 16, "layers_per_block": 1}},
-    "sdxl": {"unet": {"sample_size": 16, "block_out_channels": [8, 16, 16], "attention_head_dim": [1, 2, 2],
-                      "norm_num_groups": 4, "cross_attention_dim": 16, "layers_per_block": 1,
-                      "transformer_layers_per_block": [1, 1, 1], "addition_time_embed_dim": 4,
-                      "projection_class_embeddings_input_dim": 40},
-             "text_encoder_2": {"projection_dim": 16}},
-    "sd35-medium": {"transformer": {"sample_size": 16, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2,
-                                    "caption_projection_dim": 16, "joint_attention_dim": 16, "pooled_projection_dim": 16,
-                                    "pos_embed_max_size": 24, "dual_attention_layers": [0]}},
+    "sd15": {
+        "unet": {
+            "sample_size": 16,
+            "block_out_channels": [8, 16, 16, 16],
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "layers_per_block": 1,
+        }
+    },
+    "sdxl": {
+        "unet": {
+            "sample_size": 16,
+            "block_out_channels": [8, 16, 16],
+            "attention_head_dim": [1, 2, 2],
+            "norm_num_groups": 4,
+            "cross_attention_dim": 16,
+            "layers_per_block": 1,
+            "transformer_layers_per_block": [1, 1, 1],
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 40,
+        },
+        "text_encoder_2": {"projection_dim": 16},
+    },
+    "sd35-medium": {
+        "transformer": {
+            "sample_size": 16,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "caption_projection_dim": 16,
+            "joint_attention_dim": 16,
+            "pooled_projection_dim": 16,
+            "pos_embed_max_size": 24,
+            "dual_attention_layers": [0],
+        }
+    },
     "dit-xl-2-256": {"transformer": {"sample_size": 16, "num_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}},
-}  # fmt: skip
+}
 CFG_SCALE = {"sd15": 7.5, "sdxl": 5.0, "sd35-medium": 4.5, "dit-xl-2-256": 4.0}  # diffusers' guidance_scale
 
 
@@ -71,9 +98,12 @@ def source_of(family: str, tiny: bool) -> Source:
     if not tiny:
         return found
     smaller = {**TINY[family], "vae": TINY_VAE}
-    return Source(found.name, configs={
-        path: {**config, **smaller.get(path.removesuffix("/config.json"), {})} for path, config in found.configs.items()
-    })  # fmt: skip
+    return Source(
+        found.name,
+        configs={
+            path: {**config, **smaller.get(path.removesuffix("/config.json"), {})} for path, config in found.configs.items()
+        },
+    )
 
 
 def tiny_extractor() -> FeatureExtractor:
@@ -171,8 +201,10 @@ def compare(family: str, args: argparse.Namespace, device: torch.device) -> dict
     denoiser.place(device, getattr(torch, args.dtype))
     extractor = tiny_extractor() if args.tiny else extractor_skeleton("dinov2")
     materialized(extractor, device)
-    runs = {"chamfer": chamfer_run(denoiser, extractor, args.images, args.steps),
-            "pipeline": pipeline_run(family, denoiser, source, args.images, args.steps)}  # fmt: skip
+    runs = {
+        "chamfer": chamfer_run(denoiser, extractor, args.images, args.steps),
+        "pipeline": pipeline_run(family, denoiser, source, args.images, args.steps),
+    }
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(args.repeats + 1):
         for name, run in runs.items():
@@ -183,13 +215,17 @@ def compare(family: str, args: argparse.Namespace, device: torch.device) -> dict
     peak = {name: max(each[1] for each in seen) for name, seen in found.items()}
     ratios = [b[0] / a[0] for a, b in zip(found["chamfer"], found["pipeline"], strict=True)]
     return {
-        "family": family, "resolution": denoiser.image_shape[1],
-        "images": args.images, "steps": args.steps, "dtype": args.dtype,
+        "family": family,
+        "resolution": denoiser.image_shape[1],
+        "images": args.images,
+        "steps": args.steps,
+        "dtype": args.dtype,
         "chamfer_images_per_second": args.images / seconds["chamfer"],
         "pipeline_images_per_second": args.images / seconds["pipeline"],
-        "throughput_ratio": statistics.median(ratios), "chamfer_peak_bytes": peak["chamfer"],
+        "throughput_ratio": statistics.median(ratios),
+        "chamfer_peak_bytes": peak["chamfer"],
         "pipeline_peak_bytes": peak["pipeline"],
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
@@ -212,13 +248,18 @@ def main() -> None:
     for family in args.families.split(","):
         row = compare(family, args, device)
         rows.append(row)
-        print(f"| {family}, {row['resolution']} px | {row['chamfer_images_per_second']:.3g} "
-              f"| {row['pipeline_images_per_second']:.3g} | {row['throughput_ratio']:.2f} "
-              f"| {row['chamfer_peak_bytes'] / 1e9:.1f} GB "
-              f"| {row['pipeline_peak_bytes'] / 1e9:.1f} GB |", flush=True)  # fmt: skip
+        print(
+            f"| {family}, {row['resolution']} px | {row['chamfer_images_per_second']:.3g} "
+            f"| {row['pipeline_images_per_second']:.3g} | {row['throughput_ratio']:.2f} "
+            f"| {row['chamfer_peak_bytes'] / 1e9:.1f} GB "
+            f"| {row['pipeline_peak_bytes'] / 1e9:.1f} GB |",
+            flush=True,
+        )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    print(f"\n{name}, torch {torch.__version__}, diffusers {diffusers.__version__}, {args.images} images, {args.steps} steps, "
-          f"{args.dtype}; medians of {args.repeats}")  # fmt: skip
+    print(
+        f"\n{name}, torch {torch.__version__}, diffusers {diffusers.__version__}, {args.images} images, {args.steps} steps, "
+        f"{args.dtype}; medians of {args.repeats}"
+    )
     if args.out:
         write_atomically(args.out, json.dumps(rows, indent=1).encode())
 

@@ -25,11 +25,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cifar10
 import yaml
 
-from handful.demo import _real_images
-from handful.progress import progress_for
+from handful.demo.digits import _real_images
+from handful.report.tables import print_table
+from handful.runs.progress import progress_for
 from handful.sweep import prepare_sweep, read_sweep, run_sweep
 from handful.sweep.tables import choice_table, results_table
-from handful.tables import print_table
 
 Terms = list[dict[str, Any]]
 STEPS_HELD = {"every": 3, "hold": True}
@@ -48,9 +48,12 @@ def digits(out: Path) -> dict[str, Any]:
             **methods("digits", "digits-guide", "digits-guide", (0.2, 0.1, 0.4), chamfer, (0.5, 1.0, 2.0), {}, k),
             "cvsg-pixels": {"guidance": [{**chamfer, "method": "cvsg", "scale": 0.2}], "k": k},
         },
-        "k": [32], "real": "real-held-out", "judge": "digits-judge",
-        "utility": {"steps": 200, "seeds": 1, "augment": False}, "objective": "robust_frechet",
-    }  # fmt: skip
+        "k": [32],
+        "real": "real-held-out",
+        "judge": "digits-judge",
+        "utility": {"steps": 200, "seeds": 1, "augment": False},
+        "objective": "robust_frechet",
+    }
 
 
 def photographs(out: Path) -> dict[str, Any]:
@@ -63,20 +66,29 @@ def photographs(out: Path) -> dict[str, Any]:
     return {
         "recipe": {
             "model": {"name": str(cifar10.SHARED / "models/cifar10-unet"), "null_class": 10, "classes": cifar10.CLASSES},
-            "exemplars": {"path": "real-train"}, "per_class": 32, "cohort": 32,
+            "exemplars": {"path": "real-train"},
+            "per_class": 32,
+            "cohort": 32,
         },
-        "methods": {
-            **methods("cifar10", cifar10.GUIDE, cifar10.GUIDE, (0.3, 0.2, 0.4), chamfer, (2.5, 4.0), classes, [32, 2]),
-        },
-        "k": [32], "real": "real-test", "judge": cifar10.JUDGE,
-        "utility": {"test": "real-test-400", "steps": 300, "seeds": 1, "flip": True}, "objective": "robust_frechet",
-    }  # fmt: skip
+        "methods": {**methods("cifar10", cifar10.GUIDE, cifar10.GUIDE, (0.3, 0.2, 0.4), chamfer, (2.5, 4.0), classes, [32, 2])},
+        "k": [32],
+        "real": "real-test",
+        "judge": cifar10.JUDGE,
+        "utility": {"test": "real-test-400", "steps": 300, "seeds": 1, "flip": True},
+        "objective": "robust_frechet",
+    }
 
 
 def methods(
-    data: str, classifier: str, features: str, scales: tuple[float, ...], chamfer: dict[str, Any], cfg: tuple[float, ...],
-    classes: dict[str, Any], k: list[int],
-) -> dict[str, Any]:  # fmt: skip
+    data: str,
+    classifier: str,
+    features: str,
+    scales: tuple[float, ...],
+    chamfer: dict[str, Any],
+    cfg: tuple[float, ...],
+    classes: dict[str, Any],
+    k: list[int],
+) -> dict[str, Any]:
     """What both data sets compare; of the classifier's scales the first where only one is tried, the last for "exact"."""
     plain = {
         "method": "classifier",
@@ -112,7 +124,7 @@ def methods(
         "softplus3+tau2-0.5": {"guidance": [{**smooth, "tau2": 0.5}]},
         "softplus3+half": {"guidance": [{**smooth, "reduce": 2}]},
         "cfg-every2": {"guidance": [sparse]},
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

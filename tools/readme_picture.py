@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from handful.exemplars import Exemplars
-from handful.images import read_folder, to_uint8
+from handful.data.exemplars import Exemplars
+from handful.data.images import read_folder, to_uint8
 
 ROWS = {"exemplars": None, "no guidance": "none", "CFG w = 1": "cfg-w1", "Chamfer, k = 32": "chamfer-k32"}
 CLASSES, COLUMNS, FACTOR, TEXT, GAP = ("1", "4", "7"), 20, 4, 110, 8

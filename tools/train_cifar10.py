@@ -36,17 +36,17 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from training_state import STATE, Course, Learner, Settings, owned, read_state, save_state
 
-from handful.contact_sheet import contact_sheet
-from handful.denoiser import Clamped
-from handful.digests import weights_digest
+from handful.core.denoiser import Clamped
+from handful.core.noise import VP
+from handful.core.samplers import dpmpp_2m
+from handful.data.images import to_uint8, write_atomically
+from handful.data.parquet import read_labelled
 from handful.errors import RequestError, RunError
-from handful.generate.plan import ImageNoise, image_seed
-from handful.image_tables import read_labelled
-from handful.images import to_uint8, write_atomically
+from handful.files.digests import weights_digest
 from handful.models import load
-from handful.noise import VP
-from handful.progress import duration
-from handful.samplers import dpmpp_2m
+from handful.recipe.plan import ImageNoise, image_seed
+from handful.runs.contact_sheet import contact_sheet
+from handful.runs.progress import duration
 
 SAMPLES = "samples.png"
 TRAINING_LEVELS = 1000
@@ -159,8 +159,12 @@ def seed_of(seed: int, what: str, number: int) -> int:
 
 
 def scheduler() -> DDPMScheduler:
-    return DDPMScheduler(num_train_timesteps=TRAINING_LEVELS, beta_schedule="squaredcos_cap_v2",
-                         prediction_type="v_prediction", clip_sample=False)  # fmt: skip
+    return DDPMScheduler(
+        num_train_timesteps=TRAINING_LEVELS,
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        clip_sample=False,
+    )
 
 
 def new_network(given: argparse.Namespace, classes: int) -> UNet2DModel:
@@ -168,12 +172,18 @@ def new_network(given: argparse.Namespace, classes: int) -> UNet2DModel:
     width = given.width
     torch.manual_seed(seed_of(given.seed, "weights", 0))
     return UNet2DModel(
-        sample_size=given.size, in_channels=3, out_channels=3, layers_per_block=given.layers,
-        block_out_channels=(width, 2 * width, 3 * width, 3 * width), num_class_embeds=classes + 1,
+        sample_size=given.size,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=given.layers,
+        block_out_channels=(width, 2 * width, 3 * width, 3 * width),
+        num_class_embeds=classes + 1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=math.gcd(width, 32), attention_head_dim=math.gcd(width, 64), dropout=given.dropout,
-    )  # fmt: skip
+        norm_num_groups=math.gcd(width, 32),
+        attention_head_dim=math.gcd(width, 64),
+        dropout=given.dropout,
+    )
 
 
 def network_from(name: str, data: Data) -> UNet2DModel:
@@ -189,8 +199,12 @@ def network_from(name: str, data: Data) -> UNet2DModel:
     if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
         raise RequestError("--init", name, "it was trained on other noise levels than VP cosine's 1,000", remedy)
     if denoiser.shape != tuple(data.images.shape[1:]):
-        raise RequestError("--init", name, f"its images are {denoiser.shape}, the data's {tuple(data.images.shape[1:])}",
-                           f"Use --size {denoiser.shape[1]}, or another model.")  # fmt: skip
+        raise RequestError(
+            "--init",
+            name,
+            f"its images are {denoiser.shape}, the data's {tuple(data.images.shape[1:])}",
+            f"Use --size {denoiser.shape[1]}, or another model.",
+        )
     if denoiser.label_count != len(data.classes) + 1:
         problem = f"it takes {denoiser.label_count} labels; {len(data.classes)} classes and the null class need one each"
         raise RequestError("--init", name, problem, remedy)
@@ -251,9 +265,14 @@ class Interrupt:
 
 
 def train(
-    given: argparse.Namespace, settings: Settings, data: Data, learner: Learner, course: Course, until: float,
+    given: argparse.Namespace,
+    settings: Settings,
+    data: Data,
+    learner: Learner,
+    course: Course,
+    until: float,
     interrupt: Interrupt,
-) -> None:  # fmt: skip
+) -> None:
     """Goes on until the last step, the end of the piece or a signal; the state is saved when it returns.
 
     Raises:
@@ -348,10 +367,22 @@ def run(given: argparse.Namespace) -> int:
         data = read_data(given.data, given.size)
         network = network_from(given.init, data) if given.init else new_network(given, len(data.classes))
         settings = Settings(
-            given.width, given.layers, given.dropout, given.batch, given.rate, None if given.constant else given.steps,
-            given.constant, given.warm_up, given.average, given.seed, precision, given.size, given.log_every,
-            weights_digest(network) if given.init else None, data.digest(),
-        )  # fmt: skip
+            given.width,
+            given.layers,
+            given.dropout,
+            given.batch,
+            given.rate,
+            None if given.constant else given.steps,
+            given.constant,
+            given.warm_up,
+            given.average,
+            given.seed,
+            precision,
+            given.size,
+            given.log_every,
+            weights_digest(network) if given.init else None,
+            data.digest(),
+        )
         state = read_state(given.out, settings, network)
         course = state[0] if state else Course()
         if threads := given.threads or (state[2] if state else None):
@@ -362,8 +393,10 @@ def run(given: argparse.Namespace) -> int:
             learner.take(state[1], course.step, given.out / STATE)
         data = Data(data.images.to(device), data.labels.to(device), data.classes)
         count = sum(one.numel() for one in learner.parameters)
-        say(f"{device}: {count / 1e6:.1f} M parameters, {len(data.images)} images of {len(data.classes)} classes, "
-            + (f"going on at step {course.step}" if course.step else "from the beginning"))  # fmt: skip
+        say(
+            f"{device}: {count / 1e6:.1f} M parameters, {len(data.images)} images of {len(data.classes)} classes, "
+            + (f"going on at step {course.step}" if course.step else "from the beginning")
+        )
         first = course.step
         until = began + 60 * given.minutes if given.minutes else math.inf
         clock = time.monotonic()
@@ -376,15 +409,26 @@ def run(given: argparse.Namespace) -> int:
         if given.samples:
             draw_samples(given.out, data.classes, given.samples, device)
     finished = course.step >= given.steps
-    say(f"{'finished' if finished else 'to be continued by the same command'}: {course.step} steps, "
-        f"{course.step * given.batch / 1e6:.2f} M images, {duration(course.seconds)}")  # fmt: skip
+    say(
+        f"{'finished' if finished else 'to be continued by the same command'}: {course.step} steps, "
+        f"{course.step * given.batch / 1e6:.2f} M images, {duration(course.seconds)}"
+    )
     if given.json:
-        print(json.dumps({
-            "out": str(given.out), "weights": str(weights), "finished": finished, "step": course.step,
-            "images": course.step * given.batch, "loss": course.log[-1][2] if course.log else None,
-            "seconds": round(course.seconds, 1), "parameters": count,
-            "images_per_second": round((course.step - first) * given.batch / max(1e-9, time.monotonic() - clock), 1),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "out": str(given.out),
+                    "weights": str(weights),
+                    "finished": finished,
+                    "step": course.step,
+                    "images": course.step * given.batch,
+                    "loss": course.log[-1][2] if course.log else None,
+                    "seconds": round(course.seconds, 1),
+                    "parameters": count,
+                    "images_per_second": round((course.step - first) * given.batch / max(1e-9, time.monotonic() - clock), 1),
+                }
+            )
+        )
     return 0
 
 

@@ -25,10 +25,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from handful.augmentation import random_view
+from handful.data.augmentation import random_view
+from handful.data.images import write_atomically
+from handful.data.parquet import read_labelled
 from handful.errors import RequestError
-from handful.image_tables import read_labelled
-from handful.images import write_atomically
 from handful.zoo.cifar_vit import MEAN, STD, CifarViT
 
 WIDTH, DEPTHS = 128, (1, 4)
@@ -138,11 +138,16 @@ def main(arguments: list[str] | None = None) -> int:
                 raise RequestError(f"--{name}", getattr(given, name), "it is too small", f"Give {least} or more.")
         images, labels, classes = read(given.data, "--data")
         test = read(given.test, "--test", classes) if given.test else None
-        network, log = train(images, given.steps, given.batch, given.rate, given.seed,
-                             lambda text: print(text, file=sys.stderr, flush=True))  # fmt: skip
+        network, log = train(
+            images, given.steps, given.batch, given.rate, given.seed, lambda text: print(text, file=sys.stderr, flush=True)
+        )
         fit_linear(network, features(network, images), labels)
-        told = {"network": {"width": WIDTH, "depths": DEPTHS, "classes": len(classes)}, "steps": given.steps,
-                "batch": given.batch, "seed": given.seed}  # fmt: skip
+        told = {
+            "network": {"width": WIDTH, "depths": DEPTHS, "classes": len(classes)},
+            "steps": given.steps,
+            "batch": given.batch,
+            "seed": given.seed,
+        }
         if test is not None:
             right = network.linear(features(network, test[0])).argmax(1) == test[1]
             told["test_accuracy"] = round(float(right.double().mean()), 4)

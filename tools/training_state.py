@@ -18,9 +18,9 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from handful.data.images import write_atomically
 from handful.errors import RequestError, first_line
-from handful.images import write_atomically
-from handful.sealed import seal, unseal
+from handful.files.sealed import seal, unseal
 
 KIND, VERSION = "training state", 1
 STATE, LOG = "state.safetensors", "log.csv"
@@ -73,8 +73,9 @@ class Learner:
         self.network = network.to(device, memory_format=layout).train()  # type: ignore[call-overload]
         self.average = copy.deepcopy(self.network).eval().requires_grad_(False)
         self.parameters, self.averages = list(self.network.parameters()), list(self.average.parameters())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01,
-                                           fused=device.type == "cuda")  # fmt: skip
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.99), weight_decay=0.01, fused=device.type == "cuda"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything but the step's number, by name."""
@@ -138,8 +139,12 @@ def owned(out: Path) -> Iterator[None]:
 
 def save_state(out: Path, settings: Settings, course: Course, learner: Learner) -> None:
     """The state first: what else lies in OUT is made of it."""
-    told = {"settings": asdict(settings), "course": asdict(course), "threads": torch.get_num_threads(),
-            "network": network_config(learner.network)}  # fmt: skip
+    told = {
+        "settings": asdict(settings),
+        "course": asdict(course),
+        "threads": torch.get_num_threads(),
+        "network": network_config(learner.network),
+    }
     write_atomically(out / STATE, seal(KIND, VERSION, told, learner.tensors()))
     write_log(out, course)
 
@@ -175,8 +180,7 @@ def read_state(out: Path, settings: Settings, network: UNet2DModel) -> tuple[Cou
         shown = f"--{name.replace('_', '-')}"
         if name in ("data", "init"):
             what = "other images or labels" if name == "data" else "other weights, or none" if now[name] else "--init"
-            raise RequestError(shown, None, f"the training in '{out}' was begun with {what}",
-                               f"Give the same. {AGAIN}")  # fmt: skip
+            raise RequestError(shown, None, f"the training in '{out}' was begun with {what}", f"Give the same. {AGAIN}")
         raise RequestError(shown, now[name], f"the training in '{out}' was begun with {then[name]}", f"Give that. {AGAIN}")
     if other:
         raise RequestError("--out", file, "its network has another architecture", AGAIN)

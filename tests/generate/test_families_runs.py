@@ -13,13 +13,13 @@ from support.pipelines import tiny_stable_diffusion
 from support.pipelines_dit import tiny_dit
 from support.runs import contents
 
+from handful.data.images import write_png
 from handful.errors import RequestError
 from handful.generate import prepare
-from handful.generate.plan import Cohort
-from handful.generate.recipe import Recipe, recipe_from
-from handful.generate.recipe_file import read_recipe
 from handful.generate.run import run
-from handful.images import write_png
+from handful.recipe.file import read_recipe
+from handful.recipe.plan import Cohort
+from handful.recipe.schema import Recipe, recipe_from
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,11 @@ def test_the_same_weights_with_another_scheduler_tokenizer_or_scaling_are_anothe
     shutil.copytree(stable_diffusion, model)
     asked = recipe(model, None, classes=["cat"])
     run(prepare(asked, tmp_path / "out"))
-    for file, key, value in (("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
-                             ("tokenizer/tokenizer_config.json", "model_max_length", 5),
-                             ("vae/config.json", "scaling_factor", 0.5)):  # fmt: skip
+    for file, key, value in (
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+        ("tokenizer/tokenizer_config.json", "model_max_length", 5),
+        ("vae/config.json", "scaling_factor", 0.5),
+    ):
         before = (model / file).read_text()
         (model / file).write_text(json.dumps({**json.loads(before), key: value}))
         with pytest.raises(RequestError, match="model_sha256"):
@@ -93,8 +95,10 @@ def test_a_text_model_must_be_told_which_classes(stable_diffusion, tmp_path):
     with pytest.raises(RequestError, match=r"^classes: .*--classes cat,dog"):
         prepare(recipe(stable_diffusion, None), tmp_path / "out")
     with pytest.raises(RequestError, match=r"^model\.classes: .*prompts, not labels"):
-        prepare(recipe(stable_diffusion, None, model={"name": str(stable_diffusion), "classes": ["cat"]}, classes=["cat"]),
-                tmp_path / "out")  # fmt: skip
+        prepare(
+            recipe(stable_diffusion, None, model={"name": str(stable_diffusion), "classes": ["cat"]}, classes=["cat"]),
+            tmp_path / "out",
+        )
 
 
 def test_decoding_is_halved_while_memory_is_short(stable_diffusion, photos, tmp_path, monkeypatch):

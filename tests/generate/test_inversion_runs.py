@@ -22,17 +22,17 @@ from support.pipelines_dit import tiny_dit
 from support.runs import contents
 
 import handful
-from handful.cost import cost_of
-from handful.denoiser import Clamped
+from handful.core.denoiser import Clamped
+from handful.core.noise import Levels, noised
+from handful.core.samplers import ddim
+from handful.cost.estimate import cost_of
+from handful.data.images import encode_png, read_image, write_png
 from handful.errors import RequestError
-from handful.generate.plan import ImageNoise, image_seed
-from handful.generate.recipe import Recipe, recipe_from
+from handful.generate.invert import InvertRequest, invert, prepare
 from handful.guidance.inversion import Embeddings, own_targets
-from handful.images import encode_png, read_image, write_png
-from handful.invert import InvertRequest, invert, prepare
 from handful.models import load
-from handful.noise import Levels, noised
-from handful.samplers import ddim
+from handful.recipe.plan import ImageNoise, image_seed
+from handful.recipe.schema import Recipe, recipe_from
 
 
 def fit(targets: Path, out: Path, model: str, **options: Any) -> Path:
@@ -79,9 +79,14 @@ def test_a_run_takes_path_clamp_and_condition_of_the_fit_and_any_class_name(sge:
     assert json.loads(rows[0]["guidance"])[0]["method"] == "inversion"
     stored = yaml.safe_load((out / "recipe.yaml").read_text())
     assert stored["sampler"] == {
-        "name": "ddim", "steps": 10, "spacing": "trailing", "eta": 0.0, "variance": None, "recurrence": 1,
+        "name": "ddim",
+        "steps": 10,
+        "spacing": "trailing",
+        "eta": 0.0,
+        "variance": None,
+        "recurrence": 1,
         "clamp": True,
-    }  # fmt: skip
+    }
     assert len(stored["provenance"]["levels"]["sigma"]) == 8 + 1, "from the interval's top"
     assert len(stored["provenance"]["embeddings_sha256"]) == 64
     handful.generate(out / "recipe.yaml", tmp_path / "again")
@@ -297,8 +302,8 @@ def test_its_cost_is_that_of_the_part_of_the_path_that_is_walked(sge: Path):
 
 
 def test_a_file_of_the_librarys_own_needs_no_more_than_the_models_digest(targets: Path, plain_model: str, tmp_path: Path):
-    from handful.generate.provenance import model_digest
     from handful.guidance.inversion_fit import fit as library_fit
+    from handful.runs.provenance import model_digest
 
     denoiser = load(plain_model)
     real = torch.stack([read_image(file, channels=1) for file in sorted(targets.iterdir())])

@@ -12,12 +12,13 @@ import yaml
 from support.runs import contents, digits_recipe, tiny_recipe
 
 import handful
+from handful.data.images import write_png
 from handful.errors import RequestError
-from handful.generate import directory as directory_module
-from handful.generate import prepare, provenance
-from handful.generate.recipe import Recipe, recipe_from
+from handful.generate import prepare
 from handful.generate.run import run
-from handful.images import write_png
+from handful.recipe.schema import Recipe, recipe_from
+from handful.runs import provenance
+from handful.runs import run_directory as directory_module
 
 
 def test_what_is_impossible_is_said_before_anything_is_written(
@@ -44,10 +45,16 @@ def test_what_is_impossible_is_said_before_anything_is_written(
         ("guidance[0].features", digits_recipe(digits_folder, guidance=[chamfer | {"features": "/no"}]), tmp_path / "out"),
         ("guidance[0].interval", tiny_recipe(plain, guidance=[{"method": "cfg", "interval": [1, 0]}]), tmp_path / "out"),
         ("guidance[0].hold", tiny_recipe(plain, guidance=[chamfer | {"hold": True, "normalize": "none"}]), tmp_path / "out"),
-        ("guidance[0].margin", tiny_recipe("digits", exemplars=real | {"per_class": 1}, guidance=[chamfer | {"margin": 1}]),
-         tmp_path / "out"),
-        ("guidance[0].every", tiny_recipe("digits", exemplars=real, sampler={"steps": 4}, guidance=[chamfer | {"every": 5}]),
-         tmp_path / "out"),
+        (
+            "guidance[0].margin",
+            tiny_recipe("digits", exemplars=real | {"per_class": 1}, guidance=[chamfer | {"margin": 1}]),
+            tmp_path / "out",
+        ),
+        (
+            "guidance[0].every",
+            tiny_recipe("digits", exemplars=real, sampler={"steps": 4}, guidance=[chamfer | {"every": 5}]),
+            tmp_path / "out",
+        ),
         ("model.preview_decoder", tiny_recipe(plain, model={"name": plain, "preview_decoder": "x/y"}), tmp_path / "out"),
         ("model.template", tiny_recipe(plain, model={"name": plain, "template": "a sketch of a {}"}), tmp_path / "out"),
         ("model.attention", tiny_recipe(plain, model={"name": plain, "attention": "flash"}), tmp_path / "out"),
@@ -67,7 +74,7 @@ def test_what_is_impossible_is_said_before_anything_is_written(
         ("out", tiny_recipe(plain), tmp_path),
         ("out", digits_recipe(digits_folder), digits_folder / "out"),
         ("out", digits_recipe(digits_folder), digits_folder),
-    ]  # fmt: skip
+    ]
     before = sorted(tmp_path.rglob("*"))
     for field, recipe, out in cases:
         with pytest.raises(RequestError) as caught:

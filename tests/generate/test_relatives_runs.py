@@ -11,22 +11,31 @@ import torch
 from support.pipelines import tiny_stable_diffusion
 from support.runs import contents, digits_recipe, tiny_recipe
 
+from handful.data.images import read_image
 from handful.errors import RequestError
 from handful.generate.job import prepare
-from handful.generate.recipe import Recipe, recipe_from
-from handful.generate.recipe_file import read_recipe
 from handful.generate.run import run
-from handful.images import read_image
+from handful.recipe.file import read_recipe
+from handful.recipe.schema import Recipe, recipe_from
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PRESETS = {
-    "universal": "2302.07121", "freedom": "2303.09833", "mpgd": "2311.16424", "tfg": "2409.15761", "cfg-interval": "2404.07724",
-}  # fmt: skip
+    "universal": "2302.07121",
+    "freedom": "2303.09833",
+    "mpgd": "2311.16424",
+    "tfg": "2409.15761",
+    "cfg-interval": "2404.07724",
+}
 CADS: dict[str, Any] = {"method": "cads", "tau1": 0.3, "scale": 0.3, "mix": 0.8}
 CFG: dict[str, Any] = {"method": "cfg", "scale": 1.0}
 EXACT: dict[str, Any] = {
-    "method": "classifier", "classifier": "digits-guide", "scale": 1.0, "jacobian": "exact", "normalize": "none", "every": 1,
-}  # fmt: skip
+    "method": "classifier",
+    "classifier": "digits-guide",
+    "scale": 1.0,
+    "jacobian": "exact",
+    "normalize": "none",
+    "every": 1,
+}
 
 
 def digits(folder: Path, *guidance: dict[str, Any], **changes: Any) -> Recipe:
@@ -100,13 +109,18 @@ def test_tfg_with_nothing_of_its_own_is_plain_exact_guidance_to_the_byte(
 
 def test_recurrence_inner_steps_and_smoothing_each_make_other_images(digits_folder: Path, tmp_path: Path):
     ways = {
-        "plain": ([EXACT], 1), "recurrence": ([EXACT], 2),
+        "plain": ([EXACT], 1),
+        "recurrence": ([EXACT], 2),
         "smoothing": ([{**EXACT, "smoothing": {"samples": 2, "noise": 0.5}}], 1),
         "inner": ([EXACT, {**EXACT, "jacobian": "identity", "scale": 0.2, "inner": 3}], 1),
-    }  # fmt: skip
-    made = [images_of(digits(digits_folder, *guidance, per_class=2,
-                             sampler={"name": "ddim", "steps": 4, "recurrence": recurrence}), tmp_path / name)
-            for name, (guidance, recurrence) in ways.items()]  # fmt: skip
+    }
+    made = [
+        images_of(
+            digits(digits_folder, *guidance, per_class=2, sampler={"name": "ddim", "steps": 4, "recurrence": recurrence}),
+            tmp_path / name,
+        )
+        for name, (guidance, recurrence) in ways.items()
+    ]
     assert all(one != other for place, one in enumerate(made) for other in made[:place])
 
 
@@ -123,8 +137,12 @@ def test_scale_zero_of_either_is_no_guidance_to_the_byte(digits_folder: Path, tm
 
 def test_apg_with_everything_kept_is_cfg(digits_folder: Path, tmp_path: Path):
     whole = {"method": "apg", "scale": 1.0, "parallel": 1.0, "momentum": 0.0}
-    assert _near(images_of(digits(digits_folder, whole), tmp_path / "apg"), tmp_path / "apg", digits(digits_folder, CFG),
-                 tmp_path / "cfg")  # fmt: skip
+    assert _near(
+        images_of(digits(digits_folder, whole), tmp_path / "apg"),
+        tmp_path / "apg",
+        digits(digits_folder, CFG),
+        tmp_path / "cfg",
+    )
 
 
 def test_every_relative_composes_with_chamfer_and_a_classifier_in_one_run(digits_folder: Path, tmp_path: Path):

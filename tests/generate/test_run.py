@@ -22,12 +22,12 @@ import yaml
 from support.runs import contents, digits_recipe, tiny_recipe
 
 import handful
+from handful.data.images import read_image
 from handful.errors import RunError
-from handful.features import load_extractor
-from handful.generate import directory as directory_module
-from handful.images import read_image
+from handful.features.registry import load_extractor
 from handful.models.unet2d import UNet2DDenoiser
-from handful.progress import Progress
+from handful.runs import run_directory as directory_module
+from handful.runs.progress import Progress
 
 
 def manifest(out: Path) -> list[dict[str, Any]]:

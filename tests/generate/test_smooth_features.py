@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from handful.cost import cost_of
+from handful.cost.estimate import cost_of
+from handful.data.exemplars import Exemplars
+from handful.data.images import write_png
+from handful.data.shared_exemplars import ExemplarFeatures
 from handful.errors import RequestError
-from handful.exemplars import Exemplars
-from handful.features import load_extractor
+from handful.features.registry import load_extractor
+from handful.features.softplus import softened
 from handful.generate import prepare
-from handful.generate.classifying import extractor_key, load_for
-from handful.generate.guidance_requests import ChamferRequest, ClassifierRequest, EnergyRequest
-from handful.generate.recipe import for_model, recipe_from
 from handful.generate.run import _exemplar_features, run
-from handful.images import write_png
-from handful.run_facts import guided_by
-from handful.shared_exemplars import ExemplarFeatures
-from handful.softplus import softened
+from handful.guidance.requests import ChamferRequest, ClassifierRequest, EnergyRequest
+from handful.recipe.extractors import extractor_key, load_for
+from handful.recipe.schema import for_model, recipe_from
+from handful.runs.metadata import guided_by
 from handful.zoo.digits import load_digits_split
 
 
@@ -35,10 +35,15 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(exemplars: Path, *terms: dict[str, object]):
-    return recipe_from({
-        "model": {"name": "digits"}, "exemplars": {"path": str(exemplars)}, "sampler": {"steps": 4}, "per_class": 3,
-        "guidance": [{"features": "digits-guide", **term} for term in terms],
-    })  # fmt: skip
+    return recipe_from(
+        {
+            "model": {"name": "digits"},
+            "exemplars": {"path": str(exemplars)},
+            "sampler": {"steps": 4},
+            "per_class": 3,
+            "guidance": [{"features": "digits-guide", **term} for term in terms],
+        }
+    )
 
 
 def test_the_exemplars_are_seen_by_the_softened_network(digits, tmp_path):

@@ -17,17 +17,17 @@ from support.pipelines_dit import tiny_dit
 from support.pipelines_flow import tiny_flux, tiny_sd3
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser, NetworkDenoiser
-from handful.diffusers import GuidanceCallback, HandfulGuider
+from handful.core.denoiser import Condition, Denoiser, NetworkDenoiser
+from handful.core.noise import VP, Level
+from handful.core.samplers import ddim, heun
 from handful.errors import RequestError
-from handful.features import pixels
-from handful.generate.plan import image_seed
+from handful.features.registry import pixels
 from handful.guidance import CADS, CFG, Chamfer, Guided, Pull, Step, Timing
 from handful.guidance.cads import annealed
+from handful.integrations.diffusers import GuidanceCallback, HandfulGuider
 from handful.models import from_pipeline, load
 from handful.models.edm import EDMDenoiser
-from handful.noise import VP, Level
-from handful.samplers import ddim, heun
+from handful.recipe.plan import image_seed
 
 SEEDS = [image_seed(0, "3", index) for index in range(4)]
 S, TAU1, TAU2, PSI = 0.3, 0.4, 0.9, 0.7
@@ -92,10 +92,8 @@ LABELLED: dict[str, tuple[Callable[[Path], Any], Callable[..., None]]] = {
     "adm": (lambda folder: load(saved(folder, Variant(classes=5)), null_class=4), by_class_embedding),
     "dit": (lambda _: dit(), by_blocks),
     "edm": (lambda _: EDMDenoiser(Preconditioned(), null_class=4), by_linear),
-}  # fmt: skip
-PROMPTED: dict[str, Callable[[], Any]] = {
-    "sd": tiny_stable_diffusion, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux,
-}  # fmt: skip
+}
+PROMPTED: dict[str, Callable[[], Any]] = {"sd": tiny_stable_diffusion, "sdxl": tiny_sdxl, "sd3": tiny_sd3, "flux": tiny_flux}
 LABELS = [0, 1, 2, 2]
 
 
@@ -323,9 +321,14 @@ def test_models_whose_labels_cannot_be_noised_are_refused():
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("tau1, tau2", {"tau1": 0.9, "tau2": 0.6}), ("tau1, tau2", {"tau2": 1.5}), ("tau1, tau2", {"tau1": float("nan")}),
-     ("mix", {"mix": 1.5}), ("scale", {"scale": -0.1})],
-)  # fmt: skip
+    [
+        ("tau1, tau2", {"tau1": 0.9, "tau2": 0.6}),
+        ("tau1, tau2", {"tau2": 1.5}),
+        ("tau1, tau2", {"tau1": float("nan")}),
+        ("mix", {"mix": 1.5}),
+        ("scale", {"scale": -0.1}),
+    ],
+)
 def test_impossible_settings_are_refused_by_name(field: str, words: dict[str, float]):
     with pytest.raises(RequestError, match=f"^{field}: "):
         CADS(SEEDS, **words)  # type: ignore[arg-type]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import VP, Level, level
+from handful.core.samplers import ddim, heun
 from handful.errors import RequestError
 from handful.guidance import CFG, Guided, Timing
-from handful.noise import VP, Level, level
-from handful.samplers import ddim, heun
 
 
 class Eps(Denoiser):

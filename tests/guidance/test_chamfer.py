@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from handful.errors import RequestError
-from handful.features import pixels
+from handful.features.registry import pixels
 from handful.guidance import Chamfer, chamfer_distance
 from handful.guidance.chamfer import spacing
 from handful.guidance.distances import squared_distances
@@ -163,16 +163,7 @@ def test_exemplars_that_are_no_feature_rows_are_refused_by_name(features):
         Chamfer(pixels(), features, 0.2)
 
 
-@pytest.mark.parametrize(
-    "weights",
-    [
-        (-1.0, 1.0),
-        (1.0, -0.1),
-        (0.0, 0.0),
-        (float("nan"), 1.0),
-        (1.0, float("inf")),
-    ],
-)
+@pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -0.1), (0.0, 0.0), (float("nan"), 1.0), (1.0, float("inf"))])
 def test_impossible_weights_are_refused_by_name(weights):
     with pytest.raises(RequestError, match=r"^coverage_weight, fidelity_weight: "):
         Chamfer(pixels(), normal(2, 6), 0.2, coverage_weight=weights[0], fidelity_weight=weights[1])

@@ -10,14 +10,14 @@ import torch
 from support.pipelines_dit import tiny_dit
 from torch import Tensor, nn
 
-from handful.denoiser import Clamped, Condition, Denoiser
+from handful.core.denoiser import Clamped, Condition, Denoiser
+from handful.core.noise import EDM, VP, Level, Levels, Schedule, level
+from handful.core.samplers import ddim, ddpm, dpmpp_2m, heun
 from handful.errors import RequestError, RunError
-from handful.features import FeatureExtractor, load_extractor
+from handful.features.registry import FeatureExtractor, load_extractor
 from handful.guidance import CFG, Classifier, Guidance, Guided, NoisyClassifier, Pull, Timing
 from handful.guidance.classifier import temperature_at, tempered_energy
 from handful.models import load
-from handful.noise import EDM, VP, Level, Levels, Schedule, level
-from handful.samplers import ddim, ddpm, dpmpp_2m, heun
 
 SHAPE = (3, 4, 4)
 CLASSES = 5
@@ -83,8 +83,10 @@ def log_likelihood_gradient(network: Any, images: Tensor, targets: Tensor, tau1:
 @pytest.mark.parametrize(("tau1", "tau2"), [(1.0, 1.0), (1.0, 0.5), (1.0, 0.0), (0.3, 2.0), (0.0, 1.0)])
 def test_the_energy_is_the_formula(tau1: float, tau2: float):
     logits = 3 * normal(4, CLASSES)
-    wanted = [-(tau1 * float(row[y]) - math.log(sum(math.exp(tau2 * float(f)) for f in row)))
-              for row, y in zip(logits, TARGETS.tolist(), strict=True)]  # fmt: skip
+    wanted = [
+        -(tau1 * float(row[y]) - math.log(sum(math.exp(tau2 * float(f)) for f in row)))
+        for row, y in zip(logits, TARGETS.tolist(), strict=True)
+    ]
     found = tempered_energy(logits, TARGETS, tau1, tau2)
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(tempered_energy(logits, 3, tau1, tau2), tempered_energy(logits, torch.full((4,), 3), tau1, tau2))
@@ -141,8 +143,17 @@ FITTED = ((0.1, 1.0), (1.0, 2.0), (10.0, 8.0))
 
 
 def test_a_temperature_lies_between_its_neighbours_in_logarithms_and_is_constant_beyond():
-    for ratio, wanted in ((0.1, 1.0), (1.0, 2.0), (10.0, 8.0), (math.sqrt(0.1), math.sqrt(2)), (math.sqrt(10), 4.0),
-                          (0.0, 1.0), (1e-9, 1.0), (99.0, 8.0), (math.inf, 8.0)):  # fmt: skip
+    for ratio, wanted in (
+        (0.1, 1.0),
+        (1.0, 2.0),
+        (10.0, 8.0),
+        (math.sqrt(0.1), math.sqrt(2)),
+        (math.sqrt(10), 4.0),
+        (0.0, 1.0),
+        (1e-9, 1.0),
+        (99.0, 8.0),
+        (math.inf, 8.0),
+    ):
         assert temperature_at(FITTED, ratio) == pytest.approx(wanted, rel=1e-12)
     assert temperature_at(((0.5, 3.0),), 7.0) == 3.0
 
@@ -179,13 +190,17 @@ def test_a_guided_run_takes_the_temperature_of_each_step():
 @pytest.mark.parametrize(
     ("words", "field"),
     [
-        ({"tau1": -1.0}, "tau1, tau2"), ({"tau2": math.inf}, "tau1, tau2"), ({"tau1": math.nan}, "tau1, tau2"),
-        ({"tau1": 0.0, "tau2": 0.0}, "tau1, tau2"), ({"temperatures": ((1.0, 0.0),)}, "temperatures"),
+        ({"tau1": -1.0}, "tau1, tau2"),
+        ({"tau2": math.inf}, "tau1, tau2"),
+        ({"tau1": math.nan}, "tau1, tau2"),
+        ({"tau1": 0.0, "tau2": 0.0}, "tau1, tau2"),
+        ({"temperatures": ((1.0, 0.0),)}, "temperatures"),
         ({"temperatures": ((1.0, 2.0), (1.0, 3.0))}, "temperatures"),
         ({"temperatures": ((2.0, 2.0), (1.0, 3.0))}, "temperatures"),
-        ({"temperatures": ((0.0, 2.0),)}, "temperatures"), ({"temperatures": ((math.inf, 2.0),)}, "temperatures"),
+        ({"temperatures": ((0.0, 2.0),)}, "temperatures"),
+        ({"temperatures": ((math.inf, 2.0),)}, "temperatures"),
     ],
-)  # fmt: skip
+)
 def test_temperatures_that_make_no_sense_are_refused(words: dict[str, Any], field: str):
     with pytest.raises(RequestError) as caught:
         Classifier(extractor(), 0, 1.0, **words)
@@ -234,8 +249,9 @@ def test_the_ddpm_preset_is_the_papers_loop(boost: float, chunk: int | None):
         seen.append(denoiser.estimate(x, float(levels.alpha[i]), float(levels.sigma[i]), labels))
         return seen[-1].clamp(-1, 1)
 
-    wanted = ancestral_loop(estimate, lambda x0: log_likelihood_gradient(network, x0, TARGETS, 1.0, 0.5), x, levels, noises,
-                            2.0, boost)  # fmt: skip
+    wanted = ancestral_loop(
+        estimate, lambda x0: log_likelihood_gradient(network, x0, TARGETS, 1.0, 0.5), x, levels, noises, 2.0, boost
+    )
     assert max(float(each.abs().max()) for each in seen) > 1.5, "the clipping must matter"
     term = Classifier(extractor(), TARGETS, 2.0, tau2=0.5, timing=Timing(boost=boost), pull=DDPM_PULL)
     guided = Guided(Clamped(denoiser), [term], chunk)
@@ -308,9 +324,14 @@ def test_the_edm_preset_is_the_papers_loop(steps: int, chunk: int | None):
     levels = denoiser.levels.spacing(steps)
     x = float(levels.sigma[0]) * normal(4, *SHAPE, seed=2)
     w = 0.05
-    wanted = heun_loop(lambda x, sigma: denoiser.estimate(x, 1.0, sigma, labels),
-                       lambda images: log_likelihood_gradient(network, images, TARGETS, 1.0, 0.0),
-                       x, [float(s) for s in levels.sigma], w, 0.3)  # fmt: skip
+    wanted = heun_loop(
+        lambda x, sigma: denoiser.estimate(x, 1.0, sigma, labels),
+        lambda images: log_likelihood_gradient(network, images, TARGETS, 1.0, 0.0),
+        x,
+        [float(s) for s in levels.sigma],
+        w,
+        0.3,
+    )
     term = Classifier(extractor(), TARGETS, w, tau2=0.0, timing=Timing(gain="edm", boost=0.3), pull=EDM_PULL)
     found = heun(Guided(denoiser, [term], chunk), x, levels, denoiser.condition(labels))
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
@@ -402,9 +423,13 @@ def test_beside_cfg_what_moves_the_sample_looks_at_its_estimate_through_the_cond
 # --- nothing, and zero -------------------------------------------------------------------------------------------------
 
 WAYS: dict[str, tuple[Pull, str]] = {
-    "shift": (Pull(), "ddim"), "held": (Pull(rule="held"), "ddim"), "ancestral": (DDPM_PULL, "ddpm"),
-    "before": (EDM_PULL, "heun"), "gaussian": (Pull("gaussian"), "dpmpp_2m"), "inner": (Pull("identity", inner=2), "ddim"),
-}  # fmt: skip
+    "shift": (Pull(), "ddim"),
+    "held": (Pull(rule="held"), "ddim"),
+    "ancestral": (DDPM_PULL, "ddpm"),
+    "before": (EDM_PULL, "heun"),
+    "gaussian": (Pull("gaussian"), "dpmpp_2m"),
+    "inner": (Pull("identity", inner=2), "ddim"),
+}
 SAMPLERS: dict[str, Any] = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpmpp_2m": dpmpp_2m}
 
 
@@ -505,8 +530,9 @@ def test_the_noisy_classifier_is_dhariwal_and_nichols_mean():
         variance = beta * (1 - after) / (1 - now)
         x0 = denoiser.estimate(wanted, math.sqrt(now), math.sqrt(1 - now), labels)
         time = denoiser.levels.time(levels[i]).float().expand(4)
-        g = log_likelihood_gradient(lambda z, time=time: network.body(z) * (1 + time[:, None].double() / 1000), wanted,
-                                    TARGETS, 1.0, 1.0)  # fmt: skip
+        g = log_likelihood_gradient(
+            lambda z, time=time: network.body(z) * (1 + time[:, None].double() / 1000), wanted, TARGETS, 1.0, 1.0
+        )
         mean = math.sqrt(after) * beta / (1 - now) * x0 + math.sqrt(1 - beta) * (1 - after) / (1 - now) * wanted
         wanted = mean + variance * 2.0 * g + (math.sqrt(variance) * noises[i] if i < 6 else 0)
     pull = Pull(rule="ancestral", normalize="none", jacobian="identity", input="state")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from handful.errors import RequestError
-from handful.features import FeatureExtractor
+from handful.features.registry import FeatureExtractor
 from handful.guidance import Chamfer, Energy, energy_distance
 
 

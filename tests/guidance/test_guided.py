@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from handful.denoiser import Condition, Denoiser
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import EDM, VP, Flow, Level, Levels, level
+from handful.core.samplers import ddim, ddpm, start
 from handful.errors import RequestError, RunError
-from handful.features import FeatureExtractor, pixels
+from handful.features.registry import FeatureExtractor, pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Potential, Pull, Step, Timing
-from handful.noise import EDM, VP, Flow, Level, Levels, level
-from handful.samplers import ddim, ddpm, start
 
 LATENT = (2, 4, 4)
 

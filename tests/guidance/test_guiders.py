@@ -9,12 +9,12 @@ import torch
 from diffusers import guiders
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, NetworkDenoiser, Prediction
+from handful.core.denoiser import Condition, NetworkDenoiser, Prediction
+from handful.core.noise import VP, Flow, Levels, Schedule, level
+from handful.core.samplers import ddim, heun
 from handful.errors import RequestError
 from handful.guidance import CFG, Guidance, Guided, Timing
 from handful.guidance.guiders import Guider, adaptive_projected
-from handful.noise import VP, Flow, Levels, Schedule, level
-from handful.samplers import ddim, heun
 
 NULL = 3
 
@@ -54,7 +54,7 @@ MIXING: dict[str, dict[str, Any]] = {
     "ClassifierFreeZeroStarGuidance": {},
     "TangentialClassifierFreeGuidance": {},
     "MagnitudeAwareGuidance": {},
-}  # fmt: skip
+}
 
 
 def noise(seed: int = 1) -> Tensor:
@@ -117,9 +117,12 @@ def test_apg_on_x0_is_its_papers_algorithm(eta, momentum):
     denoiser, w, radius = Labelled(), 4.0, 60.0
     levels, condition = denoiser.levels.spacing(5), denoiser.condition(LABELS)
     guider = guiders.AdaptiveProjectedGuidance(
-        guidance_scale=w, adaptive_projected_guidance_momentum=momentum, adaptive_projected_guidance_rescale=radius,
-        eta=eta, use_original_formulation=True,
-    )  # fmt: skip
+        guidance_scale=w,
+        adaptive_projected_guidance_momentum=momentum,
+        adaptive_projected_guidance_rescale=radius,
+        eta=eta,
+        use_original_formulation=True,
+    )
     found = ddim(Guided(denoiser, [Guider(guider)]), noise(), levels, condition)
     wanted, bounded = papers_apg(denoiser, w, eta, momentum, radius)
     assert 0 < bounded < 15, "the bound must act on some and not on all"
@@ -155,9 +158,15 @@ def test_apg_with_everything_kept_is_cfg_and_with_scale_zero_nothing_to_the_bit(
 
 @pytest.mark.parametrize(
     ("field", "words"),
-    [("parallel", {"parallel": 1.5}), ("momentum", {"momentum": 0.5}), ("momentum", {"momentum": -1.0}),
-     ("norm", {"norm": 0.0}), ("norm", {"norm": float("nan")}), ("scale", {"scale": -1.0})],
-)  # fmt: skip
+    [
+        ("parallel", {"parallel": 1.5}),
+        ("momentum", {"momentum": 0.5}),
+        ("momentum", {"momentum": -1.0}),
+        ("norm", {"norm": 0.0}),
+        ("norm", {"norm": float("nan")}),
+        ("scale", {"scale": -1.0}),
+    ],
+)
 def test_settings_of_apg_that_make_no_sense_are_refused_by_name(field, words):
     with pytest.raises(RequestError, match=f"^{field}: "):
         adaptive_projected(**{"scale": 1.0, **words})
@@ -235,10 +244,12 @@ def test_in_float32_it_shifts_nothing_where_the_guider_changes_nothing():
 
 
 REFUSED = {
-    "PerturbedAttentionGuidance": {"perturbed_guidance_layers": 0}, "SkipLayerGuidance": {"skip_layer_guidance_layers": 0},
-    "SmoothedEnergyGuidance": {"seg_guidance_layers": 0}, "AutoGuidance": {"auto_guidance_layers": 0, "dropout": 0.1},
+    "PerturbedAttentionGuidance": {"perturbed_guidance_layers": 0},
+    "SkipLayerGuidance": {"skip_layer_guidance_layers": 0},
+    "SmoothedEnergyGuidance": {"seg_guidance_layers": 0},
+    "AutoGuidance": {"auto_guidance_layers": 0, "dropout": 0.1},
     "LTX2Guidance": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

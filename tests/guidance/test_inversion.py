@@ -11,21 +11,13 @@ import torch
 from support.inversion import INTERVAL, SHAPE, STEPS, Tiny, embeddings, path, randn, targets
 from torch import Tensor
 
-from handful.denoiser import Clamped, Condition
+from handful.core.denoiser import Clamped, Condition
+from handful.core.noise import EDM, Levels, level
+from handful.core.samplers import ddim, heun
 from handful.errors import RequestError
-from handful.generate.plan import ImageNoise, image_seed
 from handful.guidance import CFG, Guided, Step
-from handful.guidance.inversion import (
-    Embeddings,
-    Inversion,
-    noised_start,
-    normal,
-    own_targets,
-    reconstruct,
-    segment_steps,
-)
-from handful.noise import EDM, Levels, level
-from handful.samplers import ddim, heun
+from handful.guidance.inversion import Embeddings, Inversion, noised_start, normal, own_targets, reconstruct, segment_steps
+from handful.recipe.plan import ImageNoise, image_seed
 
 SEEDS = [image_seed(0, "images", index) for index in range(8)]
 
@@ -317,9 +309,15 @@ def test_another_model_and_another_size_are_refused_by_name():
 
 @pytest.mark.parametrize(
     ("words", "field"),
-    [({"scale": -1.0}, "scale"), ({"exchange": "often"}, "exchange"), ({"perturbation": -0.1}, "perturbation"),
-     ({"perturbation": float("nan")}, "perturbation"), ({"own": [0, 3]}, "own"), ({"own": [0]}, "own")],
-)  # fmt: skip
+    [
+        ({"scale": -1.0}, "scale"),
+        ({"exchange": "often"}, "exchange"),
+        ({"perturbation": -0.1}, "perturbation"),
+        ({"perturbation": float("nan")}, "perturbation"),
+        ({"own": [0, 3]}, "own"),
+        ({"own": [0]}, "own"),
+    ],
+)
 def test_settings_out_of_range_are_refused_by_name(words: dict[str, Any], field: str):
     with pytest.raises(RequestError, match=f"^{field}: "):
         Inversion(embeddings(), [1, 2], **words)
@@ -327,9 +325,15 @@ def test_settings_out_of_range_are_refused_by_name(words: dict[str, Any], field:
 
 @pytest.mark.parametrize(
     ("interval", "segments", "told"),
-    [((5, 5), 1, r"interval: \(5, 5\)"), ((6, 5), 1, "interval"), ((-1, 5), 1, "interval"), ((5, 11), 1, "interval"),
-     ((2, 8), 0, "segments: 0: 6 guided steps make 1 to 6"), ((2, 8), 7, "segments: 7")],
-)  # fmt: skip
+    [
+        ((5, 5), 1, r"interval: \(5, 5\)"),
+        ((6, 5), 1, "interval"),
+        ((-1, 5), 1, "interval"),
+        ((5, 11), 1, "interval"),
+        ((2, 8), 0, "segments: 0: 6 guided steps make 1 to 6"),
+        ((2, 8), 7, "segments: 7"),
+    ],
+)
 def test_intervals_and_segments_out_of_range_are_refused_by_name(interval: tuple[int, int], segments: int, told: str):
     with pytest.raises(RequestError, match=f"^{told}"):
         Embeddings(torch.zeros(1, segments, *SHAPE), torch.zeros(1, *SHAPE), path(), interval)

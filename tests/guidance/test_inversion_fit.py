@@ -18,13 +18,13 @@ from support.pipelines import tiny_vae
 from torch import Tensor
 
 import handful
-from handful.denoiser import Condition
+from handful.core.denoiser import Condition
+from handful.core.noise import VP, Level, Levels
 from handful.errors import RequestError, RunError
 from handful.guidance import inversion_fit
 from handful.guidance.inversion import Embeddings, normal, random_at, reconstruct, target_keys
 from handful.guidance.inversion_fit import fit
 from handful.models.latent import LatentDenoiser
-from handful.noise import VP, Level, Levels
 from handful.zoo.digits import load_digits_split
 
 Loss = Callable[[Tensor], Tensor]
@@ -77,8 +77,9 @@ def losses_by_hand(x0: Tensor, segment: int, segments: int, epoch: int, seed: in
 def test_adam_is_the_papers_fit(segments: int, spread: float):
     """Through the whole DDIM step, the network too, by autograd, with torch's own Adam."""
     told: list[tuple[int, int, float]] = []
-    found = short(segments=segments, method="adam", epochs=25, spread_weight=spread, lr=0.05,
-                  progress=lambda *what: told.append(what))  # fmt: skip
+    found = short(
+        segments=segments, method="adam", epochs=25, spread_weight=spread, lr=0.05, progress=lambda *what: told.append(what)
+    )
     x0, expected = targets().double(), []
     for segment in reversed(range(segments)):
         G = normal(target_keys(4, 3), SHAPE, 0, 0, segment + 1).double().requires_grad_()
@@ -128,7 +129,10 @@ def test_defaults_are_the_papers():
     found = fit(Tiny(), targets(2))
     assert (found.segments, found.interval, found.scale, found.perturbation, found.levels.steps) == (15, (5, 20), 2.0, 0.05, 25)
     assert {name: found.fitted[name] for name in ("lr", "spread_weight", "epochs")} == {
-        "lr": 0.05, "spread_weight": 1.0, "epochs": 10}  # fmt: skip
+        "lr": 0.05,
+        "spread_weight": 1.0,
+        "epochs": 10,
+    }
     assert fit(Tiny(), targets(1), segments=1, method="adam").fitted["epochs"] == 120
 
 
@@ -256,8 +260,16 @@ def test_a_killed_fit_goes_on_to_the_same_bytes(tmp_path: Path):
 def test_a_checkpoint_of_another_fit_or_a_damaged_one_is_refused_by_name(tmp_path: Path):
     state = tmp_path / "state"
     short(state=state)
-    others: list[dict[str, Any]] = [{"seed": 5}, {"epochs": 7}, {"scale": 1.0}, {"method": "adam"}, {"model": "x"},
-                                    {"x0": targets() + 1}, {"levels": path(11)}, {"spread_weight": 0.5}]  # fmt: skip
+    others: list[dict[str, Any]] = [
+        {"seed": 5},
+        {"epochs": 7},
+        {"scale": 1.0},
+        {"method": "adam"},
+        {"model": "x"},
+        {"x0": targets() + 1},
+        {"levels": path(11)},
+        {"spread_weight": 0.5},
+    ]
     for other in others:
         with pytest.raises(RequestError, match=r"^state: .* other targets, settings or model\. Delete it"):
             short(state=state, **other)
@@ -271,16 +283,30 @@ def test_a_checkpoint_of_another_fit_or_a_damaged_one_is_refused_by_name(tmp_pat
 
 @pytest.mark.parametrize(
     ("words", "told"),
-    [({"method": "sgd"}, "method: 'sgd'"), ({"epochs": 0}, "epochs: 0"), ({"lr": 0.0}, "lr: 0.0"), ({"scale": 0.0}, "scale"),
-     ({"spread_weight": -1.0}, "spread_weight"), ({"perturbation": float("inf")}, "perturbation"), ({"seed": -1}, "seed: -1"),
-     ({"segments": 7}, "segments: 7: 6 guided steps"), ({"interval": (8, 8)}, "interval"), ({"interval": (8, 2)}, "interval"),
-     ({"interval": (2, 11)}, "interval"), ({"hashes": ["a"]}, "hashes: 1: there are 3 targets"),
-     ({"x0": torch.zeros(3, 1, 4, 4)}, r"targets: \(1, 4, 4\): they have 1 channel, and the model 2\. Read them with 2 chann"),
-     ({"x0": torch.zeros(3, 2, 8, 4)}, r"targets: \(2, 8, 4\): the model has 2 x 4 x 4\. Resize them to 4 x 4\."),
-     ({"x0": torch.zeros(0, 2, 4, 4)}, "targets: .*N >= 1"), ({"x0": torch.zeros(2, 4, 4)}, "targets: .*N >= 1"),
-     ({"x0": torch.full((3, *SHAPE), float("nan"))}, "targets: .*NaN"),
-     ({"condition": Condition(torch.zeros(2, dtype=torch.int64))}, r"condition: \[2\]: there are 3 targets")],
-)  # fmt: skip
+    [
+        ({"method": "sgd"}, "method: 'sgd'"),
+        ({"epochs": 0}, "epochs: 0"),
+        ({"lr": 0.0}, "lr: 0.0"),
+        ({"scale": 0.0}, "scale"),
+        ({"spread_weight": -1.0}, "spread_weight"),
+        ({"perturbation": float("inf")}, "perturbation"),
+        ({"seed": -1}, "seed: -1"),
+        ({"segments": 7}, "segments: 7: 6 guided steps"),
+        ({"interval": (8, 8)}, "interval"),
+        ({"interval": (8, 2)}, "interval"),
+        ({"interval": (2, 11)}, "interval"),
+        ({"hashes": ["a"]}, "hashes: 1: there are 3 targets"),
+        (
+            {"x0": torch.zeros(3, 1, 4, 4)},
+            r"targets: \(1, 4, 4\): they have 1 channel, and the model 2\. Read them with 2 chann",
+        ),
+        ({"x0": torch.zeros(3, 2, 8, 4)}, r"targets: \(2, 8, 4\): the model has 2 x 4 x 4\. Resize them to 4 x 4\."),
+        ({"x0": torch.zeros(0, 2, 4, 4)}, "targets: .*N >= 1"),
+        ({"x0": torch.zeros(2, 4, 4)}, "targets: .*N >= 1"),
+        ({"x0": torch.full((3, *SHAPE), float("nan"))}, "targets: .*NaN"),
+        ({"condition": Condition(torch.zeros(2, dtype=torch.int64))}, r"condition: \[2\]: there are 3 targets"),
+    ],
+)
 def test_what_does_not_fit_is_refused_by_name_before_the_model_is_asked(words: dict[str, Any], told: str):
     model = Tiny()
     with pytest.raises(RequestError, match=f"^{told}"):
@@ -343,8 +369,16 @@ def held_out_loss(digits: Any, found: Embeddings, x0: Tensor, levels: Levels) ->
     """The mean loss of embeddings at draws that no fit has seen."""
     losses = []
     for segment, run in enumerate(inversion_fit.segment_steps((5, 20), found.segments)):
-        at = inversion_fit._parabola(inversion_fit.Guided(digits, ()), x0, levels, [*run] * 4, 2.0,
-                                     inversion_fit.no_condition(digits, len(x0)), target_keys(99, len(x0)), (1, 1))  # fmt: skip
+        at = inversion_fit._parabola(
+            inversion_fit.Guided(digits, ()),
+            x0,
+            levels,
+            [*run] * 4,
+            2.0,
+            inversion_fit.no_condition(digits, len(x0)),
+            target_keys(99, len(x0)),
+            (1, 1),
+        )
         losses.append(at.loss(found.G[:, segment], 1.0))
     return sum(losses) / len(losses)
 

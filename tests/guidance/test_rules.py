@@ -10,20 +10,23 @@ import torch
 from support.pipelines import tiny_sdxl
 from torch import Tensor, nn
 
-from handful.denoiser import Clamped, Condition, Denoiser
-from handful.diffusers import GuidanceCallback, HandfulGuider
+from handful.core.denoiser import Clamped, Condition, Denoiser
+from handful.core.noise import EDM, VP, Flow, Level, Levels, posterior_deviation
+from handful.core.samplers import SAMPLERS, STOCHASTIC
 from handful.errors import RequestError
-from handful.features import pixels
-from handful.generate.guidance_requests import ClassifierRequest
-from handful.generate.terms import check_terms
+from handful.features.registry import pixels
 from handful.guidance import Chamfer, Guided, Potential, Pull, Timing
+from handful.guidance.requests import ClassifierRequest
+from handful.guidance.terms import check_terms
+from handful.integrations.diffusers import GuidanceCallback, HandfulGuider
 from handful.models import from_pipeline
-from handful.noise import EDM, VP, Flow, Level, Levels, posterior_deviation
-from handful.samplers import SAMPLERS, STOCHASTIC
 
 SHAPE, N, STEPS, CONDITION = (1, 4, 4), 3, 6, Condition()
-PATHS = {"vp": lambda: VP.cosine().spacing(STEPS + 1).last(STEPS), "edm": lambda: EDM().spacing(STEPS),
-         "flow": lambda: Flow().spacing(STEPS + 1).last(STEPS)}  # fmt: skip
+PATHS = {
+    "vp": lambda: VP.cosine().spacing(STEPS + 1).last(STEPS),
+    "edm": lambda: EDM().spacing(STEPS),
+    "flow": lambda: Flow().spacing(STEPS + 1).last(STEPS),
+}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -248,14 +251,24 @@ def test_what_a_broken_off_path_would_have_moved_is_forgotten():
 # --- refusals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rule", "sampler", "fits"), [
-    *(("shift", sampler, True) for sampler in SAMPLERS), *(("before", sampler, True) for sampler in SAMPLERS),
-    *(("held", sampler, sampler in ("ddim", "ddpm")) for sampler in SAMPLERS),
-    *(("ancestral", sampler, sampler == "ddpm") for sampler in SAMPLERS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "sampler", "fits"),
+    [
+        *(("shift", sampler, True) for sampler in SAMPLERS),
+        *(("before", sampler, True) for sampler in SAMPLERS),
+        *(("held", sampler, sampler in ("ddim", "ddpm")) for sampler in SAMPLERS),
+        *(("ancestral", sampler, sampler == "ddpm") for sampler in SAMPLERS),
+    ],
+)
 def test_a_recipe_asks_a_rule_only_of_a_sampler_that_has_such_a_step(rule: Any, sampler: str, fits: bool):
-    term = ClassifierRequest(classifier="digits-guide", rule=rule, jacobian="identity", normalize="none", every=1,
-                             input="x_t" if rule == "before" else "x0_hat")  # fmt: skip
+    term = ClassifierRequest(
+        classifier="digits-guide",
+        rule=rule,
+        jacobian="identity",
+        normalize="none",
+        every=1,
+        input="x_t" if rule == "before" else "x0_hat",
+    )
     if fits:
         check_terms([term], STEPS, sampler)
         return

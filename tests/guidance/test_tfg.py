@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import VP, Level, Levels
+from handful.core.samplers import ddim, ddpm
 from handful.errors import RequestError
-from handful.features import FeatureExtractor, pixels
+from handful.features.registry import FeatureExtractor, pixels
 from handful.guidance import Chamfer, Classifier, Guidance, Guided, Potential, Pull, Smoothing, Timing
-from handful.noise import VP, Level, Levels
-from handful.samplers import ddim, ddpm
 
 SHAPE, N, STEPS = (1, 4, 4), 4, 5
 TARGETS = torch.tensor([0, 1, 2, 1])
@@ -342,9 +342,11 @@ def test_many_views_give_the_smoothed_likelihoods_own_gradient():
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
-@pytest.mark.parametrize("smoothing", [
-    Smoothing(3, noise=0.4), Smoothing(2, shift=1), Smoothing(4, flip=True), Smoothing(3, noise=0.2, shift=1, flip=True),
-], ids=["noise", "shift", "flip", "all"])  # fmt: skip
+@pytest.mark.parametrize(
+    "smoothing",
+    [Smoothing(3, noise=0.4), Smoothing(2, shift=1), Smoothing(4, flip=True), Smoothing(3, noise=0.2, shift=1, flip=True)],
+    ids=["noise", "shift", "flip", "all"],
+)
 @pytest.mark.parametrize("jacobian", ["exact", "gaussian", "identity"])
 def test_a_smoothed_shift_is_that_of_the_mean_likelihood_over_the_views(jacobian: Any, smoothing: Smoothing, chunk: Any):
     denoiser, t = Smooth(), path()[2]

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import VP, Level
+from handful.core.samplers import ddim
 from handful.errors import RequestError
-from handful.features import FeatureExtractor, pixels
-from handful.generate.guidance_requests import CVSGRequest
-from handful.generate.recipe_file import read_recipe
-from handful.generate.settle import complete
-from handful.generate.terms import make_terms
+from handful.features.registry import FeatureExtractor, pixels
 from handful.guidance import CVSG, Guided, Pull, Vendi, vendi_score
+from handful.guidance.requests import CVSGRequest
+from handful.guidance.terms import make_terms
 from handful.metrics import vendi
 from handful.models import load
-from handful.noise import VP, Level
-from handful.samplers import ddim
+from handful.recipe.file import read_recipe
+from handful.recipe.resolve import complete
 
 ORDERS = [0.5, 1.0, 2.0, math.inf]
 RECIPE = Path(__file__).parents[2] / "recipes" / "sd15-cvsg.yaml"
@@ -67,8 +67,11 @@ def test_its_gradient_is_the_finite_difference(shape, order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("features", [duplicated(), torch.ones(4, 3), torch.zeros(3, 2), torch.eye(4, dtype=torch.float64)],
-                         ids=["pairs", "all alike", "nothing", "orthogonal"])  # fmt: skip
+@pytest.mark.parametrize(
+    "features",
+    [duplicated(), torch.ones(4, 3), torch.zeros(3, 2), torch.eye(4, dtype=torch.float64)],
+    ids=["pairs", "all alike", "nothing", "orthogonal"],
+)
 def test_its_gradient_is_finite_where_eigenvalues_coincide_or_vanish(features, order):
     leaf = features.double().requires_grad_()
     (gradient,) = torch.autograd.grad(vendi_score(leaf, order), leaf)

@@ -9,16 +9,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
 from handful.errors import RequestError
-from handful.features import pixels
-from handful.metrics.few_shot import (
-    copied,
-    intra_distance,
-    mc_ssim,
-    nearest_targets,
-    reconstruction,
-    ssim,
-    ssim_window,
-)
+from handful.features.registry import pixels
+from handful.metrics.few_shot import copied, intra_distance, mc_ssim, nearest_targets, reconstruction, ssim, ssim_window
 from handful.metrics.perceptual import feature_distance
 
 PLAIN = feature_distance(pixels(), unit=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from handful.errors import RequestError
-from handful.features import FeatureExtractor, load_extractor, pixels
+from handful.features.registry import FeatureExtractor, load_extractor, pixels
 from handful.metrics.perceptual import PerceptualDistance, as_images, feature_distance, load_distance
 
 PLAIN = feature_distance(pixels(), unit=False)

@@ -55,9 +55,17 @@ def hard_sets(kind, seed, dtype=np.float32):
 
 
 HARD = (
-    "plain", "offset 1e4", "tiny spread far away", "ties", "duplicates", "near-duplicates", "two far clusters", "outlier",
-    "huge and tiny", "far apart",
-)  # fmt: skip
+    "plain",
+    "offset 1e4",
+    "tiny spread far away",
+    "ties",
+    "duplicates",
+    "near-duplicates",
+    "two far clusters",
+    "outlier",
+    "huge and tiny",
+    "far apart",
+)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from handful.core.noise import VP
+from handful.core.samplers import ddpm
 from handful.errors import RequestError
 from handful.models import load, skeleton
 from handful.models.adm import PUBLISHED, Settings
 from handful.models.unet2d import UNet2DDenoiser
-from handful.noise import VP
-from handful.samplers import ddpm
 
 # --- the independent forward pass ----------------------------------------------------------------------------------------
 
@@ -64,8 +64,9 @@ def forward(v: Variant, state: State, x: Tensor, time: Tensor, labels: Tensor | 
         flat = norm(f"{name}.norm", h).flatten(2)
         qkv = F.conv1d(flat, *weights(f"{name}.qkv"))
         # legacy: a head's q, k and v lie together; new: all heads' q lie together, then all k, then all v
-        q, k, v_ = qkv.view(n, 3, heads, c // heads, -1).unbind(1) if v.new_order \
-            else qkv.view(n, heads, 3, c // heads, -1).unbind(2)  # fmt: skip
+        q, k, v_ = (
+            qkv.view(n, 3, heads, c // heads, -1).unbind(1) if v.new_order else qkv.view(n, heads, 3, c // heads, -1).unbind(2)
+        )
         weight = (q.transpose(-1, -2) @ k / (c // heads) ** 0.5).softmax(-1)
         mixed = (v_ @ weight.transpose(-1, -2)).reshape(n, c, -1)
         return h + F.conv1d(mixed, *weights(f"{name}.proj_out")).view(n, c, height, width)

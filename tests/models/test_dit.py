@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from support.pipelines_dit import tiny_dit
 from torch import Tensor
 
+from handful.core.noise import level
+from handful.core.samplers import ddim, ddpm, start
 from handful.errors import RequestError
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
 from handful.models import from_pipeline, load, skeleton
 from handful.models.dit import class_names
-from handful.noise import level
-from handful.samplers import ddim, ddpm, start
 
 LABELS = [3, 998, 417]
 
@@ -203,8 +203,11 @@ def test_classes_are_named_in_full_by_the_model_index(tmp_path):
 
 def test_names_of_several_classes_get_their_label():
     assert class_names({"0": "crane", "1": "hen", "2": "Crane", "3": "crane, derrick"}, 4) == (
-        "crane (0)", "hen", "Crane (2)", "crane, derrick",
-    )  # fmt: skip
+        "crane (0)",
+        "hen",
+        "Crane (2)",
+        "crane, derrick",
+    )
 
 
 @pytest.mark.parametrize("id2label", [None, {}, {"0": "hen"}, {"0": "hen", "1": 7}, ["hen", "cock"]])

@@ -15,15 +15,15 @@ import torch
 from support.edm import Preconditioned
 from torch import Tensor, nn
 
-from handful.denoiser import Denoiser
+from handful.core.denoiser import Denoiser
+from handful.core.noise import EDM
+from handful.core.samplers import SAMPLERS, ddim, heun, start
 from handful.errors import RequestError
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
 from handful.models import load, skeleton
 from handful.models.edm import EDMDenoiser
 from handful.models.placement import Placement, check_placement, place
-from handful.noise import EDM
-from handful.samplers import SAMPLERS, ddim, heun, start
 
 
 class Casting(Preconditioned):
@@ -93,8 +93,11 @@ def test_our_sample_is_that_of_the_papers_algorithm_1(sampler, second_order, w, 
 
 def test_what_is_compared_differs_by_order_label_and_guidance():
     plain = algorithm_1(4, [0, 3, 1], 0.0)
-    for other in (algorithm_1(4, [0, 3, 1], 0.0, second_order=False), algorithm_1(4, [0, 2, 1], 0.0),
-                  algorithm_1(4, [0, 3, 1], 1.5)):  # fmt: skip
+    for other in (
+        algorithm_1(4, [0, 3, 1], 0.0, second_order=False),
+        algorithm_1(4, [0, 2, 1], 0.0),
+        algorithm_1(4, [0, 3, 1], 1.5),
+    ):
         assert off(other, plain) > 1e-3
 
 
@@ -252,9 +255,9 @@ FILE = """
 from __future__ import annotations
 from dataclasses import dataclass
 import torch
-from handful.denoiser import Denoiser
+from handful.core.denoiser import Denoiser
 from handful.models.edm import EDMDenoiser
-from handful.noise import EDM
+from handful.core.noise import EDM
 from support.edm import Preconditioned
 
 @dataclass
@@ -283,7 +286,7 @@ class Zero(Denoiser):
         return 0 * x_t
 
     def condition(self, labels):
-        from handful.denoiser import Condition
+        from handful.core.denoiser import Condition
         return Condition()
 
 def number():

@@ -21,13 +21,13 @@ from support.pipelines_flow import tiny_flux, tiny_sd3
 from torch import Tensor
 
 import handful
-from handful.denoiser import Clamped, Denoiser, NetworkDenoiser, shrunk
-from handful.features import pixels
+from handful.core.denoiser import Clamped, Denoiser, NetworkDenoiser, shrunk
+from handful.core.samplers import SAMPLERS, start
+from handful.features.registry import pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Pull
 from handful.models import load
 from handful.models.edm import EDMDenoiser
 from handful.models.latent import LatentDenoiser
-from handful.samplers import SAMPLERS, start
 
 STEPS = 4
 
@@ -36,10 +36,16 @@ def pixels_unet(folder: Path, classes: int | None) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DModel(
-            sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
-            down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            layers_per_block=1,
+            block_out_channels=(4, 8),
+            norm_num_groups=2,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
             num_class_embeds=classes,
-        )  # fmt: skip
+        )
     unet.save_pretrained(folder / "unet")
     DDPMScheduler().save_pretrained(folder / "scheduler")
     return folder

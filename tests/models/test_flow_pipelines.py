@@ -9,14 +9,14 @@ import torch
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from support.pipelines_flow import PROMPTS, distance, noise, sampled, tiny_flux, tiny_sd3
 
+from handful.core.samplers import ddim, start
 from handful.errors import RequestError
-from handful.feature_extractor import pixels
+from handful.features.extractor import pixels
 from handful.guidance.base import Pull
 from handful.guidance.cfg import CFG
 from handful.guidance.chamfer import Chamfer
 from handful.guidance.guided import Guided
 from handful.models import from_pipeline, load, skeleton
-from handful.samplers import ddim, start
 
 MAKERS = {"sd3": tiny_sd3, "flux": tiny_flux}
 SIZE: dict[str, Any] = {"resolution": (64, 80)}

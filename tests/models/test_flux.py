@@ -8,13 +8,13 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from support.pipelines_flow import PROMPTS, distance, noise, sampled, tiny_flux
 from torch import Tensor
 
+from handful.core.noise import Flow
 from handful.errors import RequestError
 from handful.models import from_pipeline, load, skeleton
 from handful.models.flux import load as load_flux
 from handful.models.flux import packed, positions, unpacked
 from handful.models.options import ModelOptions
 from handful.models.source import Source
-from handful.noise import Flow
 
 SIZE = (64, 96)
 
@@ -26,9 +26,14 @@ def pipelines_own(pipeline: Any, steps: int, w: float = 0.0, size: tuple[int, in
     words = {"output_type": "latent", "negative_prompt": ["", ""], "true_cfg_scale": w + 1, **words}
     latents = noise(from_pipeline(pipeline, resolution=size))
     found = pipeline(
-        PROMPTS, num_inference_steps=steps, latents=FluxPipeline._pack_latents(latents, *latents.shape), height=height,
-        width=width, max_sequence_length=tokens, **words,
-    ).images  # fmt: skip
+        PROMPTS,
+        num_inference_steps=steps,
+        latents=FluxPipeline._pack_latents(latents, *latents.shape),
+        height=height,
+        width=width,
+        max_sequence_length=tokens,
+        **words,
+    ).images
     if words["output_type"] != "latent":
         return found
     return FluxPipeline._unpack_latents(found, height, width, pipeline.vae_scale_factor)

@@ -10,12 +10,12 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor
 
-from handful.denoiser import Condition, shrunk
+from handful.core.denoiser import Condition, shrunk
+from handful.core.noise import VP, level
 from handful.errors import RequestError
-from handful.features import pixels
+from handful.features.registry import pixels
 from handful.guidance import Chamfer, Guided, Pull
 from handful.models.latent import LatentDenoiser
-from handful.noise import VP, level
 
 
 def tiny_vae(**config: Any) -> AutoencoderKL:
@@ -37,9 +37,15 @@ def denoiser(resolution: tuple[int, int] = (16, 16), preview_vae: Any = None, **
     with torch.random.fork_rng():
         torch.manual_seed(1)
         unet = UNet2DModel(
-            sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
-            down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        )  # fmt: skip
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            layers_per_block=1,
+            block_out_channels=(4, 8),
+            norm_num_groups=2,
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )
     return Unconditional(unet, tiny_vae(**vae), "eps", VP.linear(), resolution, preview_vae=preview_vae)
 
 
@@ -53,9 +59,12 @@ def latents(n: int = 2) -> Tensor:
 
 @pytest.mark.parametrize(
     "config",
-    [{"scaling_factor": 0.18}, {"scaling_factor": 1.5, "shift_factor": 0.06},
-     {"scaling_factor": 0.5, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]}],
-)  # fmt: skip
+    [
+        {"scaling_factor": 0.18},
+        {"scaling_factor": 1.5, "shift_factor": 0.06},
+        {"scaling_factor": 0.5, "latents_mean": [0.1, 0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    ],
+)
 def test_encoding_undoes_the_scaling_that_decoding_does(config: dict[str, Any]):
     found = denoiser(**config)
     x0 = latents()

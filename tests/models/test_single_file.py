@@ -13,16 +13,27 @@ from safetensors.torch import save_file
 from support.pipelines import tiny_sdxl, tiny_stable_diffusion
 from torch import Tensor
 
+from handful.core.samplers import ddim, start
 from handful.errors import RequestError
 from handful.models import load, single_file, skeleton
 from handful.models.single_file import pipeline_of, read_shapes
-from handful.samplers import ddim, start
 
 LAYERS = 1  # a block of the tiny UNet
-RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-          "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
-TOP = {"time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-       "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2"}  # fmt: skip
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+TOP = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
 V = "model.diffusion_model."
 
 
@@ -54,9 +65,18 @@ def vae_name(name: str) -> str:
     name = re.sub(r"up_blocks\.(\d)", lambda found: f"up.{3 - int(found[1])}", name).replace("down_blocks.", "down.")
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda found: f"mid.block_{int(found[1]) + 1}", name)
     name = name.replace("mid_block.attentions.0", "mid.attn_1").replace("resnets.", "block.")
-    return replaced(name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample"), {
-        "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm", "to_q": "q", "to_k": "k",
-        "to_v": "v", "to_out.0": "proj_out"})  # fmt: skip
+    return replaced(
+        name.replace("downsamplers.0", "downsample").replace("upsamplers.0", "upsample"),
+        {
+            "conv_shortcut": "nin_shortcut",
+            "conv_norm_out": "norm_out",
+            "group_norm": "norm",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+            "to_out.0": "proj_out",
+        },
+    )
 
 
 def original(pipeline: Any) -> dict[str, Tensor]:
@@ -128,8 +148,14 @@ def test_a_config_that_is_no_pipelines_is_refused(stored, tmp_path, offline):
         load(stored[0], config="no such/folder/at all")
 
 
-@pytest.mark.parametrize("name", [V + "out.0.weight", "first_stage_model.decoder.norm_out.weight",
-                                  "cond_stage_model.transformer.text_model.final_layer_norm.weight"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        V + "out.0.weight",
+        "first_stage_model.decoder.norm_out.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    ],
+)
 def test_a_file_that_lacks_a_tensor_is_refused(stored, tmp_path, offline, name):
     weights = original(tiny_stable_diffusion())
     del weights[name]
@@ -164,8 +190,14 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not_run(tmp_path):
 
 def test_a_damaged_file_is_refused(stored, tmp_path):
     whole = stored[0].read_bytes()
-    broken = {"cut": whole[:-1], "shorter": whole[:100], "empty": b"", "no header": struct.pack("<Q", 2) + b"[]",
-              "no offsets": struct.pack("<Q", 8) + b'{"a":{}}', "no json": struct.pack("<Q", 2**60) + b"x"}  # fmt: skip
+    broken = {
+        "cut": whole[:-1],
+        "shorter": whole[:100],
+        "empty": b"",
+        "no header": struct.pack("<Q", 2) + b"[]",
+        "no offsets": struct.pack("<Q", 8) + b'{"a":{}}',
+        "no json": struct.pack("<Q", 2**60) + b"x",
+    }
     for name, content in broken.items():
         (tmp_path / f"{name}.safetensors").write_bytes(content)
         with pytest.raises(RequestError, match=rf"^model: .*{name}\.safetensors.* can't be read"):
@@ -186,8 +218,10 @@ def test_shapes_are_read_without_the_tensors(stored, tmp_path):
 
 
 UNET = {f"{V}input_blocks.0.0.weight": (320, 4, 3, 3), "first_stage_model.decoder.conv_in.weight": (512, 4, 3, 3)}
-XL = {"conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
-      "conditioner.embedders.1.model.ln_final.weight": (1280,)}  # fmt: skip
+XL = {
+    "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,),
+    "conditioner.embedders.1.model.ln_final.weight": (1280,),
+}
 SD3 = "joint_blocks.0.context_block.adaLN_modulation.1.bias"
 FLUX = "double_blocks.0.img_attn.norm.key_norm.scale"
 

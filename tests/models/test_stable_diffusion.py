@@ -13,12 +13,12 @@ from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from support.pipelines import TRAINED, tiny_sdxl, tiny_stable_diffusion
 from torch import Tensor
 
-from handful.denoiser import Denoiser
+from handful.core.denoiser import Denoiser
+from handful.core.samplers import ddim, start
 from handful.errors import RequestError
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
 from handful.models import from_pipeline, load, skeleton
-from handful.samplers import ddim, start
 
 PROMPTS = ["a red cat", "two dogs"]
 MAKERS = {

@@ -8,9 +8,9 @@ from safetensors.torch import save_file
 from support.pipelines_flow import PROMPTS, distance, noise, sampled, tiny_sd3
 from torch import Tensor
 
+from handful.core.noise import Flow
 from handful.errors import RequestError
 from handful.models import from_pipeline, load, skeleton
-from handful.noise import Flow
 
 SD35 = {"qk_norm": "rms_norm", "dual_attention_layers": (0,)}  # what the transformer of 3.5 Medium has more
 
@@ -132,14 +132,26 @@ def test_its_first_text_encoders_can_not_be_left_out(tmp_path):
 
 # --- single files ------------------------------------------------------------------------------------------------------
 
-BLOCK = {"attn.to_out.0": "x_block.attn.proj", "attn.to_add_out": "context_block.attn.proj",
-         "norm1.linear": "x_block.adaLN_modulation.1", "norm1_context.linear": "context_block.adaLN_modulation.1",
-         "ff.net.0.proj": "x_block.mlp.fc1", "ff.net.2": "x_block.mlp.fc2",
-         "ff_context.net.0.proj": "context_block.mlp.fc1", "ff_context.net.2": "context_block.mlp.fc2"}  # fmt: skip
-TOP = {"pos_embed.proj": "x_embedder.proj", "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-       "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2", "context_embedder": "context_embedder",
-       "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0", "norm_out.linear": "final_layer.adaLN_modulation.1",
-       "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2", "proj_out": "final_layer.linear"}  # fmt: skip
+BLOCK = {
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+TOP = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "proj_out": "final_layer.linear",
+}
 
 
 def original(weights: dict[str, Tensor], layers: int = 2) -> dict[str, Tensor]:

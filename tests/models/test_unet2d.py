@@ -14,16 +14,22 @@ from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from handful.core.noise import VP, Flow, level
 from handful.errors import RequestError
 from handful.models import load
 from handful.models.schedulers import schedule_of
 from handful.models.unet2d import UNet2DDenoiser
-from handful.noise import VP, Flow, level
 
 SMALL = {
-    "sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1, "block_out_channels": (4, 8),
-    "norm_num_groups": 2, "down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D"),
-}  # fmt: skip
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (4, 8),
+    "norm_num_groups": 2,
+    "down_block_types": ("DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D"),
+}
 
 
 def network(classes: int | None = 5, **config: Any) -> UNet2DModel:

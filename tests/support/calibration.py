@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from handful.calibrate import CalibrateRequest
-from handful.generate.guidance_requests import ClassifierRequest
-from handful.generate.recipe import recipe_from
+from handful.guidance.requests import ClassifierRequest
+from handful.recipe.schema import recipe_from
 
 GUIDE = ClassifierRequest(classifier="digits-guide")
 

@@ -15,12 +15,19 @@ from support.vision import PREPROCESSING
 
 def save_clip(folder: Path, *, seed: int = 0, **vision: Any) -> CLIPModel:
     """The model, saved into the folder; `vision` over the config of its image half (28 x 28 images, patches of 14)."""
-    seen = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 28,
-            "patch_size": 14}  # fmt: skip
+    seen = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 28,
+        "patch_size": 14,
+    }
     config = CLIPConfig(
-        text_config=text_config(width=24).to_dict(), vision_config=CLIPVisionConfig(**{**seen, **vision}).to_dict(),
+        text_config=text_config(width=24).to_dict(),
+        vision_config=CLIPVisionConfig(**{**seen, **vision}).to_dict(),
         projection_dim=12,
-    )  # fmt: skip
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPModel(config).eval()

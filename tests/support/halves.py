@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from handful.images import write_png
+from handful.data.images import write_png
 from handful.zoo.digits import load_digits_split
 
 

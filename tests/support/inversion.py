@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, NetworkDenoiser
+from handful.core.denoiser import Condition, NetworkDenoiser
+from handful.core.noise import VP, Levels
 from handful.guidance.inversion import Embeddings
-from handful.noise import VP, Levels
 
 SHAPE = (2, 4, 4)
 STEPS = 10

@@ -19,9 +19,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 # The noise that Stable Diffusion 1.5, 2.1 and SDXL were trained on, as their scheduler_config.json has it.
 TRAINED: dict[str, Any] = {
-    "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "steps_offset": 1, "timestep_spacing": "leading",
-}  # fmt: skip
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 LETTERS = string.ascii_lowercase + string.digits
 
 
@@ -38,26 +42,46 @@ def tokenizer() -> CLIPTokenizer:
 def text_config(width: int = 16, projection: int = 16) -> CLIPTextConfig:
     """Of a CLIP text encoder for `tokenizer`."""
     return CLIPTextConfig(
-        vocab_size=74, hidden_size=width, intermediate_size=2 * width, projection_dim=projection, num_hidden_layers=3,
-        num_attention_heads=2, max_position_embeddings=77, bos_token_id=72, eos_token_id=73, pad_token_id=73,
-    )  # fmt: skip
+        vocab_size=74,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=72,
+        eos_token_id=73,
+        pad_token_id=73,
+    )
 
 
 def tiny_vae(channels: int = 4, **config: Any) -> AutoencoderKL:
     """An autoencoder with a factor of 8."""
     return AutoencoderKL(
-        block_out_channels=(4, 4, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=channels, norm_num_groups=2, sample_size=64, **config,
-    )  # fmt: skip
+        block_out_channels=(4, 4, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=channels,
+        norm_num_groups=2,
+        sample_size=64,
+        **config,
+    )
 
 
 def tiny_unet(**config: Any) -> UNet2DConditionModel:
     """A UNet of latents 4 x 8 x 8, told embeddings 16 wide."""
     usual = {
-        "sample_size": 8, "in_channels": 4, "out_channels": 4, "layers_per_block": 1, "block_out_channels": (8, 16),
-        "norm_num_groups": 2, "cross_attention_dim": 16, "attention_head_dim": 2,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    }  # fmt: skip
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "layers_per_block": 1,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 2,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    }
     return UNet2DConditionModel(**{**usual, **config})
 
 
@@ -76,26 +100,41 @@ def tiny_stable_diffusion(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = StableDiffusionPipeline(
-            unet=tiny_unet(**(unet or {})), vae=tiny_vae(), text_encoder=CLIPTextModel(text_config()), tokenizer=tokenizer(),
+            unet=tiny_unet(**(unet or {})),
+            vae=tiny_vae(),
+            text_encoder=CLIPTextModel(text_config()),
+            tokenizer=tokenizer(),
             scheduler=scheduler or DDIMScheduler(**told),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     return _made(pipeline, folder)
 
 
 def tiny_sdxl(folder: Path | None = None, unet: dict[str, Any] | None = None, **config: Any) -> StableDiffusionXLPipeline:
     """SDXL in small, with the Euler scheduler that it ships; `config` goes to the pipeline."""
-    told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "cross_attention_dim": 16 + 24,
-            "projection_class_embeddings_input_dim": 16 + 6 * 4, "use_linear_projection": True,
-            "transformer_layers_per_block": (1, 2)}  # fmt: skip
+    told = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "cross_attention_dim": 16 + 24,
+        "projection_class_embeddings_input_dim": 16 + 6 * 4,
+        "use_linear_projection": True,
+        "transformer_layers_per_block": (1, 2),
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = StableDiffusionXLPipeline(
-            unet=tiny_unet(**{**told, **(unet or {})}), vae=tiny_vae(force_upcast=True, scaling_factor=0.13025),
-            text_encoder=CLIPTextModel(text_config()), tokenizer=tokenizer(),
-            text_encoder_2=CLIPTextModelWithProjection(text_config(width=24)), tokenizer_2=tokenizer(),
-            scheduler=EulerDiscreteScheduler(**TRAINED), add_watermarker=False, **config,
-        )  # fmt: skip
+            unet=tiny_unet(**{**told, **(unet or {})}),
+            vae=tiny_vae(force_upcast=True, scaling_factor=0.13025),
+            text_encoder=CLIPTextModel(text_config()),
+            tokenizer=tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(text_config(width=24)),
+            tokenizer_2=tokenizer(),
+            scheduler=EulerDiscreteScheduler(**TRAINED),
+            add_watermarker=False,
+            **config,
+        )
     return _made(pipeline, folder)
 
 

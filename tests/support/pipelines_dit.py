@@ -29,15 +29,28 @@ def tiny_dit(
         id2label: Class names for the saved model_index.json, where the published models have them; diffusers loses them.
         config: Of the transformer, over the tiny one's.
     """
-    small = {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 8, "num_layers": 2,
-             "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": classes}  # fmt: skip
+    small = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 2,
+        "sample_size": 8,
+        "patch_size": 2,
+        "num_embeds_ada_norm": classes,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformer = DiTTransformer2DModel(**{**small, **config})
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=16,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        )  # fmt: skip
+            block_out_channels=(8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+        )
     pipeline = DiTPipeline(transformer.eval(), vae.eval(), scheduler or DDIMScheduler(clip_sample=False))
     pipeline.set_progress_bar_config(disable=True)
     if folder is not None:

@@ -15,9 +15,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
+from handful.core.samplers import ddim, start
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
-from handful.samplers import ddim, start
 from support.pipelines import text_config, tiny_vae, tokenizer
 
 PROMPTS = ["a red cat", "two dogs"]
@@ -32,9 +32,9 @@ def t5_tokenizer() -> T5TokenizerFast:
 
 def t5_encoder() -> T5EncoderModel:
     """For `t5_tokenizer`; embeddings 32 wide."""
-    return T5EncoderModel(T5Config(
-        vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-    ))  # fmt: skip
+    return T5EncoderModel(
+        T5Config(vocab_size=40, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    )
 
 
 def tiny_sd3(
@@ -49,25 +49,43 @@ def tiny_sd3(
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = SD3Transformer2DModel(**{
-            "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 8,
-            "num_attention_heads": 2, "joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 32,
-            "pos_embed_max_size": 8, **(transformer or {}),
-        })  # fmt: skip
+        network = SD3Transformer2DModel(
+            **{
+                "sample_size": 8,
+                "patch_size": 2,
+                "in_channels": 4,
+                "out_channels": 4,
+                "num_layers": 2,
+                "attention_head_dim": 8,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 32,
+                "caption_projection_dim": 16,
+                "pooled_projection_dim": 32,
+                "pos_embed_max_size": 8,
+                **(transformer or {}),
+            }
+        )
         pipeline = StableDiffusion3Pipeline(
-            transformer=network, vae=tiny_vae(scaling_factor=1.5305, shift_factor=0.0609),
+            transformer=network,
+            vae=tiny_vae(scaling_factor=1.5305, shift_factor=0.0609),
             scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
-            text_encoder=CLIPTextModelWithProjection(text_config()), tokenizer=tokenizer(),
-            text_encoder_2=CLIPTextModelWithProjection(text_config()), tokenizer_2=tokenizer(),
-            text_encoder_3=t5_encoder() if t5 else None, tokenizer_3=t5_tokenizer() if t5 else None,
-        )  # fmt: skip
+            text_encoder=CLIPTextModelWithProjection(text_config()),
+            tokenizer=tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(text_config()),
+            tokenizer_2=tokenizer(),
+            text_encoder_3=t5_encoder() if t5 else None,
+            tokenizer_3=t5_tokenizer() if t5 else None,
+        )
     return _made(pipeline, folder)
 
 
 def tiny_flux(
-    folder: Path | None = None, guidance_embeds: bool = True, dynamic_shift: bool = True,
-    transformer: dict[str, Any] | None = None, **scheduler: Any,
-) -> FluxPipeline:  # fmt: skip
+    folder: Path | None = None,
+    guidance_embeds: bool = True,
+    dynamic_shift: bool = True,
+    transformer: dict[str, Any] | None = None,
+    **scheduler: Any,
+) -> FluxPipeline:
     """Flux in small: latents of 4 channels, 16 to a token.
 
     Args:
@@ -78,18 +96,31 @@ def tiny_flux(
     """
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        network = FluxTransformer2DModel(**{
-            "patch_size": 1, "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16,
-            "num_attention_heads": 2, "joint_attention_dim": 32, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8),
-            "guidance_embeds": guidance_embeds, **(transformer or {}),
-        })  # fmt: skip
+        network = FluxTransformer2DModel(
+            **{
+                "patch_size": 1,
+                "in_channels": 16,
+                "num_layers": 1,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 32,
+                "pooled_projection_dim": 16,
+                "axes_dims_rope": (4, 4, 8),
+                "guidance_embeds": guidance_embeds,
+                **(transformer or {}),
+            }
+        )
         shift = {"shift": 3.0, "use_dynamic_shifting": dynamic_shift, "base_shift": 0.5, "max_shift": 1.15}
         pipeline = FluxPipeline(
-            transformer=network, vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
+            transformer=network,
+            vae=tiny_vae(scaling_factor=0.3611, shift_factor=0.1159),
             scheduler=FlowMatchEulerDiscreteScheduler(**{**shift, **scheduler}),
-            text_encoder=CLIPTextModel(text_config()), tokenizer=tokenizer(),
-            text_encoder_2=t5_encoder(), tokenizer_2=t5_tokenizer(),
-        )  # fmt: skip
+            text_encoder=CLIPTextModel(text_config()),
+            tokenizer=tokenizer(),
+            text_encoder_2=t5_encoder(),
+            tokenizer_2=t5_tokenizer(),
+        )
     return _made(pipeline, folder)
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from handful.generate.recipe import Recipe, recipe_from
+from handful.recipe.schema import Recipe, recipe_from
 
 
 def digits_recipe(folder: Path, **changes: Any) -> Recipe:
     asked = {
-        "model": {"name": "digits"}, "exemplars": {"path": str(folder), "per_class": 4}, "classes": ["1", "4"],
-        "per_class": 6, "cohort": 4, "sampler": {"steps": 4},
-    }  # fmt: skip
+        "model": {"name": "digits"},
+        "exemplars": {"path": str(folder), "per_class": 4},
+        "classes": ["1", "4"],
+        "per_class": 6,
+        "cohort": 4,
+        "sampler": {"steps": 4},
+    }
     return recipe_from(asked | changes)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from handful.images import write_png
+from handful.data.images import write_png
 from handful.sweep import SweepRequest, sweep_from
 from handful.sweep.columns import KEYS, NUMBERS, SPLITS
 from handful.zoo.digits import load_digits_split
@@ -30,15 +30,28 @@ def write_digits(root: Path, per_class: int = 16) -> Path:
 def digits_data(root: Path, **changes: Any) -> dict[str, Any]:
     """Plain data of a sweep that takes seconds."""
     return {
-        "recipe": {"model": {"name": "digits"}, "exemplars": {"path": str(root / "pool")}, "classes": list(CLASSES),
-                   "per_class": 8, "cohort": 8, "sampler": {"steps": 3}},
+        "recipe": {
+            "model": {"name": "digits"},
+            "exemplars": {"path": str(root / "pool")},
+            "classes": list(CLASSES),
+            "per_class": 8,
+            "cohort": 8,
+            "sampler": {"steps": 3},
+        },
         "methods": {
             "none": {"guidance": []},
             "chamfer": {"guidance": [{"method": "chamfer", "features": "pixels"}], "scales": [0.1, 0.3]},
         },
-        "k": [4], "seeds": [0], "real": str(root / "real"), "judge": "digits-judge", "neighbours": 3, "audit": False,
-        "utility": None, "objective": "coverage", **changes,
-    }  # fmt: skip
+        "k": [4],
+        "seeds": [0],
+        "real": str(root / "real"),
+        "judge": "digits-judge",
+        "neighbours": 3,
+        "audit": False,
+        "utility": None,
+        "objective": "coverage",
+        **changes,
+    }
 
 
 def digits_sweep(root: Path, **changes: Any) -> SweepRequest:

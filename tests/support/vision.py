@@ -12,13 +12,27 @@ from torch import Tensor
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 PREPROCESSING: dict[str, Any] = {"size": 28, "image_mean": MEAN, "image_std": STD}
-_VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
-        "image_size": 28, "patch_size": 14}  # fmt: skip
+_VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
 _DINO = {key: value for key, value in _VIT.items() if key != "intermediate_size"}
 _CONVOLUTIONS = {"hidden_sizes": [8, 12], "depths": [1, 1]}
 _SWIN = {"image_size": 28, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 7}
-_TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50,
-         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # fmt: skip
+_TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 50,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 _RESNET = {"embedding_size": 8, "layer_type": "basic", **_CONVOLUTIONS}
 _LABELS = {"id2label": {0: "ant", 1: "bee", 2: "cow", 3: "doe", 4: "elk"}}
 
@@ -46,16 +60,26 @@ CLASSIFIERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 UNFIT: dict[str, tuple[str, dict[str, Any]]] = {
     "BertModel": ("BertConfig", _TEXT),
-    "DetrForObjectDetection": ("DetrConfig", {
-        "use_timm_backbone": False, "backbone": None, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1,
-        "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
-        "backbone_config": {"model_type": "resnet", "out_features": ["stage2"], **_RESNET},
-    }),
+    "DetrForObjectDetection": (
+        "DetrConfig",
+        {
+            "use_timm_backbone": False,
+            "backbone": None,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 16,
+            "decoder_ffn_dim": 16,
+            "backbone_config": {"model_type": "resnet", "out_features": ["stage2"], **_RESNET},
+        },
+    ),
     "YolosForObjectDetection": ("YolosConfig", {**_VIT, "image_size": [28, 28], "num_detection_tokens": 3}),
     "ViTForMaskedImageModeling": ("ViTConfig", _VIT),
     "ViTMAEModel": ("ViTMAEConfig", _VIT),
     "Siglip2VisionModel": ("Siglip2VisionConfig", {key: _VIT[key] for key in _VIT if key != "image_size"}),
-}  # fmt: skip
+}
 
 
 def save_vision_model(folder: Path, kind: str, said: dict[str, Any] | None = None, **more: Any) -> Any:

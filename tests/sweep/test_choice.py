@@ -27,9 +27,7 @@ def asked(digits, **changes):
 
 
 def test_the_best_mean_on_the_validation_half_wins_whatever_the_test_half_says(digits):
-    rows = rows_of({
-        NONE: {"coverage": [0.50, 0.60]}, LOW: {"coverage": [0.70, 0.80]}, HIGH: {"coverage": [0.65, 0.75]},
-    })  # fmt: skip
+    rows = rows_of({NONE: {"coverage": [0.50, 0.60]}, LOW: {"coverage": [0.70, 0.80]}, HIGH: {"coverage": [0.65, 0.75]}})
     for row in rows:
         if row["split"] == "test":
             row["coverage"] = {"none": 0.9}.get(row["method"], row["coverage"] - 0.05)
@@ -88,10 +86,13 @@ def test_lower_distances_are_better(digits):
 
 
 def test_settings_beyond_the_bounds_are_passed_over_with_the_reason(digits):
-    rows = rows_of({
-        NONE: {"coverage": [0.5], "cost_ratio": [1.0]}, LOW: {"coverage": [0.8], "cost_ratio": [1.15]},
-        HIGH: {"coverage": [0.9], "cost_ratio": [1.2]},
-    })  # fmt: skip
+    rows = rows_of(
+        {
+            NONE: {"coverage": [0.5], "cost_ratio": [1.0]},
+            LOW: {"coverage": [0.8], "cost_ratio": [1.15]},
+            HIGH: {"coverage": [0.9], "cost_ratio": [1.2]},
+        }
+    )
     choice = choose(rows, asked(digits, within={"cost_ratio": 1.15}))
     assert choice.best is not None
     assert choice.best.setting == LOW

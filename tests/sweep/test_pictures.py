@@ -12,8 +12,14 @@ from handful.sweep.plan import Setting
 
 
 def rows(robust=True, several_k=True, methods=("chamfer",)):
-    plain = {"precision": [0.9, 0.92], "coverage": [0.8, 0.82], "f1": [0.85, 0.86], "cost_ratio": [1.0, 1.1],
-             "gain_coverage": [0.1, 0.12], "gain_f1": [0.05, 0.06]}  # fmt: skip
+    plain = {
+        "precision": [0.9, 0.92],
+        "coverage": [0.8, 0.82],
+        "f1": [0.85, 0.86],
+        "cost_ratio": [1.0, 1.1],
+        "gain_coverage": [0.1, 0.12],
+        "gain_f1": [0.05, 0.06],
+    }
     both = {**plain, "robust_precision": [0.7, 0.8], "robust_coverage": [0.6, 0.7]} if robust else plain
     found = {("none", 0.0, 0): both}
     for name in methods:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support.sweeps import digits_sweep
 
+from handful.data.images import read_image, write_png
 from handful.errors import RequestError
-from handful.images import read_image, write_png
 from handful.sweep.real import look_into, read_real, refuse_shared, split_places
 
 

@@ -20,9 +20,9 @@ def changed(**changes):
 
 
 def test_what_is_left_out_has_the_defaults():
-    asked = sweep_from({
-        "recipe": {"model": {"name": "digits"}}, "methods": {"none": {"guidance": []}}, "real": "/r", "judge": "pixels",
-    })  # fmt: skip
+    asked = sweep_from(
+        {"recipe": {"model": {"name": "digits"}}, "methods": {"none": {"guidance": []}}, "real": "/r", "judge": "pixels"}
+    )
     assert (asked.seeds, asked.neighbours, asked.audit, asked.validation) == ((0,), 5, True, 0.5)
     assert (asked.objective, asked.within, asked.baseline) == ("robust_f1", {}, "none")
     assert asked.utility == UtilityRequest(), "downstream accuracy is measured unless it is null"
@@ -30,13 +30,21 @@ def test_what_is_left_out_has_the_defaults():
 
 def test_paths_are_relative_to_the_sweeps_file_and_a_recipe_may_be_a_file(tmp_path):
     (tmp_path / "sweeps").mkdir()
-    recipe = {"model": {"name": "digits"}, "exemplars": {"path": "pool", "per_class": 4, "seed": 7}, "seed": 3,
-              "guidance": [{"method": "cfg"}]}  # fmt: skip
+    recipe = {
+        "model": {"name": "digits"},
+        "exemplars": {"path": "pool", "per_class": 4, "seed": 7},
+        "seed": 3,
+        "guidance": [{"method": "cfg"}],
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (tmp_path / "judge.py").write_text("")
-    asked = {"recipe": "../recipe.yaml", "real": "../real", "judge": "../judge.py:load", "utility": {"test": "../test"},
-             "methods": {"none": {"guidance": []},
-                         "own": {"guidance": [{"method": "chamfer", "features": "../judge.py:guide"}]}}}  # fmt: skip
+    asked = {
+        "recipe": "../recipe.yaml",
+        "real": "../real",
+        "judge": "../judge.py:load",
+        "utility": {"test": "../test"},
+        "methods": {"none": {"guidance": []}, "own": {"guidance": [{"method": "chamfer", "features": "../judge.py:guide"}]}},
+    }
     (tmp_path / "sweeps" / "sweep.yaml").write_text(yaml.safe_dump(asked))
     found = read_sweep(tmp_path / "sweeps" / "sweep.yaml")
     assert found.recipe.exemplars.path == str(tmp_path / "pool"), "a recipe's paths are relative to the recipe"
@@ -83,7 +91,7 @@ def test_settings_are_laid_over_the_file(tmp_path, monkeypatch):
         ({"recipe": {"model": {"name": "digits"}, "seed": 3}}, "recipe.seed", "under seeds"),
         ({"recipe": {"model": {"name": "digits"}, "guidance": [{"method": "cfg"}]}}, "recipe.guidance", "methods.NAME"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_request_is_refused_by_its_field_with_the_remedy(change, field, said):
     with pytest.raises(RequestError) as caught:
         changed(**change)

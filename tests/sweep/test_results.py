@@ -13,8 +13,13 @@ from handful.sweep.results import against_baseline, means, parquet_of, read_resu
 
 def record(planned, coverage, frechet, seconds):
     found = {"coverage": coverage, "frechet": frechet, "judge_accuracy": None}
-    return {"recipe": planned.recipe.as_dict(), "images": 16, "seconds": seconds, "flops_ratio": 1.5,
-            "measured": {"validation": found, "test": {**found, "coverage": coverage - 0.1}}}  # fmt: skip
+    return {
+        "recipe": planned.recipe.as_dict(),
+        "images": 16,
+        "seconds": seconds,
+        "flops_ratio": 1.5,
+        "measured": {"validation": found, "test": {**found, "coverage": coverage - 0.1}},
+    }
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +31,11 @@ def test_gains_and_ratios_are_against_the_baseline_of_the_same_seed_and_half(set
     records = {each.name: record(each, 0.5 + 0.1 * place, 2.0 + place, 4.0 + place) for place, each in enumerate(sets)}
     rows = rows_of(sets, records, "none")
     assert [(row["seed"], row["method"], row["scale"], row["split"]) for row in rows[:4]] == [
-        (0, "none", 0.0, "validation"), (0, "none", 0.0, "test"),
-        (0, "chamfer", 0.1, "validation"), (0, "chamfer", 0.1, "test"),
-    ]  # fmt: skip
+        (0, "none", 0.0, "validation"),
+        (0, "none", 0.0, "test"),
+        (0, "chamfer", 0.1, "validation"),
+        (0, "chamfer", 0.1, "test"),
+    ]
     last = rows[-1]  # place 5; its baseline is place 3
     assert (last["seed"], last["scale"], last["split"]) == (1, 0.3, "test")
     assert last["coverage"] == pytest.approx(0.9)

@@ -19,19 +19,19 @@ from support.runs import contents
 from support.sweeps import CLASSES, digits_data, digits_sweep, timeless
 
 import handful.sweep.run as sweep_run
+from handful.data.exemplars import Exemplars
+from handful.data.images import read_folder
+from handful.data.shared_exemplars import ExemplarFeatures
 from handful.errors import RequestError
-from handful.evaluate import Judge
-from handful.exemplars import Exemplars
 from handful.features import load_extractor
 from handful.generate import generate, read_recipe
-from handful.images import read_folder
+from handful.judge.evaluate import Judge
+from handful.judge.utility import downstream_accuracy
 from handful.metrics.copying import copied_share
-from handful.progress import Progress
-from handful.shared_exemplars import ExemplarFeatures
+from handful.runs.progress import Progress
 from handful.sweep import prepare_sweep, read_results, sweep
 from handful.sweep.real import look_into, split_places
 from handful.sweep.results import rows_of
-from handful.utility import downstream_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +82,9 @@ def test_a_row_holds_what_an_independent_measurement_finds(swept, digits):
     assert row["copied"] == copied_share(*flat)
 
     numbers = [torch.tensor([CLASSES.index(name) for name in part]) for part in (made.labels, labels)]
-    accuracies = [downstream_accuracy(made.images, numbers[0], real, numbers[1], steps=10, augment=False, seed=seed)
-                  for seed in (1, 2)]  # fmt: skip
+    accuracies = [
+        downstream_accuracy(made.images, numbers[0], real, numbers[1], steps=10, augment=False, seed=seed) for seed in (1, 2)
+    ]
     assert row["utility"] == pytest.approx(sum(accuracies) / 2)
     assert row["utility_spread"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
 
@@ -323,8 +324,12 @@ def test_other_versions_rows_are_not_mixed_unless_it_is_allowed(small, digits, t
 
 def test_classes_and_exemplars_need_not_be_told_of_a_model_that_knows_its_classes(digits, tmp_path):
     data = digits_data(digits, methods={"none": {"guidance": []}}, objective="coverage", baseline="none")
-    data["recipe"] = {"model": {"name": "digits", "classes": [str(digit) for digit in range(10)]}, "per_class": 6,
-                      "classes": ["4", "1"], "sampler": {"steps": 2}}  # fmt: skip
+    data["recipe"] = {
+        "model": {"name": "digits", "classes": [str(digit) for digit in range(10)]},
+        "per_class": 6,
+        "classes": ["4", "1"],
+        "sampler": {"steps": 2},
+    }
     result = sweep(data, tmp_path / "out")  # plain data will do
     assert len(result.rows) == 2
     assert result.rows[0]["copied"] is None, "without exemplars nothing can be a copy"

@@ -24,8 +24,8 @@ sys.path.insert(0, str(TOOLS))
 import train_cifar10 as tool  # noqa: E402
 from training_state import KIND, STATE, VERSION  # noqa: E402
 
+from handful.files.sealed import seal, unseal  # noqa: E402
 from handful.models import load  # noqa: E402
-from handful.sealed import seal, unseal  # noqa: E402
 
 TINY = [
     "--size",
@@ -86,8 +86,18 @@ def parts(out: Path) -> dict[str, bytes]:
 def test_a_training_killed_without_warning_ends_with_the_log_and_the_weights_of_one_that_was_not(pictures, tmp_path):
     steps = ["--steps", "30", "--dropout", "0.2"]
     assert run(pictures, tmp_path / "whole", *steps) == 0
-    command = [sys.executable, str(TOOLS / "train_cifar10.py"), "--data", str(pictures), "--out", str(tmp_path / "killed"),
-               *TINY, *steps, "--save-every", "0.1"]  # fmt: skip
+    command = [
+        sys.executable,
+        str(TOOLS / "train_cifar10.py"),
+        "--data",
+        str(pictures),
+        "--out",
+        str(tmp_path / "killed"),
+        *TINY,
+        *steps,
+        "--save-every",
+        "0.1",
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         seen = next(line for line in process.stderr if line.startswith("step 15 "))
@@ -147,10 +157,7 @@ def test_what_comes_out_is_a_model_that_handful_loads_and_init_takes(begun, pict
     assert "--init" in refused(capsys, run(pictures, tmp_path / "more", "--steps", 1))
 
 
-@pytest.mark.parametrize(
-    "damage",
-    ["cut", "empty", "garbage", "flipped", "foreign", "other network"],
-)
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped", "foreign", "other network"])
 def test_a_damaged_or_foreign_state_is_refused_by_name_and_kept(begun, pictures, tmp_path, capsys, damage):
     out = tmp_path / "out"
     shutil.copytree(begun, out)
@@ -204,8 +211,13 @@ def test_an_init_that_does_not_fit_is_refused_by_name(begun, pictures, tmp_path,
     linear = tmp_path / "linear"
     shutil.copytree(begun, linear)
     (linear / "scheduler" / "scheduler_config.json").write_text(json.dumps(config | {"beta_schedule": "linear"}))
-    for init, problem in ((cut, "can't be loaded"), (eps, "predicts v"), (linear, "noise levels"), ("digits", "its images"),
-                          (tmp_path / "nothing", "there is no such")):  # fmt: skip
+    for init, problem in (
+        (cut, "can't be loaded"),
+        (eps, "predicts v"),
+        (linear, "noise levels"),
+        ("digits", "its images"),
+        (tmp_path / "nothing", "there is no such"),
+    ):
         text = refused(capsys, run(pictures, tmp_path / "out", "--steps", 2, "--init", init))
         assert text.startswith("error: --init: ")
         assert problem in text

@@ -72,10 +72,17 @@ def test_a_training_writes_what_the_zoo_takes_and_its_seed_decides(photographs, 
     assert (tmp_path / "a" / "log.csv").read_text().startswith("step,loss\n20,")
 
 
-@pytest.mark.parametrize(("option", "value", "told"), [("--steps", "3", "--steps: 3"), ("--out", "full", "not empty"),
-                                                       ("--data", "nowhere", "--data: "), ("--test", "nowhere", "--test: "),
-                                                       ("--test", "other", "class 'green'"),
-                                                       ("--out", "file", "it is a file")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--steps", "3", "--steps: 3"),
+        ("--out", "full", "not empty"),
+        ("--data", "nowhere", "--data: "),
+        ("--test", "nowhere", "--test: "),
+        ("--test", "other", "class 'green'"),
+        ("--out", "file", "it is a file"),
+    ],
+)
 def test_bad_requests_are_refused_by_name(photographs, tmp_path, capsys, monkeypatch, option, value, told):
     monkeypatch.chdir(tmp_path)
     Path("full").mkdir()

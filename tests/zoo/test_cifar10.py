@@ -9,14 +9,14 @@ import torch
 from safetensors import safe_open
 
 import handful
-from handful.audit import TRANSFORMS
+from handful.core.noise import noised
+from handful.data.shared_exemplars import ExemplarFeatures, View
 from handful.errors import RequestError
-from handful.features import load_extractor
-from handful.generate.recipe import recipe_from, with_defaults
+from handful.features.registry import load_extractor
+from handful.features.softplus import softened
+from handful.judge.audit import TRANSFORMS
 from handful.models import load, skeleton
-from handful.noise import noised
-from handful.shared_exemplars import ExemplarFeatures, View
-from handful.softplus import softened
+from handful.recipe.schema import recipe_from, with_defaults
 from handful.zoo import exemplars_path, zoo_path
 from handful.zoo.cifar10 import CLASSES, JUDGES, UNTOUCHED, load_cifar10_classifier, load_real_features, probe
 from handful.zoo.cifar_resnet import Block, CifarResNet
@@ -192,8 +192,11 @@ def test_features_that_are_automatic_are_the_guides():
 
 def test_the_packaged_exemplars_guide_the_packaged_model(tmp_path):
     asked = {
-        "model": {"name": "cifar10"}, "exemplars": {"path": "cifar10-exemplars", "per_class": 4}, "classes": ["frog"],
-        "per_class": 2, "sampler": {"steps": 2},
-    }  # fmt: skip
+        "model": {"name": "cifar10"},
+        "exemplars": {"path": "cifar10-exemplars", "per_class": 4},
+        "classes": ["frog"],
+        "per_class": 2,
+        "sampler": {"steps": 2},
+    }
     summary = handful.generate(recipe_from(asked), tmp_path / "out")
     assert (summary.images, summary.failures) == (2, [])

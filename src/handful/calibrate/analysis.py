@@ -19,7 +19,8 @@ from torch import Tensor
 
 from handful.calibrate.candidates import PLAIN, Candidate
 from handful.calibrate.measure import Recorded, Sees
-from handful.feature_extractor import FeatureExtractor
+from handful.core.noise import Levels
+from handful.features.extractor import FeatureExtractor
 from handful.guidance import Timing
 from handful.guidance.classifier import temperature_at, tempered_energy
 from handful.metrics.calibration import (
@@ -35,7 +36,6 @@ from handful.metrics.calibration import (
     resampled_errors,
     smoothed_temperatures,
 )
-from handful.noise import Levels
 
 GAINS = ("linear", "sine")  # by which the integral is weighted too
 _DRAWS = 200  # of the standard errors
@@ -114,14 +114,22 @@ class Found:
     def as_dict(self) -> dict[str, Any]:
         """The numbers in all, for JSON."""
         told = {
-            "candidate": self.candidate.name, "softplus": self.candidate.softplus, "input": self.candidate.looks,
-            "tau1": self.candidate.tau1, "tau2": self.candidate.tau2, "fitted": self.candidate.fitted,
-            "integral_ece": self.integral, "integral_ece_error": self.error, "chance": self.mean("chance"),
+            "candidate": self.candidate.name,
+            "softplus": self.candidate.softplus,
+            "input": self.candidate.looks,
+            "tau1": self.candidate.tau1,
+            "tau2": self.candidate.tau2,
+            "fitted": self.candidate.fitted,
+            "integral_ece": self.integral,
+            "integral_ece_error": self.error,
+            "chance": self.mean("chance"),
             **{f"integral_ece_{name}": value for name, value in self.weighted.items()},
-            "gain_over_plain": self.gain, "gain_error": self.gain_error,
+            "gain_over_plain": self.gain,
+            "gain_error": self.gain_error,
             **{name: self.mean(name) for name in ("accuracy", "confidence", "nll", "roughness")},
-            "guides": self.guides, "temperatures": [list(pair) for pair in self.temperatures],
-        }  # fmt: skip
+            "guides": self.guides,
+            "temperatures": [list(pair) for pair in self.temperatures],
+        }
         return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in told.items()}
 
 
@@ -130,9 +138,7 @@ def drawn_steps(steps: int) -> list[int]:
     return sorted({round(part * (steps - 1)) for part in (0.2, 0.5, 0.8)})
 
 
-def analyse(
-    recorded: Recorded, candidates: Sequence[Candidate], labels: Tensor, levels: Levels, seed: int
-) -> dict[str, Found]:  # fmt: skip
+def analyse(recorded: Recorded, candidates: Sequence[Candidate], labels: Tensor, levels: Levels, seed: int) -> dict[str, Found]:
     """Every candidate's calibration, by its name, in their order; all but `roughness`.
 
     Args:
@@ -161,12 +167,15 @@ def analyse(
         all_ = known[candidate.probabilities]
         eces = np.array([at.ece for at in all_.steps])
         found[candidate.name] = Found(
-            candidate, tuple(all_.steps), float(np.std(all_.draws, ddof=1)),
+            candidate,
+            tuple(all_.steps),
+            float(np.std(all_.draws, ddof=1)),
             _mean([at.ece for at in known[PLAIN.probabilities].steps]) - float(eces.mean()),
             float(np.std(plain - all_.draws, ddof=1)),
             {gain: float(eces @ of / of.sum()) if of.sum() > 0 else math.nan for gain, of in gains.items()},
-            of_sees[candidate.sees].pairs if candidate.fitted else (), all_.reliability,
-        )  # fmt: skip
+            of_sees[candidate.sees].pairs if candidate.fitted else (),
+            all_.reliability,
+        )
     return found
 
 
@@ -211,7 +220,7 @@ def _rounded(value: float) -> float:
 
 def _integral(
     recorded: Recorded, candidate: Candidate, labels: Tensor, levels: Levels, weights: np.ndarray, fitted: _Fitted | None
-) -> _Integral:  # fmt: skip
+) -> _Integral:
     parities = np.array([index % 2 for _, index in recorded.places()])
     steps: list[AtStep] = []
     draws = np.zeros((levels.steps, len(weights)))
@@ -227,18 +236,29 @@ def _integral(
         draws[step] = resampled_errors(confidence, hits, weights)
         if step in drawn_steps(levels.steps):
             drawn[step] = reliability(confidence, hits)
-        steps.append(AtStep(
-            step, float(levels[step].ratio), calibration_error(probabilities, labels), chance_error(confidence),
-            accuracy(probabilities, labels), float(confidence.mean(dtype=np.float64)),
-            negative_log_likelihood(probabilities, labels), temperature, len(labels),
-        ))  # fmt: skip
+        steps.append(
+            AtStep(
+                step,
+                float(levels[step].ratio),
+                calibration_error(probabilities, labels),
+                chance_error(confidence),
+                accuracy(probabilities, labels),
+                float(confidence.mean(dtype=np.float64)),
+                negative_log_likelihood(probabilities, labels),
+                temperature,
+                len(labels),
+            )
+        )
     return _Integral(steps, draws.mean(0), drawn)
 
 
 def with_roughness(
-    found: Mapping[str, Found], recorded: Recorded, classifiers: Mapping[float | None, FeatureExtractor],
-    targets: Mapping[str, int], device: torch.device,
-) -> dict[str, Found]:  # fmt: skip
+    found: Mapping[str, Found],
+    recorded: Recorded,
+    classifiers: Mapping[float | None, FeatureExtractor],
+    targets: Mapping[str, int],
+    device: torch.device,
+) -> dict[str, Found]:
     """The same, with each candidate's roughness at the steps whose images were kept, and whether it has any gradient."""
     measured: dict[str, dict[int, float]] = {name: {} for name in found}
     for sees in dict.fromkeys(each.candidate.sees for each in found.values()):

@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from handful.errors import RequestError
-from handful.generate.guidance_requests import ClassifierRequest
 from handful.guidance.classifier import check_temperatures
+from handful.guidance.requests import ClassifierRequest
 
 Looks = Literal["x0_hat", "x_t"]
 BETAS = (None, 3.0, 5.0, 8.0)  # EluCD took 3 and 5
@@ -72,10 +72,13 @@ class Candidate:
             pydantic.ValidationError: If a setting is none of the term's, or out of its range.
         """
         own = {
-            "softplus": self.softplus, "input": self.looks, "tau1": self.tau1, "tau2": self.tau2,
+            "softplus": self.softplus,
+            "input": self.looks,
+            "tau1": self.tau1,
+            "tau2": self.tau2,
             "temperatures": tuple(temperatures) if self.fitted else (),
             "reduce": 1,  # it was measured at the whole resolution, and not through the linear map of latents
-        }  # fmt: skip
+        }
         told = {name: getattr(base, name) for name in ("classifier", "classes", "prompts", "template")}
         return ClassifierRequest(**told, **own, **settings)
 
@@ -84,9 +87,8 @@ PLAIN = Candidate()  # the classifier as it is
 
 
 def candidates(
-    betas: Sequence[float | None] = BETAS, taus: Sequence[tuple[float, float]] = TAUS,
-    looks: Sequence[Looks] = get_args(Looks),
-) -> list[Candidate]:  # fmt: skip
+    betas: Sequence[float | None] = BETAS, taus: Sequence[tuple[float, float]] = TAUS, looks: Sequence[Looks] = get_args(Looks)
+) -> list[Candidate]:
     """Every combination, the plain classifier first: of temperatures those given, and one fitted for each level of noise."""
     made = [
         Candidate(beta, at, *pair, fitted)
@@ -106,8 +108,9 @@ def read_betas(text: str) -> tuple[float | None, ...]:
     for part in map(str.strip, text.split(",")):
         beta = None if part == _NONE else _number(part)
         if beta is not None and not (math.isfinite(beta) and beta > 0):
-            raise RequestError("--betas", part or text, "it is neither a positive number nor none",
-                               "Write for instance --betas none,3,5.")  # fmt: skip
+            raise RequestError(
+                "--betas", part or text, "it is neither a positive number nor none", "Write for instance --betas none,3,5."
+            )
         betas[beta] = None
     return tuple(betas)
 
@@ -127,8 +130,12 @@ def read_taus(text: str) -> tuple[tuple[float, float], ...]:
         except RequestError as error:
             raise RequestError("--taus", part or text, error.problem, "Write for instance --taus 1:1,1:0.5.") from None
         if pair[0] == 0:
-            raise RequestError("--taus", part, "with tau1 0 the class that is asked for has no part in the guidance",
-                               "Write for instance --taus 1:1,1:0.")  # fmt: skip
+            raise RequestError(
+                "--taus",
+                part,
+                "with tau1 0 the class that is asked for has no part in the guidance",
+                "Write for instance --taus 1:1,1:0.",
+            )
         pairs[pair] = None
     return tuple(pairs)
 

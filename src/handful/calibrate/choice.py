@@ -8,7 +8,7 @@ from typing import Any
 
 from handful.calibrate.analysis import Found
 from handful.calibrate.candidates import PLAIN, Candidate
-from handful.generate.guidance_requests import ClassifierRequest
+from handful.guidance.requests import ClassifierRequest
 
 ADVERSARIAL = (
     "the choice rests on calibration alone, without real images: a calibrated classifier may still guide adversarially, and "
@@ -81,6 +81,8 @@ def by_calibration(found: Mapping[str, Found]) -> Choice:
     if best is not plain and best.gain < 2 * best.gain_error:
         notes.append(f"it is not clearly better calibrated than the plain classifier: {best.gain:.3f} ± {best.gain_error:.3f}")
     if best.mean("accuracy") < plain.mean("accuracy") - 0.05:
-        notes.append(f"it names fewer images rightly ({best.mean('accuracy'):.2f}) than the plain classifier on x0_hat does "
-                     f"({plain.mean('accuracy'):.2f}): what says little is easily calibrated")  # fmt: skip
+        notes.append(
+            f"it names fewer images rightly ({best.mean('accuracy'):.2f}) than the plain classifier on x0_hat does "
+            f"({plain.mean('accuracy'):.2f}): what says little is easily calibrated"
+        )
     return Choice(best.candidate, notes=tuple(notes))

@@ -13,13 +13,13 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from handful.cost import evaluated
-from handful.denoiser import Condition
+from handful.core.denoiser import Condition
+from handful.core.noise import Level
+from handful.core.samplers import start
+from handful.cost.estimate import evaluated
 from handful.generate.job import Job
-from handful.generate.plan import ImageNoise
 from handful.guidance import Classifier, Guided, Timing
-from handful.noise import Level
-from handful.samplers import start
+from handful.recipe.plan import ImageNoise
 
 _ROUNDS = 11
 _SECONDS = 60.0  # no further round is begun after so long

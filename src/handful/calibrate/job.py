@@ -35,25 +35,29 @@ from handful.calibrate.plot import reliability_png
 from handful.calibrate.report import guidance_block, guidance_yaml, rows_parquet
 from handful.calibrate.trials import Trials, TrialsRequest, by_trials, check_trials, most_sets, run_trials, step_costs
 from handful.errors import RequestError
-from handful.feature_extractor import FeatureExtractor
-from handful.generate.classifying import extractor_key
-from handful.generate.directory import differences, full_disk_told
-from handful.generate.guidance_requests import ClassifierRequest
+from handful.features.extractor import FeatureExtractor
+from handful.features.softplus import softened
 from handful.generate.job import Job, megabytes
 from handful.generate.job import prepare as prepare_run
-from handful.generate.owned import OwnedDirectory
-from handful.generate.provenance import CONTENTS, DECIDING
-from handful.generate.recipe import Recipe
-from handful.generate.recipe_file import PROVENANCE
 from handful.generate.run import same_arithmetic
-from handful.generate.settle import model_options
+from handful.guidance.requests import ClassifierRequest
 from handful.models import skeleton
-from handful.progress import Progress, Words
-from handful.softplus import softened
+from handful.recipe.extractors import extractor_key
+from handful.recipe.file import PROVENANCE
+from handful.recipe.resolve import model_options
+from handful.recipe.schema import Recipe
+from handful.runs.job_directory import OwnedDirectory
+from handful.runs.progress import Progress, Words
+from handful.runs.provenance import CONTENTS, DECIDING
+from handful.runs.run_directory import differences, full_disk_told
 
 REQUEST, RESULT, ROWS, PICTURE, GUIDANCE = (
-    "request.yaml", "calibration.json", "calibration.parquet", "reliability.png", "guidance.yaml",
-)  # fmt: skip
+    "request.yaml",
+    "calibration.json",
+    "calibration.parquet",
+    "reliability.png",
+    "guidance.yaml",
+)
 MEASURED = Words("measuring", "measured", "images")
 FEW = 100  # images at a step, below which chance makes much of a calibration error
 
@@ -117,29 +121,41 @@ class CalibrateJob:
         kept = sum(kept_images(run, name, len({looks for _, looks in sees})) for name in self.targets)
         trials = most_sets(self.request.trials) if self.request.trials else 0
         return {
-            "out": str(self.directory.path), "model": run.recipe.model.name, "classifier": self.request.classifier.classifier,
-            "classes": len(self.targets), "images": run.images, "steps": steps, "candidates": len(self.candidates),
-            "denoiser_evaluations": run.images * steps, "classifier_evaluations": run.images * steps * len(sees),
+            "out": str(self.directory.path),
+            "model": run.recipe.model.name,
+            "classifier": self.request.classifier.classifier,
+            "classes": len(self.targets),
+            "images": run.images,
+            "steps": steps,
+            "candidates": len(self.candidates),
+            "denoiser_evaluations": run.images * steps,
+            "classifier_evaluations": run.images * steps * len(sees),
             "gradients": kept * min(KEPT_STEPS, steps) * len(self.candidates),
             "trial_sets": trials,
             "trial_images": trials * len(self.targets) * self.request.trials.per_class if self.request.trials else 0,
-            "bytes": bytes_needed(run, sees, _classes(self)), "there": self.kept is not None, "notes": self.notes,
-        }  # fmt: skip
+            "bytes": bytes_needed(run, sees, _classes(self)),
+            "there": self.kept is not None,
+            "notes": self.notes,
+        }
 
     def plan_text(self) -> str:
         """The plan as lines for people."""
         plan = self.plan()
         there = "; it is done already" if plan["there"] else ""
-        return "\n".join([
-            f"out         {plan['out']}{there}",
-            f"model       {plan['model']}, {plan['classes']} classes, {plan['images']} images, {plan['steps']} steps: "
-            f"{plan['denoiser_evaluations']} denoiser evaluations (one image once)",
-            f"classifier  {plan['classifier']}: {plan['classifier_evaluations']} evaluations, {plan['gradients']} gradients",
-            f"candidates  {plan['candidates']}",
-            f"trials      at most {plan['trial_sets']} small sets, {plan['trial_images']} images" if plan["trial_sets"] else
-            "trials      none: no real images are given (--real, --judge)",
-            f"disk        {megabytes(plan['bytes'])} while it runs",
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                f"out         {plan['out']}{there}",
+                f"model       {plan['model']}, {plan['classes']} classes, {plan['images']} images, {plan['steps']} steps: "
+                f"{plan['denoiser_evaluations']} denoiser evaluations (one image once)",
+                f"classifier  {plan['classifier']}: {plan['classifier_evaluations']} evaluations, "
+                f"{plan['gradients']} gradients",
+                f"candidates  {plan['candidates']}",
+                f"trials      at most {plan['trial_sets']} small sets, {plan['trial_images']} images"
+                if plan["trial_sets"]
+                else "trials      none: no real images are given (--real, --judge)",
+                f"disk        {megabytes(plan['bytes'])} while it runs",
+            ]
+        )
 
 
 @dataclass(frozen=True)
@@ -171,14 +187,22 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
         RequestError: Naming what can't be done, and the remedy.
     """
     if request.recipe.per_class < 2:
-        raise RequestError("per_class", request.recipe.per_class, "temperatures are fitted to one half of a class's images and "
-                           "judged on the other", "Give 2 or more; 16 is usual.")  # fmt: skip
+        raise RequestError(
+            "per_class",
+            request.recipe.per_class,
+            "temperatures are fitted to one half of a class's images and judged on the other",
+            "Give 2 or more; 16 is usual.",
+        )
     directory = OwnedDirectory(out, REQUEST, job="calibration", request="request", doing="calibrating")
     stored = directory.stored()
     outline = skeleton(request.recipe.model.name, model_options(request.recipe))
     if not outline.label_count and not outline.prompted:
-        raise RequestError("model", request.recipe.model.name, "it is told nothing, and calibration needs to know what each "
-                           "image was asked to be", "Use a model that is told classes or prompts.")  # fmt: skip
+        raise RequestError(
+            "model",
+            request.recipe.model.name,
+            "it is told nothing, and calibration needs to know what each image was asked to be",
+            "Use a model that is told classes or prompts.",
+        )
     term = request.classifier.model_copy(update={"softplus": None, "temperatures": (), "tau1": 1.0, "tau2": 1.0, "scale": 1.0})
     with _as_options():
         run = prepare_run(request.recipe.model_copy(update={"guidance": (term,)}), directory.path / "reverse")
@@ -192,9 +216,10 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     asked = {
         "recipe": {key: recipe[key] for key in recipe if key not in ("guidance", "exemplars")},
         "classifier": {"name": term.classifier, "classes": targets, "prompts": dict(term.prompts), "template": term.template},
-        "betas": list(classifiers), "taus": [list(pair) for pair in request.taus],
+        "betas": list(classifiers),
+        "taus": [list(pair) for pair in request.taus],
         "trials": request.trials and request.trials.as_dict(),
-    }  # fmt: skip
+    }
     provenance = {key: run.provenance[key] for key in (*DECIDING, *CONTENTS, "python", "device", "threads")}
     provenance["classifier_sha256"] = classifiers[None].digest
     job = CalibrateJob(request, directory, run, classifiers, targets, made, asked, provenance, None, [*run.notes, *notes])
@@ -208,9 +233,7 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     return job
 
 
-def calibrate(
-    job: CalibrateJob, progress: Progress | None = None, trying: Progress | None = None
-) -> CalibrateSummary:  # fmt: skip
+def calibrate(job: CalibrateJob, progress: Progress | None = None, trying: Progress | None = None) -> CalibrateSummary:
     """Measures, chooses and writes; takes what is there already.
 
     Args:
@@ -239,8 +262,17 @@ def calibrate(
         found = _found(job)
         choice, trials = by_calibration(found), None
         if asked_trials and any(each.guides for each in found.values()):
-            trials = run_trials(asked_trials, run, shortlist(found), _base(job), found, added, job.request.taus,
-                                directory.path, trying or Progress())  # fmt: skip
+            trials = run_trials(
+                asked_trials,
+                run,
+                shortlist(found),
+                _base(job),
+                found,
+                added,
+                job.request.taus,
+                directory.path,
+                trying or Progress(),
+            )
             choice = by_trials(trials)
         result = _result(job, found, choice, trials)
         _write(job, found, choice, result)
@@ -266,11 +298,19 @@ def _result(job: CalibrateJob, found: Mapping[str, Found], choice: Choice, trial
     levels = run.levels
     stored = job.directory.stored() or {}
     return {
-        "model": run.recipe.model.name, "classifier": job.request.classifier.classifier, "images": run.images,
+        "model": run.recipe.model.name,
+        "classifier": job.request.classifier.classifier,
+        "images": run.images,
         "steps": levels.steps,
         "chosen": {
-            "candidate": of.name, "softplus": of.softplus, "input": of.looks, "tau1": of.tau1, "tau2": of.tau2,
-            "fitted": of.fitted, "by": choice.by, "settings": dict(choice.settings),
+            "candidate": of.name,
+            "softplus": of.softplus,
+            "input": of.looks,
+            "tau1": of.tau1,
+            "tau2": of.tau2,
+            "fitted": of.fitted,
+            "by": choice.by,
+            "settings": dict(choice.settings),
         },
         "guidance": guidance_block(choice.request(_base(job), found)),
         "notes": [*job.notes, *choice.notes],
@@ -280,12 +320,18 @@ def _result(job: CalibrateJob, found: Mapping[str, Found], choice: Choice, trial
             for each in found.values()
         ],
         "reliability": {
-            name: {str(step): {key: [_finite(value) for value in getattr(at, key).tolist()]
-                               for key in ("count", "confidence", "accuracy")} for step, at in each.reliability.items()}
+            name: {
+                str(step): {
+                    key: [_finite(value) for value in getattr(at, key).tolist()] for key in ("count", "confidence", "accuracy")
+                }
+                for step, at in each.reliability.items()
+            }
             for name, each in found.items()
         },
-        "trials": trials and trials.as_dict(), "request": job.asked, PROVENANCE: stored.get(PROVENANCE, job.provenance),
-    }  # fmt: skip
+        "trials": trials and trials.as_dict(),
+        "request": job.asked,
+        PROVENANCE: stored.get(PROVENANCE, job.provenance),
+    }
 
 
 def _finite(value: float) -> float | None:
@@ -296,8 +342,10 @@ def _write(job: CalibrateJob, found: Mapping[str, Found], choice: Choice, result
     """The files; calibration.json last, as it says that all is done."""
     directory, run = job.directory, job.run
     name = Path(job.request.classifier.classifier.rpartition(":")[2] or job.request.classifier.classifier).name
-    title = (f"{name} on what {Path(run.recipe.model.name).name} makes: {run.images} images, {run.recipe.sampler.name}, "
-             f"{run.levels.steps} steps; chosen: {choice.candidate.name}")  # fmt: skip
+    title = (
+        f"{name} on what {Path(run.recipe.model.name).name} makes: {run.images} images, {run.recipe.sampler.name}, "
+        f"{run.levels.steps} steps; chosen: {choice.candidate.name}"
+    )
     directory.publish(ROWS, rows_parquet(found))
     directory.publish(PICTURE, reliability_png(found, choice.candidate, title))
     directory.publish(GUIDANCE, guidance_yaml(choice.request(_base(job), found), choice))
@@ -356,22 +404,37 @@ def _compare(job: CalibrateJob, stored: dict[str, Any] | None) -> None:
         return
     stored = dict(stored)
     before, now = stored.pop(PROVENANCE), job.provenance
-    contents = [f"{key}: {before.get(key)} there, {now[key]} now"
-                for key in ("model_sha256", "classifier_sha256") if before.get(key) != now[key]]  # fmt: skip
+    contents = [
+        f"{key}: {before.get(key)} there, {now[key]} now"
+        for key in ("model_sha256", "classifier_sha256")
+        if before.get(key) != now[key]
+    ]
     unlike = differences(stored, json.loads(json.dumps(job.asked))) + contents
     if unlike:
-        raise RequestError("out", job.directory.path, "it holds another calibration:\n  " + "\n  ".join(unlike[:12]),
-                           "Choose another --out, or ask for what was asked then.")  # fmt: skip
+        raise RequestError(
+            "out",
+            job.directory.path,
+            "it holds another calibration:\n  " + "\n  ".join(unlike[:12]),
+            "Choose another --out, or ask for what was asked then.",
+        )
     with suppress(OSError, ValueError):
         job.kept = json.loads((job.directory.path / RESULT).read_text(encoding="utf-8"))
     changed = [f"{name} {before.get(name)} then, {now[name]} now" for name in DECIDING if before.get(name) != now[name]]
     if changed and job.kept is None:
-        raise RequestError("out", job.directory.path, f"it was begun with other versions ({'; '.join(changed)})",
-                           "Install the former versions, or choose another --out.")  # fmt: skip
+        raise RequestError(
+            "out",
+            job.directory.path,
+            f"it was begun with other versions ({'; '.join(changed)})",
+            "Install the former versions, or choose another --out.",
+        )
 
 
 def _check_space(job: CalibrateJob) -> None:
     needed, free = bytes_needed(job.run, job.sees, _classes(job)), job.directory.free_bytes()
     if job.kept is None and needed > free:
-        raise RequestError("out", job.directory.path, f"the disk has {megabytes(free)} free, and the calibration takes "
-                           f"{megabytes(needed)} while it runs", "Ask for fewer classes, images or --betas.")  # fmt: skip
+        raise RequestError(
+            "out",
+            job.directory.path,
+            f"the disk has {megabytes(free)} free, and the calibration takes {megabytes(needed)} while it runs",
+            "Ask for fewer classes, images or --betas.",
+        )

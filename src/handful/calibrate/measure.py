@@ -17,16 +17,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from handful.calibrate.candidates import Looks
-from handful.denoiser import Around, Condition, Denoiser
+from handful.core.denoiser import Around, Condition, Denoiser
+from handful.core.noise import Level, Levels
 from handful.errors import RunError
-from handful.feature_extractor import FeatureExtractor
+from handful.features.extractor import FeatureExtractor
 from handful.generate.job import Job
-from handful.generate.owned import OURS, OwnedDirectory
-from handful.generate.plan import Cohort, image_seed
 from handful.generate.run import sample_cohort
 from handful.guidance import Guided, Pull
-from handful.noise import Level, Levels
-from handful.progress import Progress
+from handful.recipe.plan import Cohort, image_seed
+from handful.runs.job_directory import OURS, OwnedDirectory
+from handful.runs.progress import Progress
 
 SEEN = f"{OURS}/seen"  # a file a cohort
 KEPT_IMAGES = 32  # of the whole calibration, for gradients
@@ -96,9 +96,12 @@ def bytes_needed(job: Job, sees: Sequence[Sees], classes: int) -> int:
 
 
 def watch(
-    job: Job, classifiers: Mapping[float | None, FeatureExtractor], looks: Sequence[Looks], directory: OwnedDirectory,
+    job: Job,
+    classifiers: Mapping[float | None, FeatureExtractor],
+    looks: Sequence[Looks],
+    directory: OwnedDirectory,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     """Samples every cohort that has no file yet, and writes what the classifiers said.
 
     Args:
@@ -131,9 +134,13 @@ class _Held:
     """What is kept of one cohort: by name, a tensor a step."""
 
     def __init__(
-        self, job: Job, cohort: Cohort, classifiers: Mapping[float | None, FeatureExtractor], looks: Sequence[Looks],
+        self,
+        job: Job,
+        cohort: Cohort,
+        classifiers: Mapping[float | None, FeatureExtractor],
+        looks: Sequence[Looks],
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._job, self._cohort, self._classifiers, self._looks, self._progress = job, cohort, classifiers, looks, progress
         self._guided = Guided(job.denoiser, ())
         self._keep = max(0, min(cohort.count, kept_images(job, cohort.class_name, len(looks)) - cohort.first))

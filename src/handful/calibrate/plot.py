@@ -83,8 +83,17 @@ def _reliability(axis: Axes, plain: Found, chosen: Found, step: int) -> None:
         sizes = 12 + 160 * of.count[there] / of.count.sum()
         label = f"{name}: ECE {each.steps[step].ece:.2f} (chance {each.steps[step].chance:.2f})"
         axis.plot(of.confidence[there], of.accuracy[there], color=colour, linewidth=1.2, alpha=0.7, zorder=1 + place)
-        axis.scatter(of.confidence[there], of.accuracy[there], s=sizes, color=colour, alpha=0.75, label=label,
-                     edgecolors="white", linewidths=0.6, zorder=2 + place)  # fmt: skip
+        axis.scatter(
+            of.confidence[there],
+            of.accuracy[there],
+            s=sizes,
+            color=colour,
+            alpha=0.75,
+            label=label,
+            edgecolors="white",
+            linewidths=0.6,
+            zorder=2 + place,
+        )
     axis.set_xlim(0, 1.02)
     axis.set_ylim(-0.03, 1.05)
     axis.set_xlabel("confidence")
@@ -114,8 +123,10 @@ class _Styles:
     def legend(self) -> list[Line2D]:
         shown = [Candidate(beta) for beta in self._betas]
         lines = [Line2D([], [], color=self.colour(each), linewidth=4, label=each.name.split(",")[0]) for each in shown]
-        lines += [Line2D([], [], **{**self.line(Candidate(None, "x0_hat", tau1, tau1)), "color": "#000000"},
-                         label=f"tau1 = {tau1:g}") for tau1 in self._taus]  # fmt: skip
+        lines += [
+            Line2D([], [], **{**self.line(Candidate(None, "x0_hat", tau1, tau1)), "color": "#000000"}, label=f"tau1 = {tau1:g}")
+            for tau1 in self._taus
+        ]
         return [*lines, Line2D([], [], color="#000000", linewidth=2.4, label="fitted T")]
 
 
@@ -146,13 +157,26 @@ def _bars(axis: Axes, found: Sequence[Found], styles: _Styles, chosen: Candidate
         of = each.candidate
         mark = " (plain)" if of.probabilities == PLAIN.probabilities else ""
         mark = " (chosen)" if of.probabilities == chosen.probabilities else mark
-        axis.barh(place, each.integral, xerr=each.error, color=styles.colour(of), alpha=0.75, height=0.7,
-                  error_kw={"elinewidth": 1, "ecolor": "#333333"})  # fmt: skip
+        axis.barh(
+            place,
+            each.integral,
+            xerr=each.error,
+            color=styles.colour(of),
+            alpha=0.75,
+            height=0.7,
+            error_kw={"elinewidth": 1, "ecolor": "#333333"},
+        )
         axis.plot([each.mean("chance")] * 2, [place - 0.35, place + 0.35], color="white", linewidth=2)
         kind = "fitted T" if of.fitted else f"tau1 {of.tau1:g}"
         name = f"{'relu' if of.softplus is None else f'softplus {of.softplus:g}'}, {of.looks}, {kind}{mark}"
-        axis.text(each.integral + each.error + 0.015 * longest, place, name, fontsize=_SMALL, va="center",
-                  weight="bold" if mark else "normal")  # fmt: skip
+        axis.text(
+            each.integral + each.error + 0.015 * longest,
+            place,
+            name,
+            fontsize=_SMALL,
+            va="center",
+            weight="bold" if mark else "normal",
+        )
     axis.set_xlim(0, longest * 1.85)  # room for the names
     axis.set_yticks([])
     axis.invert_yaxis()

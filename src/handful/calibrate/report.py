@@ -12,21 +12,35 @@ import yaml
 
 from handful.calibrate.analysis import Found
 from handful.calibrate.choice import Choice
-from handful.generate.guidance_requests import ClassifierRequest
-from handful.generate.manifest import parquet_bytes
+from handful.guidance.requests import ClassifierRequest
+from handful.report.tables import Table
+from handful.runs.manifest import parquet_bytes
 from handful.sweep.columns import LOWER_IS_BETTER, TEST, VALIDATION
-from handful.tables import Table
 
 # Always written, whatever the defaults of a later handful; the rest of a term only where it is not the default.
 _ALWAYS = ("method", "classifier", "classes", "scale", "jacobian", "input", "tau1", "tau2", "softplus", "reduce")
 _MOST_ROWS = 14
 
-_SCHEMA = pa.schema([
-    ("candidate", pa.string()), ("softplus", pa.float64()), ("input", pa.string()), ("tau1", pa.float64()),
-    ("tau2", pa.float64()), ("fitted", pa.bool_()), ("step", pa.int64()), ("sigma_over_alpha", pa.float64()),
-    ("temperature", pa.float64()), ("ece", pa.float64()), ("chance", pa.float64()), ("accuracy", pa.float64()),
-    ("confidence", pa.float64()), ("nll", pa.float64()), ("roughness", pa.float64()), ("n", pa.int64()),
-])  # fmt: skip
+_SCHEMA = pa.schema(
+    [
+        ("candidate", pa.string()),
+        ("softplus", pa.float64()),
+        ("input", pa.string()),
+        ("tau1", pa.float64()),
+        ("tau2", pa.float64()),
+        ("fitted", pa.bool_()),
+        ("step", pa.int64()),
+        ("sigma_over_alpha", pa.float64()),
+        ("temperature", pa.float64()),
+        ("ece", pa.float64()),
+        ("chance", pa.float64()),
+        ("accuracy", pa.float64()),
+        ("confidence", pa.float64()),
+        ("nll", pa.float64()),
+        ("roughness", pa.float64()),
+        ("n", pa.int64()),
+    ]
+)
 
 
 def rows_parquet(found: Mapping[str, Found]) -> bytes:
@@ -34,8 +48,14 @@ def rows_parquet(found: Mapping[str, Found]) -> bytes:
     rows = []
     for each in found.values():
         of = each.candidate
-        about = {"candidate": of.name, "softplus": of.softplus, "input": of.looks, "tau1": of.tau1, "tau2": of.tau2,
-                 "fitted": of.fitted}  # fmt: skip
+        about = {
+            "candidate": of.name,
+            "softplus": of.softplus,
+            "input": of.looks,
+            "tau1": of.tau1,
+            "tau2": of.tau2,
+            "fitted": of.fitted,
+        }
         for at in each.steps:
             numbers = {name: getattr(at, name) for name in _SCHEMA.names if name not in about}
             rows.append({**about, **numbers, "roughness": None if math.isnan(at.roughness) else at.roughness})
@@ -71,10 +91,17 @@ def calibration_table(result: Mapping[str, Any]) -> Table:
     for place, each in enumerate(shown):
         marked = {plain: " (plain)", chosen: " <- chosen"}.get(_key(each), "")
         if place < _MOST_ROWS or marked:
-            numbers = (each[name] for name in ("chance", "integral_ece_linear", "integral_ece_sine", "accuracy", "confidence",
-                                               "nll", "roughness"))  # fmt: skip
-            table.rows.append([each["candidate"] + marked, f"{each['integral_ece']:.3f} ±{each['integral_ece_error']:.3f}",
-                               *map(_number, numbers)])  # fmt: skip
+            numbers = (
+                each[name]
+                for name in ("chance", "integral_ece_linear", "integral_ece_sine", "accuracy", "confidence", "nll", "roughness")
+            )
+            table.rows.append(
+                [
+                    each["candidate"] + marked,
+                    f"{each['integral_ece']:.3f} ±{each['integral_ece_error']:.3f}",
+                    *map(_number, numbers),
+                ]
+            )
     table.notes = [
         f"{len(shown)} of {len(ordered)} candidates differ in their probabilities (tau2 alone changes none); the best below.",
         "ECE: mean over the steps ± standard error; chance: what a perfectly calibrated classifier as confident would show of",

@@ -20,17 +20,17 @@ from handful.calibrate.analysis import Found
 from handful.calibrate.candidates import PLAIN, Candidate
 from handful.calibrate.choice import Choice, temperatures_of
 from handful.calibrate.cost import affordable, overheads
+from handful.data.images import image_folder
 from handful.errors import RequestError, RunError
-from handful.feature_extractor import FeatureExtractor
-from handful.features import load_extractor
-from handful.generate.guidance_requests import ClassifierRequest
+from handful.features.extractor import FeatureExtractor
+from handful.features.registry import load_extractor
 from handful.generate.job import Job
-from handful.generate.owned import OwnedDirectory
-from handful.generate.recipe import ExemplarsRequest, did_you_mean
 from handful.guidance import Classifier, Pull
 from handful.guidance.base import Jacobian
-from handful.images import image_folder
-from handful.progress import Progress, Words
+from handful.guidance.requests import ClassifierRequest
+from handful.recipe.schema import ExemplarsRequest, did_you_mean
+from handful.runs.job_directory import OwnedDirectory
+from handful.runs.progress import Progress, Words
 from handful.sweep.columns import LOWER_IS_BETTER, NUMBERS, TEST
 from handful.sweep.job import prepare_sweep
 from handful.sweep.request import MethodRequest, SweepRequest, UtilityRequest
@@ -74,19 +74,28 @@ class TrialsRequest:
 
     def __post_init__(self) -> None:
         if self.objective not in NUMBERS:
-            raise RequestError("--objective", self.objective, "there is no such column",
-                               did_you_mean(self.objective, NUMBERS, "Columns"))  # fmt: skip
+            raise RequestError(
+                "--objective", self.objective, "there is no such column", did_you_mean(self.objective, NUMBERS, "Columns")
+            )
         if not self.max_cost > 1:
-            raise RequestError("--max-cost", self.max_cost, "guidance takes some time: the bound is above 1",
-                               "Use 1.15 for 15 % more than plain sampling.")  # fmt: skip
+            raise RequestError(
+                "--max-cost",
+                self.max_cost,
+                "guidance takes some time: the bound is above 1",
+                "Use 1.15 for 15 % more than plain sampling.",
+            )
         if not self.scales or not all(0 < scale < 1e6 for scale in self.scales) or len(set(self.scales)) < len(self.scales):
             raise RequestError("--scales", list(self.scales), "scales are distinct positive numbers", "Use 0.2,0.4,0.8.")
         if not self.jacobians:
             raise RequestError("--jacobians", [], "there is no way to take the gradient", "Use gaussian,exact.")
         for jacobian in self.jacobians:
             if jacobian not in get_args(Jacobian):
-                raise RequestError("--jacobians", jacobian, "there is no such way to take the gradient",
-                                   f"Choose of: {', '.join(get_args(Jacobian))}.")  # fmt: skip
+                raise RequestError(
+                    "--jacobians",
+                    jacobian,
+                    "there is no such way to take the gradient",
+                    f"Choose of: {', '.join(get_args(Jacobian))}.",
+                )
         if self.per_class < 1:
             raise RequestError("--trial-per-class", self.per_class, "a set has images", "Use 32.")
 
@@ -152,10 +161,19 @@ class Trials:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        methods = {name: {"candidate": way.candidate.name, **way.settings, "predicted_cost": way.predicted}
-                   for name, way in self.ways.items()}  # fmt: skip
-        return {"objective": self.objective, "chosen": self.chosen, "scale": self.scale, "methods": methods,
-                "rows": self.rows, "confirmed": self.confirmed, "notes": self.notes}  # fmt: skip
+        methods = {
+            name: {"candidate": way.candidate.name, **way.settings, "predicted_cost": way.predicted}
+            for name, way in self.ways.items()
+        }
+        return {
+            "objective": self.objective,
+            "chosen": self.chosen,
+            "scale": self.scale,
+            "methods": methods,
+            "rows": self.rows,
+            "confirmed": self.confirmed,
+            "notes": self.notes,
+        }
 
 
 def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor) -> list[str]:
@@ -171,8 +189,12 @@ def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor)
     image_folder(request.real, classes=classes, field="--real")
     judge = load_extractor(request.judge)
     if "judge_accuracy" in request.objective and not judge.is_classifier:
-        raise RequestError("--objective", request.objective, f"the judge {request.judge} is no classifier",
-                           "Choose another column, or a classifier to judge.")  # fmt: skip
+        raise RequestError(
+            "--objective",
+            request.objective,
+            f"the judge {request.judge} is no classifier",
+            "Choose another column, or a classifier to judge.",
+        )
     if judge.digest == classifier.digest:
         return [f"{request.judge} guides and judges too: it is pleased by what pleases itself; take an unrelated judge"]
     return []
@@ -185,9 +207,12 @@ def most_sets(request: TrialsRequest) -> int:
 
 
 def step_costs(
-    request: TrialsRequest, job: Job, candidates: Sequence[Candidate], classifiers: Mapping[float | None, FeatureExtractor],
+    request: TrialsRequest,
+    job: Job,
+    candidates: Sequence[Candidate],
+    classifiers: Mapping[float | None, FeatureExtractor],
     directory: OwnedDirectory,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """What a guided step adds to an unguided one, by Softplus, input and jacobian; temperatures cost nothing.
 
     It is measured once and kept: measured again, it could change on how many steps a way guides, and what was tried is lost.
@@ -213,9 +238,16 @@ def step_costs(
 
 
 def run_trials(
-    request: TrialsRequest, job: Job, listed: Sequence[Found], base: ClassifierRequest, found: Mapping[str, Found],
-    added: Mapping[str, float], taus: Sequence[tuple[float, float]], folder: Path, progress: Progress,
-) -> Trials:  # fmt: skip
+    request: TrialsRequest,
+    job: Job,
+    listed: Sequence[Found],
+    base: ClassifierRequest,
+    found: Mapping[str, Found],
+    added: Mapping[str, float],
+    taus: Sequence[tuple[float, float]],
+    folder: Path,
+    progress: Progress,
+) -> Trials:
     """Tries the shortlist, refines the best, and makes it again with other noise.
 
     Args:
@@ -232,11 +264,19 @@ def run_trials(
         RequestError: If none of the shortlist can guide within the bound on the time.
         RunError: If no set can be made.
     """
-    ways = [way for each in listed for jacobian in _jacobians(request, each.candidate)
-            if (way := _way(request, job, each.candidate, jacobian, added))]  # fmt: skip
+    ways = [
+        way
+        for each in listed
+        for jacobian in _jacobians(request, each.candidate)
+        if (way := _way(request, job, each.candidate, jacobian, added))
+    ]
     if not ways:
-        raise RequestError("--max-cost", request.max_cost, "the best calibrated ways to guide take more on even one step",
-                           "Allow more, or take more sampling steps.")  # fmt: skip
+        raise RequestError(
+            "--max-cost",
+            request.max_cost,
+            "the best calibrated ways to guide take more on even one step",
+            "Allow more, or take more sampling steps.",
+        )
     skipped = sum(len(_jacobians(request, each.candidate)) for each in listed) - len(ways)
     sweeping = _Sweeping(request, job, base, found, folder, progress)
     best, scale = sweeping.with_ways(ways, request.scales)
@@ -246,8 +286,14 @@ def run_trials(
             break
         best, scale = sweeping.with_ways([best], [scale * 2 if scale == max(scales) else scale / 2])
     best, scale = sweeping.with_ways(_refined(best, taus), [scale])
-    trials = Trials(request.objective, sweeping.ways, sweeping.result.rows, chosen=best.name, scale=scale,
-                    notes=list(sweeping.result.failures))  # fmt: skip
+    trials = Trials(
+        request.objective,
+        sweeping.ways,
+        sweeping.result.rows,
+        chosen=best.name,
+        scale=scale,
+        notes=list(sweeping.result.failures),
+    )
     if skipped:
         trials.notes.append(f"{skipped} ways to guide take too long on even one step for --max-cost {request.max_cost:g}")
     trials.confirmed = sweeping.confirmed(best, scale)
@@ -267,8 +313,10 @@ def by_trials(trials: Trials) -> Choice:
     elif not better(column, of[_CHOSEN], of[_PLAIN]):
         notes.append("there the plain classifier is as good: the pre-conditioning gains nothing that lasts")
     cost = trials.confirmed_mean(_CHOSEN, "cost_ratio")
-    notes.append(f"sampling time in times the unguided: {trials.way.predicted:.2f} from single steps"
-                 + ("" if cost is None else f", {cost:.2f} in the sets"))  # fmt: skip
+    notes.append(
+        f"sampling time in times the unguided: {trials.way.predicted:.2f} from single steps"
+        + ("" if cost is None else f", {cost:.2f} in the sets")
+    )
     return Choice(trials.way.candidate, {"scale": trials.scale, **trials.way.settings}, column, tuple(notes))
 
 
@@ -306,9 +354,14 @@ class _Sweeping:
     """A sweep that grows: ways and scales are added, what was measured stays."""
 
     def __init__(
-        self, request: TrialsRequest, job: Job, base: ClassifierRequest, found: Mapping[str, Found], folder: Path,
+        self,
+        request: TrialsRequest,
+        job: Job,
+        base: ClassifierRequest,
+        found: Mapping[str, Found],
+        folder: Path,
         progress: Progress,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._request, self._job, self._base, self._found = request, job, base, found
         self._folder, self._progress = folder, progress
         self.ways: dict[str, Way] = {}
@@ -358,15 +411,19 @@ class _Sweeping:
 
     def _sweep(self, methods: Mapping[str, MethodRequest], seeds: tuple[int, ...], out: Path) -> SweepResult:
         asked = self._request
-        recipe = self._job.recipe.model_copy(update={
-            "guidance": (), "exemplars": ExemplarsRequest(), "per_class": asked.per_class, "seed": 0,
-        })  # fmt: skip
+        recipe = self._job.recipe.model_copy(
+            update={"guidance": (), "exemplars": ExemplarsRequest(), "per_class": asked.per_class, "seed": 0}
+        )
         job = prepare_sweep(
             SweepRequest(
-                recipe=recipe, methods={NONE: MethodRequest(guidance=()), **methods}, seeds=seeds, real=asked.real,
-                judge=asked.judge, objective=asked.objective,
+                recipe=recipe,
+                methods={NONE: MethodRequest(guidance=()), **methods},
+                seeds=seeds,
+                real=asked.real,
+                judge=asked.judge,
+                objective=asked.objective,
                 utility=UtilityRequest() if "utility" in asked.objective else None,
             ),
             out,
-        )  # fmt: skip
+        )
         return run_sweep(job, self._progress)

@@ -19,8 +19,7 @@ def calibrate(
     ] = None,
     model: Annotated[str | None, typer.Option(help="As for generate.", metavar="NAME")] = None,
     classifier: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A classifier of transformers, digits-guide, clip, FILE.py:FUNCTION."),
+        str | None, typer.Option(metavar="NAME", help="A classifier of transformers, digits-guide, clip, FILE.py:FUNCTION.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A new directory; an interrupted calibration goes on there.")
@@ -37,8 +36,7 @@ def calibrate(
         str | None, typer.Option(metavar="A,B,...", help="Softplus in place of ReLU, this sharp.  [none,3,5,8]")
     ] = None,
     taus: Annotated[
-        str | None,
-        typer.Option(metavar="A:B,...", help="Inverse temperatures tau1:tau2.  [1:1,1:0.5,1:0,0.5:0.5]"),
+        str | None, typer.Option(metavar="A:B,...", help="Inverse temperatures tau1:tau2.  [1:1,1:0.5,1:0,0.5:0.5]")
     ] = None,
     real: Annotated[
         str | None, typer.Option(metavar="DIR", help="Real images, a folder per class, to choose by what survives.")
@@ -86,17 +84,25 @@ def calibrate(
     from handful.calibrate.candidates import TAUS, read_betas, read_taus
     from handful.calibrate.report import calibration_table, trials_table
     from handful.calibrate.trials import SETS
-    from handful.generate.guidance_requests import ClassifierRequest
-    from handful.generate.recipe import recipe_from
-    from handful.generate.recipe_file import anchored_extractor, overridden, read_mapping
-    from handful.progress import progress_for
-    from handful.tables import print_table
+    from handful.guidance.requests import ClassifierRequest
+    from handful.recipe.file import anchored_extractor, overridden, read_mapping
+    from handful.recipe.schema import recipe_from
+    from handful.report.tables import print_table
+    from handful.runs.progress import progress_for
 
     flags: dict[str, Any] = {
-        "model.name": model, "model.null_class": null_class, "model.classes": listed(class_names), "model.dtype": dtype,
-        "model.device": device, "model.trust_pickle": trust_pickle or None, "classes": listed(classes), "per_class": per_class,
-        "seed": seed, "sampler.name": sampler, "sampler.steps": steps,
-    }  # fmt: skip
+        "model.name": model,
+        "model.null_class": null_class,
+        "model.classes": listed(class_names),
+        "model.dtype": dtype,
+        "model.device": device,
+        "model.trust_pickle": trust_pickle or None,
+        "classes": listed(classes),
+        "per_class": per_class,
+        "seed": seed,
+        "sampler.name": sampler,
+        "sampler.steps": steps,
+    }
     asked = recipe_from(overridden({} if recipe is None else read_mapping(recipe), flags, settings=settings or ()))
     if out is None:
         raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
@@ -108,11 +114,15 @@ def calibrate(
         raise RequestError("--classifier", None, "which classifier is not said", "Name one, or give a recipe that does.")
     base = base.model_copy(update={"classes": {**base.classes, **_mapping(mapping or [])}})
     request = CalibrateRequest(
-        asked, base, None if betas is None else read_betas(betas), TAUS if taus is None else read_taus(taus),
-        _trials(real, judge, objective, max_cost, scales, jacobians, trial_per_class), " ".join(["handful", *sys.argv[1:]]),
-    )  # fmt: skip
+        asked,
+        base,
+        None if betas is None else read_betas(betas),
+        TAUS if taus is None else read_taus(taus),
+        _trials(real, judge, objective, max_cost, scales, jacobians, trial_per_class),
+        " ".join(["handful", *sys.argv[1:]]),
+    )
     if quiet:
-        from handful.libraries import hide_loading_bars
+        from handful.models.libraries import hide_loading_bars
 
         hide_loading_bars()
     job = prepare(request, out)
@@ -153,13 +163,17 @@ def _trials(
     real: str | None, judge: str | None, objective: str, max_cost: float, scales: str, jacobians: str, per_class: int
 ) -> Any:
     from handful.calibrate.trials import TrialsRequest
-    from handful.generate.recipe_file import anchored_extractor
+    from handful.recipe.file import anchored_extractor
 
     if real is None and judge is None:
         return None
     if real is None or judge is None:
-        raise RequestError("--judge" if judge is None else "--real", None, "real images and a judge decide together",
-                           "Give both, or neither to choose by calibration alone.")  # fmt: skip
+        raise RequestError(
+            "--judge" if judge is None else "--real",
+            None,
+            "real images and a judge decide together",
+            "Give both, or neither to choose by calibration alone.",
+        )
     try:
         numbers = tuple(float(part) for part in scales.split(","))
     except ValueError:

@@ -32,10 +32,10 @@ def cost(
       handful cost recipes/sd15-chamfer.yaml --set guidance.0.jacobian=gaussian --set chunk=8
       handful cost recipe.yaml --json
     """
-    from handful.cost import cost_of
-    from handful.generate.recipe import recipe_from
-    from handful.generate.recipe_file import overridden, read_mapping
-    from handful.tables import cost_tables, print_table
+    from handful.cost.estimate import cost_of
+    from handful.recipe.file import overridden, read_mapping
+    from handful.recipe.schema import recipe_from
+    from handful.report.tables import cost_tables, print_table
 
     flags = {"sampler.steps": steps, "cohort": cohort, "per_class": per_class}
     found = cost_of(recipe_from(overridden(read_mapping(recipe), flags, settings=settings or ())))

@@ -44,29 +44,30 @@ def demo(
       handful demo --model cifar10
       handful demo --model cifar10 --real cifar10-test.parquet
     """
-    from handful.tables import demo_table, print_table
+    from handful.report.tables import demo_table, print_table
 
     def say(text: str) -> None:
         if not quiet:
             print(text, file=sys.stderr)
 
-    from handful.demo import means
+    from handful.demo.digits import means
 
     if model == "digits":
         if real is not None:
             raise RequestError("--real", real, "the demo of digits has real digits of its own", "Leave it out.")
-        from handful.demo import demo as run_digits
+        from handful.demo.digits import demo as run_digits
 
         out = out or Path("demo")
         rows = run_digits(out, seeds=3 if seeds is None else seeds, per_class=64 if per_class is None else per_class, say=say)
         shown = demo_table(means(rows))
     elif model == "cifar10":
-        from handful.demo_cifar10 import COLUMNS, table
-        from handful.demo_cifar10 import demo as run_cifar10
+        from handful.demo.cifar10 import COLUMNS, table
+        from handful.demo.cifar10 import demo as run_cifar10
 
         out = out or Path("demo-cifar10")
-        rows = run_cifar10(out, seeds=1 if seeds is None else seeds, per_class=16 if per_class is None else per_class,
-                           real=real, say=say)  # fmt: skip
+        rows = run_cifar10(
+            out, seeds=1 if seeds is None else seeds, per_class=16 if per_class is None else per_class, real=real, say=say
+        )
         shown = table(means(rows, tuple(COLUMNS)))
     else:
         raise RequestError("--model", model, "there is no demo of it", "Choose digits or cifar10.")

@@ -44,14 +44,14 @@ def evaluate(
       handful evaluate out --real photos-held-out/ --features my_judge.py:load --exemplars photos/
       handful evaluate out --real digits-held-out/ --features digits-judge --baseline out-none --baseline cfg=out-cfg
     """
-    from handful.evaluate import evaluate as judge
-    from handful.tables import evaluation_table, gains_tables, print_table
+    from handful.judge.evaluate import evaluate as judge
+    from handful.report.tables import evaluation_table, gains_tables, print_table
 
     baselines = named_folders(baseline or [])
     found = judge(synthetic, real, features, k=k, audit=audit, ceiling=ceiling, baselines=baselines, exemplars=exemplars)
     text = json.dumps(found.to_dict(), indent=None if json_wanted else 1, allow_nan=False)
     if report is not None:
-        from handful.images import write_atomically
+        from handful.data.images import write_atomically
 
         write_atomically(report, (text + "\n").encode())
     if json_wanted:

@@ -13,7 +13,7 @@ from handful.commands.shared import Json
 from handful.errors import RequestError
 
 if TYPE_CHECKING:
-    from handful.shared_exemplars import ExemplarFeatures
+    from handful.data.shared_exemplars import ExemplarFeatures
 
 
 def exemplars(
@@ -21,8 +21,7 @@ def exemplars(
         str, typer.Argument(metavar="DIR", help="Real images, a folder per class; or a file of features, to say what it holds.")
     ],
     features: Annotated[
-        list[str] | None,
-        typer.Option(help="What sees the images, as for generate; may be repeated.", metavar="NAME"),
+        list[str] | None, typer.Option(help="What sees the images, as for generate; may be repeated.", metavar="NAME")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write, FILE.safetensors.")] = None,
     model: Annotated[
@@ -58,12 +57,13 @@ def exemplars(
       handful exemplars photos.safetensors
       handful generate --model ./my-unet --exemplars photos.safetensors --features dinov2 --out out
     """
-    from handful.shared_exemplars import ExemplarFeatures, features_file
+    from handful.data.shared_exemplars import ExemplarFeatures, features_file
 
     file = features_file(given)
     if file is not None:
-        _refuse_beside(file, {"--features": features, "--out": out, "--model": model, "--size": size, "--k": k,
-                               "--softplus": softplus})  # fmt: skip
+        _refuse_beside(
+            file, {"--features": features, "--out": out, "--model": model, "--size": size, "--k": k, "--softplus": softplus}
+        )
         _say(ExemplarFeatures.load(file), file, json_wanted)
         return
     if not features:
@@ -75,9 +75,9 @@ def exemplars(
         raise RequestError("--out", out, problem, "Choose another --out; nothing has been touched.")
     shape = _shape(model, size, channels)
 
-    from handful.exemplars import Exemplars
-    from handful.features import load_extractor
-    from handful.softplus import softened
+    from handful.data.exemplars import Exemplars
+    from handful.features.registry import load_extractor
+    from handful.features.softplus import softened
 
     extractors = [load_extractor(name) for name in dict.fromkeys(features)]
     if softplus is not None:
@@ -97,15 +97,23 @@ def exemplars(
 def _refuse_beside(file: Path, options: dict[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise RequestError(name, value, f"'{file}' is a file of features already, and holds no images",
-                               "Give the folder of images, or the file alone to see what it holds.")  # fmt: skip
+            raise RequestError(
+                name,
+                value,
+                f"'{file}' is a file of features already, and holds no images",
+                "Give the folder of images, or the file alone to see what it holds.",
+            )
 
 
 def _shape(model: str | None, size: str | None, channels: int) -> tuple[int, int, int]:
     """(c, h, w) of the images to read."""
     if (model is None) == (size is None):
-        raise RequestError("--model", model, "the images' size is said twice" if model else "the images' size is not said",
-                           "Name the model that will be guided (--model), or its images' size (--size 32).")  # fmt: skip
+        raise RequestError(
+            "--model",
+            model,
+            "the images' size is said twice" if model else "the images' size is not said",
+            "Name the model that will be guided (--model), or its images' size (--size 32).",
+        )
     if model is not None:
         from handful.models import skeleton
 
@@ -118,21 +126,35 @@ def _shape(model: str | None, size: str | None, channels: int) -> tuple[int, int
 
 def _say(held: ExemplarFeatures, file: Path, json_wanted: bool) -> None:
     views = [
-        {"features": held.names[view], "reduce": view.reduce, "dimensions": of_view[held.classes[0]].shape[1],
-         "digest": view.digest} for view, of_view in held.features.items()
-    ]  # fmt: skip
+        {
+            "features": held.names[view],
+            "reduce": view.reduce,
+            "dimensions": of_view[held.classes[0]].shape[1],
+            "digest": view.digest,
+        }
+        for view, of_view in held.features.items()
+    ]
     told: dict[str, Any] = {
-        "file": str(file), "classes": held.counts, "images": list(held.shape), "seed": held.seed, "views": views,
-        "source": held.source, "licence": held.licence, "made_by": dict(held.made_by), "digest": held.digest,
-    }  # fmt: skip
+        "file": str(file),
+        "classes": held.counts,
+        "images": list(held.shape),
+        "seed": held.seed,
+        "views": views,
+        "source": held.source,
+        "licence": held.licence,
+        "made_by": dict(held.made_by),
+        "digest": held.digest,
+    }
     if json_wanted:
         print(json.dumps(told))
         return
     channels, height, width = held.shape
     names, counts = held.classes, sorted(set(held.counts.values()))
-    print(f"{file}: {len(names)} classes of {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} exemplars "
-          f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), "
-          f"images of {height} x {width} x {channels}, draw of seed {held.seed}")  # fmt: skip
+    print(
+        f"{file}: {len(names)} classes of {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} exemplars "
+        f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), "
+        f"images of {height} x {width} x {channels}, draw of seed {held.seed}"
+    )
     for view in views:
         print(f"  {view['features']} at reduce {view['reduce']}: {view['dimensions']} features an image")
     for name in ("source", "licence"):

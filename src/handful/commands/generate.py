@@ -102,34 +102,50 @@ def generate(
 
     The same command goes on where an interrupted run stopped, and ends with the same files.
     """
-    from handful.generate.recipe import did_you_mean, recipe_from
-    from handful.generate.recipe_file import overridden, read_mapping
+    from handful.recipe.file import overridden, read_mapping
+    from handful.recipe.schema import did_you_mean, recipe_from
 
     flags: dict[str, Any] = {
-        "model.name": model, "model.null_class": null_class, "model.classes": listed(class_names),
-        "model.template": template, "model.dtype": dtype, "model.trust_pickle": trust_pickle or None,
-        "model.device": device, "exemplars.path": exemplars, "exemplars.per_class": k, "classes": listed(classes),
-        "per_class": per_class, "cohort": cohort, "seed": seed, "sampler.name": sampler, "sampler.steps": steps,
-    }  # fmt: skip
+        "model.name": model,
+        "model.null_class": null_class,
+        "model.classes": listed(class_names),
+        "model.template": template,
+        "model.dtype": dtype,
+        "model.trust_pickle": trust_pickle or None,
+        "model.device": device,
+        "exemplars.path": exemplars,
+        "exemplars.per_class": k,
+        "classes": listed(classes),
+        "per_class": per_class,
+        "cohort": cohort,
+        "seed": seed,
+        "sampler.name": sampler,
+        "sampler.steps": steps,
+    }
     asked = recipe_from(
         overridden(
-            {} if recipe is None else read_mapping(recipe), flags,
-            guidance=guidance, scale=scale, features=features, classifier=classifier, embeddings=embeddings,
+            {} if recipe is None else read_mapping(recipe),
+            flags,
+            guidance=guidance,
+            scale=scale,
+            features=features,
+            classifier=classifier,
+            embeddings=embeddings,
             settings=settings or (),
         )
-    )  # fmt: skip
+    )
     if out is None:
         raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
     if order not in ("plan", "reversed"):
         raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
 
     if quiet:
-        from handful.libraries import hide_loading_bars
+        from handful.models.libraries import hide_loading_bars
 
         hide_loading_bars()
     from handful.generate.job import prepare
     from handful.generate.run import run
-    from handful.progress import progress_for
+    from handful.runs.progress import progress_for
 
     job = prepare(asked, out, allow_version_change=allow_version_change)
     if not quiet:
@@ -146,8 +162,10 @@ def generate(
         print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
     elif not quiet:
         rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
-        print(f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made, {summary.cohorts_resumed} "
-              f"were there, {summary.cohorts_failed} failed; {summary.seconds:.1f} s of sampling{rate})")  # fmt: skip
+        print(
+            f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made, {summary.cohorts_resumed} "
+            f"were there, {summary.cohorts_failed} failed; {summary.seconds:.1f} s of sampling{rate})"
+        )
     if failed:
         for failure in summary.failures:
             print(f"error: {failure}", file=sys.stderr)

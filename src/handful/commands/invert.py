@@ -62,19 +62,36 @@ def invert(
 
     The same command goes on where an interrupted fit stopped, and ends with the same file.
     """
-    from handful.invert import EPOCHS_DONE, InvertRequest, prepare
-    from handful.invert import invert as run_invert
-    from handful.progress import progress_for
+    from handful.generate.invert import EPOCHS_DONE, InvertRequest, prepare
+    from handful.generate.invert import invert as run_invert
+    from handful.runs.progress import progress_for
 
     given = {
-        "name": model, "null_class": null_class, "classes": listed(class_names), "device": device, "dtype": dtype,
+        "name": model,
+        "null_class": null_class,
+        "classes": listed(class_names),
+        "device": device,
+        "dtype": dtype,
         "trust_pickle": trust_pickle or None,
-    }  # fmt: skip
+    }
     named: Any = method  # checked there
     request = InvertRequest(
-        {name: value for name, value in given.items() if value is not None}, segments, steps, spacing, _pair(interval),
-        score_scale, named, epochs, lr, spread_weight, perturbation, seed, condition, clamp, chunk,
-    )  # fmt: skip
+        {name: value for name, value in given.items() if value is not None},
+        segments,
+        steps,
+        spacing,
+        _pair(interval),
+        score_scale,
+        named,
+        epochs,
+        lr,
+        spread_weight,
+        perturbation,
+        seed,
+        condition,
+        clamp,
+        chunk,
+    )
     job = prepare(request, targets, out)
     if not quiet:
         for note in job.notes:

@@ -51,14 +51,14 @@ def sweep(
 
     asked = read_sweep(request, settings or ())
     if quiet:
-        from handful.libraries import hide_loading_bars
+        from handful.models.libraries import hide_loading_bars
 
         hide_loading_bars()
-    from handful.progress import Words, progress_for
+    from handful.report.tables import print_table
+    from handful.runs.progress import Words, progress_for
     from handful.sweep.job import prepare_sweep
     from handful.sweep.run import run_sweep
     from handful.sweep.tables import choice_table, plan_as_dict, plan_table, results_table
-    from handful.tables import print_table
 
     job = prepare_sweep(asked, out, only=only, allow_version_change=allow_version_change)
     if not quiet:
@@ -79,8 +79,10 @@ def sweep(
         print_table(results_table(result.rows, result.request, choice))
         print()
         print_table(choice_table(choice))
-        print(f"\n{result.done} sets measured, {result.resumed} were there, {len(result.failures)} failed; "
-              f"{', '.join(result.files)} in {result.out}")  # fmt: skip
+        print(
+            f"\n{result.done} sets measured, {result.resumed} were there, {len(result.failures)} failed; "
+            f"{', '.join(result.files)} in {result.out}"
+        )
     if failed:
         for failure in result.failures:
             print(f"error: {failure}", file=sys.stderr)
@@ -91,8 +93,16 @@ def sweep(
 def _as_dict(result: SweepResult) -> dict[str, Any]:
     from handful.sweep.results import plain
 
-    return plain({
-        "out": str(result.out), "sets": result.sets, "done": result.done, "resumed": result.resumed,
-        "failures": result.failures, "notes": result.notes, "files": result.files,
-        "choice": result.choice().as_dict(), "rows": result.rows,
-    })  # fmt: skip
+    return plain(
+        {
+            "out": str(result.out),
+            "sets": result.sets,
+            "done": result.done,
+            "resumed": result.resumed,
+            "failures": result.failures,
+            "notes": result.notes,
+            "files": result.files,
+            "choice": result.choice().as_dict(),
+            "rows": result.rows,
+        }
+    )

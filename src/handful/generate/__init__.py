@@ -1,10 +1,7 @@
 """From a recipe to a run directory: `generate(recipe, out)`, or `prepare` and `run` apart.
 
-    recipe.py       what is asked for              recipe_file.py  the same as YAML, and options laid over it
-    plan.py         classes, cohorts, noise        job.py          all checks before the work
-    run.py          the work                       directory.py    commits, resume, ownership
-    manifest.py, writers.py, provenance.py         what is written
-    terms.py        guidance from its request      inverting.py    what guidance by inversion decides
+    job.py     all checks before the work      run.py     the work
+    invert.py  fits embeddings to a few targets
 
 Importing this package imports no torch, so that a misspelt recipe is refused at once.
 """
@@ -20,24 +17,35 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from handful.generate.job import Job as Job
     from handful.generate.job import prepare as prepare
-    from handful.generate.recipe import Recipe as Recipe
-    from handful.generate.recipe_file import read_recipe as read_recipe
     from handful.generate.run import RunSummary as RunSummary
-    from handful.progress import Progress
+    from handful.recipe.file import read_recipe as read_recipe
+    from handful.recipe.schema import Recipe as Recipe
+    from handful.runs.progress import Progress
 
-_HOME = {"Job": "job", "prepare": "job", "Recipe": "recipe", "read_recipe": "recipe_file", "RunSummary": "run"}
+_HOME = {
+    "Job": "handful.generate.job",
+    "prepare": "handful.generate.job",
+    "Recipe": "handful.recipe.schema",
+    "read_recipe": "handful.recipe.file",
+    "RunSummary": "handful.generate.run",
+}
 
 
 def generate(
-    recipe: Recipe | str | Path, out: str | Path, *, progress: Progress | None = None, order: Iterable[int] | None = None,
-    allow_version_change: bool = False, cache: Path | None = None,
-) -> RunSummary:  # fmt: skip
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    order: Iterable[int] | None = None,
+    allow_version_change: bool = False,
+    cache: Path | None = None,
+) -> RunSummary:
     """Generates a data set, or goes on where an interrupted run of the same recipe stopped.
 
     Args:
         recipe: What is asked for, or its YAML file.
         out: The run directory; new, empty, or with a run of this recipe.
-        progress: Told of every step (`handful.progress`); None tells nobody.
+        progress: Told of every step (`handful.runs.progress`); None tells nobody.
         order, cache: See `handful.generate.run.run`.
         allow_version_change: See `handful.generate.job.prepare`.
 
@@ -49,8 +57,8 @@ def generate(
         RunError: If it failed at work.
     """
     from handful.generate.job import prepare
-    from handful.generate.recipe_file import read_recipe
     from handful.generate.run import run
+    from handful.recipe.file import read_recipe
 
     recipe = read_recipe(recipe) if isinstance(recipe, (str, Path)) else recipe
     job = prepare(recipe, out, allow_version_change=allow_version_change)
@@ -61,7 +69,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

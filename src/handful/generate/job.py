@@ -13,33 +13,33 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from handful.denoiser import Denoiser, NetworkDenoiser
+from handful.core.denoiser import Denoiser, NetworkDenoiser
+from handful.core.noise import Levels
 from handful.errors import HandfulError, RequestError, first_line
-from handful.features import FeatureExtractor
-from handful.generate.classifying import extractor_key, load_for, targets_of
-from handful.generate.directory import RunDirectory, differences
-from handful.generate.given import Given, drawn_exemplars, fitting, listed_exemplars
-from handful.generate.guidance_requests import (
+from handful.features.extractor import FeatureExtractor
+from handful.guidance.requests import (
     ChamferRequest,
     ClassifierRequest,
     FeaturesRequest,
     NoisyClassifierRequest,
     PotentialRequest,
 )
-from handful.generate.inverting import Inverted, read_inversion
-from handful.generate.manifest import manifest_schema
-from handful.generate.plan import Cohort, plan_cohorts
-from handful.generate.provenance import CONTENTS, DECIDING, choose_device, provenance_of
-from handful.generate.recipe import Recipe
-from handful.generate.recipe_file import PROVENANCE
-from handful.generate.settle import complete, model_options, settle
-from handful.generate.terms import energy_columns, named, needs_exemplars
-from handful.generate.writers import check_class_names
+from handful.guidance.terms import energy_columns, named, needs_exemplars
 from handful.models import load, skeleton
 from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place
 from handful.models.prompts import Prompted
-from handful.noise import Levels
+from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars
+from handful.recipe.extractors import extractor_key, load_for, targets_of
+from handful.recipe.file import PROVENANCE
+from handful.recipe.inverting import Inverted, read_inversion
+from handful.recipe.plan import Cohort, plan_cohorts
+from handful.recipe.resolve import complete, model_options, settle
+from handful.recipe.schema import Recipe
+from handful.runs.manifest import manifest_schema
+from handful.runs.provenance import CONTENTS, DECIDING, choose_device, provenance_of
+from handful.runs.run_directory import RunDirectory, differences
+from handful.runs.writers import check_class_names
 
 _BLOCK = 4096  # bytes a small file takes on a disk
 _ROW = 1024  # more than a row of the manifest and of metadata.jsonl take, in the marker and in the final files
@@ -132,8 +132,12 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     notes += exemplars.warnings if exemplars else []
     for index, term in enumerate(guidance):
         if isinstance(term, ChamferRequest) and term.margin and exemplars and min(exemplars.counts.values()) < 2:
-            raise RequestError(f"guidance[{index}].margin", term.margin, "a single exemplar has no neighbour to measure it by",
-                               "Use 0, or 2 or more exemplars of each class.")  # fmt: skip
+            raise RequestError(
+                f"guidance[{index}].margin",
+                term.margin,
+                "a single exemplar has no neighbour to measure it by",
+                "Use 0, or 2 or more exemplars of each class.",
+            )
     extractors: dict[str, FeatureExtractor] = {}
     for index, term in enumerate(guidance):
         if isinstance(term, PotentialRequest) and extractor_key(term) not in extractors:
@@ -152,17 +156,30 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
                         targets[name][index] = target
 
     denoiser = with_weights(outline, recipe.model.name, options, labels.null_class)
-    provenance = provenance_of(denoiser, device, settled.levels, exemplars, extractors, notes,
-                               inverted.sha256 if inverted else None)  # fmt: skip
+    provenance = provenance_of(
+        denoiser, device, settled.levels, exemplars, extractors, notes, inverted.sha256 if inverted else None
+    )
     if inverted is not None:
         inverted.check(denoiser, provenance["model_sha256"])
     make_ready(denoiser, list(recipe.model.prompts.values()), placement)
     energies = [column for column in energy_columns(guidance) if column]
     job = Job(
-        recipe, directory, denoiser, device, settled.levels, exemplars, extractors,
-        plan_cohorts(labels.of, recipe.per_class, recipe.cohort), manifest_schema(energies), image_shape, provenance,
-        notes, allow_version_change, inverted, targets,
-    )  # fmt: skip
+        recipe,
+        directory,
+        denoiser,
+        device,
+        settled.levels,
+        exemplars,
+        extractors,
+        plan_cohorts(labels.of, recipe.per_class, recipe.cohort),
+        manifest_schema(energies),
+        image_shape,
+        provenance,
+        notes,
+        allow_version_change,
+        inverted,
+        targets,
+    )
     check_against_stored(job)
     return job
 
@@ -206,8 +223,12 @@ def check_against_stored(job: Job) -> None:
                     term["embeddings"] = "..."
         unlike = differences(there, here) + contents
         if unlike:
-            raise RequestError("out", job.directory.path, "it holds the run of another recipe:\n  " + "\n  ".join(unlike),
-                               "Choose another --out, or ask for what was asked then.")  # fmt: skip
+            raise RequestError(
+                "out",
+                job.directory.path,
+                "it holds the run of another recipe:\n  " + "\n  ".join(unlike),
+                "Choose another --out, or ask for what was asked then.",
+            )
     job.done = {cohort.key for cohort in job.cohorts if stored is not None and job.directory.finished(cohort, job.schema)}
     left = [cohort for cohort in job.cohorts if cohort.key not in job.done]
     job.threads, job.changes = job.provenance["threads"], []
@@ -218,8 +239,11 @@ def check_against_stored(job: Job) -> None:
 
 
 def _changes(job: Job, before: dict[str, Any]) -> list[str]:
-    changed = [f"{name} {before.get(name)} then, {job.provenance[name]} now"
-               for name in DECIDING if before.get(name) != job.provenance[name]]  # fmt: skip
+    changed = [
+        f"{name} {before.get(name)} then, {job.provenance[name]} now"
+        for name in DECIDING
+        if before.get(name) != job.provenance[name]
+    ]
     if changed and not job.allow_version_change:
         problem = f"its run was begun with other versions ({'; '.join(changed)}), whose images may differ from these ones'"
         remedy = "Install the former versions, choose another --out, or accept it with --allow-version-change."
@@ -248,8 +272,9 @@ def megabytes(count: int) -> str:
 def placement_of(recipe: Recipe, device: torch.device) -> Placement:
     """How the recipe asks for its model to be run."""
     asked = recipe.model
-    return Placement(device, getattr(torch, asked.dtype), asked.attention, asked.compile, asked.offload,
-                     asked.vae_slicing, asked.vae_tiling)  # fmt: skip
+    return Placement(
+        device, getattr(torch, asked.dtype), asked.attention, asked.compile, asked.offload, asked.vae_slicing, asked.vae_tiling
+    )
 
 
 @torch.enable_grad()
@@ -269,17 +294,29 @@ def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoise
     except HandfulError:
         raise
     except Exception as error:  # a network of the user's own may raise anything
-        raise RequestError(_field(term), name, f"it can't take images of {tuple(gray.shape[1:])} ({first_line(error)})",
-                           "State its size and channels (handful.features.FeatureExtractor).") from error  # fmt: skip
+        raise RequestError(
+            _field(term),
+            name,
+            f"it can't take images of {tuple(gray.shape[1:])} ({first_line(error)})",
+            "State its size and channels (handful.features.FeatureExtractor).",
+        ) from error
     if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 1:
-        raise RequestError(_field(term), name, f"it answers {tuple(getattr(answer, 'shape', ()))} to one image",
-                           "It must give a row of numbers for each image.")  # fmt: skip
+        raise RequestError(
+            _field(term),
+            name,
+            f"it answers {tuple(getattr(answer, 'shape', ()))} to one image",
+            "It must give a row of numbers for each image.",
+        )
     if not bool(torch.isfinite(answer).all()):
         told = "features" if isinstance(term, FeaturesRequest) else "logits"
         raise RequestError(_field(term), name, f"its {told} hold NaN or infinite values", "Use another.")
     if not answer.requires_grad:
-        raise RequestError(_field(term), name, "no gradient comes back through it to the image", "Compute with torch alone, "
-                           "without no_grad and detach; or name another.")  # fmt: skip
+        raise RequestError(
+            _field(term),
+            name,
+            "no gradient comes back through it to the image",
+            "Compute with torch alone, without no_grad and detach; or name another.",
+        )
     return answer.detach()
 
 

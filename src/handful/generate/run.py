@@ -18,27 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handful.contact_sheet import contact_sheet_png
-from handful.denoiser import Clamped, Condition, shrunk
+from handful.core.denoiser import Clamped, Condition, shrunk
+from handful.core.samplers import SAMPLERS, start
+from handful.data.exemplars import default_cache
+from handful.data.images import encode_png, from_uint8, read_image, to_uint8
 from handful.errors import RunError
-from handful.exemplars import default_cache
-from handful.generate.directory import RECIPE, full_disk_told
 from handful.generate.job import Job, check_against_stored, prepare
-from handful.generate.manifest import DONE, FAILED, guidance_text, parquet_bytes
-from handful.generate.plan import Cohort, ImageNoise, image_seed
-from handful.generate.provenance import describe_device
-from handful.generate.recipe import recipe_from
-from handful.generate.recipe_file import PROVENANCE, recipe_yaml
-from handful.generate.settle import sampler_options
-from handful.generate.terms import View, energy_columns, make_terms, views
-from handful.generate.writers import IMAGES, METADATA, image_file, metadata_jsonl
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
 from handful.guidance.inversion import no_condition
-from handful.images import encode_png, from_uint8, read_image, to_uint8
+from handful.guidance.terms import View, energy_columns, make_terms, views
 from handful.models.latent import LatentDenoiser
-from handful.progress import Progress
-from handful.samplers import SAMPLERS, start
+from handful.recipe.file import PROVENANCE, recipe_yaml
+from handful.recipe.plan import Cohort, ImageNoise, image_seed
+from handful.recipe.resolve import sampler_options
+from handful.recipe.schema import recipe_from
+from handful.runs.contact_sheet import contact_sheet_png
+from handful.runs.manifest import DONE, FAILED, guidance_text, parquet_bytes
+from handful.runs.progress import Progress
+from handful.runs.provenance import describe_device
+from handful.runs.run_directory import RECIPE, full_disk_told
+from handful.runs.writers import IMAGES, METADATA, image_file, metadata_jsonl
 
 __all__ = ["Job", "RunSummary", "prepare", "run"]
 
@@ -90,7 +90,7 @@ def run(
         job: From `prepare`.
         progress: Told of every step; None tells nobody.
         order: Places of the cohorts in the plan, in the order to make them; None: as planned. It changes no byte.
-        cache: Where exemplar features are kept; None: `handful.exemplars.default_cache()`.
+        cache: Where exemplar features are kept; None: `handful.data.exemplars.default_cache()`.
 
     Returns:
         The summary. Cohorts that failed are counted there and told in `failures`; the next run makes them again.
@@ -181,8 +181,10 @@ def _fit_preview(job: Job, progress: Progress) -> None:
     each = max(1, _FITTED // len(job.exemplars.classes))
     explained = job.denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))
     if not explained > _EXPLAINED:
-        progress.note(f"note: the linear preview explains {explained:.0%} of the exemplars' colours, so guidance sees little; "
-                      "guidance.chamfer.reduce=1 looks through the decoder")  # fmt: skip
+        progress.note(
+            f"note: the linear preview explains {explained:.0%} of the exemplars' colours, so guidance sees little; "
+            "guidance.chamfer.reduce=1 looks through the decoder"
+        )
 
 
 def _make(
@@ -198,8 +200,15 @@ def _make(
     """
     seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in _indices(cohort)]
     embeddings = job.inverted.embeddings if job.inverted else None
-    terms = make_terms(job.recipe.guidance or (), job.extractors, features[cohort.class_name], embeddings, seeds,
-                       job.targets[cohort.class_name], job.denoiser.levels)  # fmt: skip
+    terms = make_terms(
+        job.recipe.guidance or (),
+        job.extractors,
+        features[cohort.class_name],
+        embeddings,
+        seeds,
+        job.targets[cohort.class_name],
+        job.denoiser.levels,
+    )
     steps, at, told = job.levels.steps, 0, 0.0
 
     def each(index: int, x0_hat: Tensor) -> None:
@@ -283,12 +292,16 @@ def _rows(
     job: Job, cohort: Cohort, seeds: Sequence[int], terms: Sequence[Guidance], images: Tensor, contents: Sequence[bytes]
 ) -> list[dict[str, Any]]:
     """The cohort's rows of the manifest; images (n, c, h, w) as the files hold them."""
-    potentials = [(term, column) for term, column in zip(terms, energy_columns(job.recipe.guidance or ()), strict=True)
-                  if isinstance(term, Potential) and column]  # fmt: skip
+    potentials = [
+        (term, column)
+        for term, column in zip(terms, energy_columns(job.recipe.guidance or ()), strict=True)
+        if isinstance(term, Potential) and column
+    ]
     size = job.recipe.chunk or _AT_ONCE
     seen = [_in_parts(term.view, shrunk(images, term.pull.reduce), size) for term, _ in potentials]
-    energies = {column: term.energy(each).expand(cohort.count).tolist()
-                for (term, column), each in zip(potentials, seen, strict=True)}  # fmt: skip
+    energies = {
+        column: term.energy(each).expand(cohort.count).tolist() for (term, column), each in zip(potentials, seen, strict=True)
+    }
     compared = [(term, each) for (term, _), each in zip(potentials, seen, strict=True) if isinstance(term, ExemplarPotential)]
     nearest = _nearest(job, cohort, *compared[0]) if compared and job.exemplars else None
     rows = _planned_rows(job, cohort, DONE)
@@ -305,8 +318,10 @@ def _nearest(job: Job, cohort: Cohort, term: ExemplarPotential, seen: Tensor) ->
     assert job.exemplars is not None
     distances, places = squared_distances(seen, term.exemplars).min(1)
     called = job.exemplars.called(cohort.class_name)
-    return [(f"{cohort.class_name}/{called[place]}", distance)
-            for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)]  # fmt: skip
+    return [
+        (f"{cohort.class_name}/{called[place]}", distance)
+        for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)
+    ]
 
 
 def _planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from handful.denoiser import Condition, Denoiser
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import Level
 from handful.errors import RequestError
-from handful.features import FeatureExtractor
-from handful.noise import Level
+from handful.features.extractor import FeatureExtractor
 
 Jacobian = Literal["exact", "gaussian", "identity"]
 Normalize = Literal["rms", "rms-image", "sample", "none"]
@@ -230,9 +230,11 @@ class Pull:
 
     def __post_init__(self) -> None:
         for name, kind, problem in (
-            ("jacobian", Jacobian, "no such way to take the gradient"), ("input", Input, "a potential can't look at that"),
-            ("normalize", Normalize, "no such way to scale the gradient"), ("rule", Rule, "no such rule"),
-        ):  # fmt: skip
+            ("jacobian", Jacobian, "no such way to take the gradient"),
+            ("input", Input, "a potential can't look at that"),
+            ("normalize", Normalize, "no such way to scale the gradient"),
+            ("rule", Rule, "no such rule"),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise RequestError(name, getattr(self, name), problem, f"Choose one of: {', '.join(get_args(kind))}.")
         if self.reduce < 1:
@@ -240,17 +242,25 @@ class Pull:
         if self.inner < 1:
             raise RequestError("inner", self.inner, "it counts gradient steps", "Use 1 for one.")
         if self.hold and (self.normalize in ("none", "sample") or self.rule != "shift"):
-            raise RequestError("hold", True, "a held direction needs a gradient normalized by rms, and the rule shift",
-                               "Set hold to false.")  # fmt: skip
+            raise RequestError(
+                "hold", True, "a held direction needs a gradient normalized by rms, and the rule shift", "Set hold to false."
+            )
         if self.inner > 1 and (self.jacobian == "exact" or self.input != "x0_hat" or self.rule == "ancestral"):
-            raise RequestError("inner", self.inner, "inner steps move x0_hat, not what lies before the denoiser",
-                               "Use a gaussian or identity jacobian, the input x0_hat and the rule shift or held, or inner "
-                               "1.")  # fmt: skip
+            raise RequestError(
+                "inner",
+                self.inner,
+                "inner steps move x0_hat, not what lies before the denoiser",
+                "Use a gaussian or identity jacobian, the input x0_hat and the rule shift or held, or inner 1.",
+            )
         if self.rule == "before" and self.input not in ("x_t", "state"):
             raise RequestError("input", self.input, "before a step there is no estimate yet", "Use the input x_t.")
         if self.rule == "ancestral" and (self.normalize != "none" or self.jacobian == "exact"):
-            raise RequestError("normalize, jacobian", (self.normalize, self.jacobian), "the ancestral rule takes the plain "
-                               "gradient at x0_hat", "Use normalize none and jacobian identity.")  # fmt: skip
+            raise RequestError(
+                "normalize, jacobian",
+                (self.normalize, self.jacobian),
+                "the ancestral rule takes the plain gradient at x0_hat",
+                "Use normalize none and jacobian identity.",
+            )
 
 
 class Potential(Guidance):
@@ -299,11 +309,20 @@ class ExemplarPotential(Potential):
     per = "set"
 
     def __init__(
-        self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
-        timing: Timing | None = None, pull: Pull | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        extractor: FeatureExtractor,
+        exemplars: Tensor,
+        scale: float,
+        *,
+        timing: Timing | None = None,
+        pull: Pull | None = None,
+    ) -> None:
         super().__init__(extractor, scale, timing, pull)
         if exemplars.ndim != 2 or not len(exemplars):
-            raise RequestError("exemplars", tuple(exemplars.shape), f"{self.name} guidance needs features (k, D), k >= 1",
-                               "Give at least one exemplar of the class.")  # fmt: skip
+            raise RequestError(
+                "exemplars",
+                tuple(exemplars.shape),
+                f"{self.name} guidance needs features (k, D), k >= 1",
+                "Give at least one exemplar of the class.",
+            )
         self.exemplars = exemplars.detach()

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from handful.denoiser import Condition
+from handful.core.denoiser import Condition
+from handful.core.noise import Level
 from handful.errors import RequestError
 from handful.guidance.base import Guidance, Step, Timing
 from handful.guidance.draws import normal
-from handful.noise import Level
 
 # What is noised of what networks of prompts are told, by name; SDXL's sizes of the image and masks of tokens are not.
 EMBEDDINGS = ("text", "pooled")
@@ -71,9 +71,15 @@ class CADS(Guidance):
     shifts = False
 
     def __init__(
-        self, seeds: Sequence[int], scale: float = 0.1, *, tau1: float = 0.6, tau2: float = 0.9, mix: float = 1.0,
+        self,
+        seeds: Sequence[int],
+        scale: float = 0.1,
+        *,
+        tau1: float = 0.6,
+        tau2: float = 0.9,
+        mix: float = 1.0,
         timing: Timing | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(scale, timing)
         check_annealing(tau1, tau2)
         if not 0 <= mix <= 1:
@@ -100,8 +106,12 @@ class CADS(Guidance):
         embeddings = dict(condition.embeddings)
         found = [name for name in EMBEDDINGS if name in embeddings and embeddings[name].is_floating_point()]
         if not found and condition.labels is None:
-            raise RequestError("guidance", self.name, "this model is told nothing that could be noised",
-                               "Use a model of classes or prompts, or leave it out.")  # fmt: skip
+            raise RequestError(
+                "guidance",
+                self.name,
+                "this model is told nothing that could be noised",
+                "Use a model of classes or prompts, or leave it out.",
+            )
         if not found:
             if condition.perturbation is not None:
                 raise RequestError("guidance", self.name, "there are two of them", "Leave one out.")
@@ -159,5 +169,9 @@ def check_annealing(tau1: float, tau2: float) -> None:
         RequestError: Naming the fields.
     """
     if not 0 <= tau1 <= tau2 <= 1:
-        raise RequestError("tau1, tau2", (tau1, tau2), "the condition is clean up to tau1 and noise from tau2 on, so "
-                           "0 <= tau1 <= tau2 <= 1", "The defaults are 0.6 and 0.9.")  # fmt: skip
+        raise RequestError(
+            "tau1, tau2",
+            (tau1, tau2),
+            "the condition is clean up to tau1 and noise from tau2 on, so 0 <= tau1 <= tau2 <= 1",
+            "The defaults are 0.6 and 0.9.",
+        )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from handful.errors import RequestError
-from handful.features import FeatureExtractor
+from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import ExemplarPotential, Pull, Timing
 from handful.guidance.distances import squared_distances
 
@@ -37,9 +37,12 @@ def spacing(exemplars: Tensor) -> Tensor:
 
 
 def chamfer_distance(
-    exemplars: Tensor, generated: Tensor, coverage_weight: float = 1.0, fidelity_weight: float = 1.0,
+    exemplars: Tensor,
+    generated: Tensor,
+    coverage_weight: float = 1.0,
+    fidelity_weight: float = 1.0,
     slack: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The Chamfer distance of features.
 
     Args:
@@ -75,18 +78,33 @@ class Chamfer(ExemplarPotential):
     name = "chamfer"
 
     def __init__(
-        self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *,
-        coverage_weight: float = 1.0, fidelity_weight: float = 1.0, margin: float = 0.0,
-        timing: Timing | None = None, pull: Pull | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        extractor: FeatureExtractor,
+        exemplars: Tensor,
+        scale: float,
+        *,
+        coverage_weight: float = 1.0,
+        fidelity_weight: float = 1.0,
+        margin: float = 0.0,
+        timing: Timing | None = None,
+        pull: Pull | None = None,
+    ) -> None:
         super().__init__(extractor, exemplars, scale, timing=timing, pull=pull)
         weights = (coverage_weight, fidelity_weight)
         if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or max(weights) == 0:
-            raise RequestError("coverage_weight, fidelity_weight", weights, "weights are finite, 0 or more, and not both 0",
-                               "Use 1 and 1 for the paper's.")  # fmt: skip
+            raise RequestError(
+                "coverage_weight, fidelity_weight",
+                weights,
+                "weights are finite, 0 or more, and not both 0",
+                "Use 1 and 1 for the paper's.",
+            )
         if not (math.isfinite(margin) and margin >= 0) or (margin and len(exemplars) < 2):
-            raise RequestError("margin", margin, f"it is 0 or more, and above 0 needs 2 exemplars ({len(exemplars)} here)",
-                               "Use 0 for the paper's formula, or give more exemplars.")  # fmt: skip
+            raise RequestError(
+                "margin",
+                margin,
+                f"it is 0 or more, and above 0 needs 2 exemplars ({len(exemplars)} here)",
+                "Use 0 for the paper's formula, or give more exemplars.",
+            )
         self.coverage_weight, self.fidelity_weight, self.margin = *weights, margin
         self.slack = margin**2 * spacing(self.exemplars) if margin else None
 

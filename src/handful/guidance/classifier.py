@@ -4,8 +4,8 @@ A classifier f of clean images, with logits f_j, and two inverse temperatures:
 
     U(x0_hat; y) = -(tau1 f_y(x0_hat) - log sum_j exp(tau2 f_j(x0_hat)))      tau2 = tau1: log p(y | x); 0: the joint's logit
 
-Its pre-conditioning is Softplus in place of ReLU (`handful.softplus`), the temperatures, and a gain over time (`Timing`).
-Beyond the paper, logits can be divided by a temperature fitted for each level of noise (`handful calibrate`).
+Its pre-conditioning is Softplus in place of ReLU (`handful.features.softplus`), the temperatures, and a gain over time
+(`Timing`). Beyond the paper, logits can be divided by a temperature fitted for each level of noise (`handful calibrate`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from handful.core.noise import Level, Schedule
 from handful.errors import RequestError
-from handful.features import FeatureExtractor
+from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import Potential, Pull, Timing
-from handful.noise import Level, Schedule
 
 Target = int | Sequence[int] | Tensor
 
@@ -63,9 +63,17 @@ class Classifier(Potential):
     per = "image"
 
     def __init__(
-        self, classifier: FeatureExtractor, target: Target, scale: float, *, tau1: float = 1.0, tau2: float = 1.0,
-        temperatures: Sequence[tuple[float, float]] = (), timing: Timing | None = None, pull: Pull | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        classifier: FeatureExtractor,
+        target: Target,
+        scale: float,
+        *,
+        tau1: float = 1.0,
+        tau2: float = 1.0,
+        temperatures: Sequence[tuple[float, float]] = (),
+        timing: Timing | None = None,
+        pull: Pull | None = None,
+    ) -> None:
         super().__init__(classifier, scale, timing, pull)
         if not classifier.is_classifier:
             raise RequestError("classifier", classifier.name, "it has no logits", "Name an image classifier.")
@@ -106,9 +114,17 @@ class NoisyClassifier(Potential):
     per = "image"
 
     def __init__(
-        self, classifier: nn.Module, levels: Schedule, target: Target, scale: float, *,
-        tau1: float = 1.0, tau2: float = 1.0, timing: Timing | None = None, pull: Pull | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        classifier: nn.Module,
+        levels: Schedule,
+        target: Target,
+        scale: float,
+        *,
+        tau1: float = 1.0,
+        tau2: float = 1.0,
+        timing: Timing | None = None,
+        pull: Pull | None = None,
+    ) -> None:
         super().__init__(FeatureExtractor(self.name, classifier, channels=None), scale, timing, pull or Pull(input="state"))
         if self.pull.input != "state":
             raise RequestError("input", self.pull.input, "a classifier of noisy images looks at the state", "Use state.")
@@ -135,11 +151,19 @@ def check_temperatures(tau1: float, tau2: float, temperatures: Sequence[tuple[fl
         RequestError: Naming the field.
     """
     if not all(math.isfinite(tau) and tau >= 0 for tau in (tau1, tau2)) or max(tau1, tau2) == 0:
-        raise RequestError("tau1, tau2", (tau1, tau2), "inverse temperatures are finite, 0 or more, and not both 0",
-                           "Use 1 and 1 for log p(y | x).")  # fmt: skip
+        raise RequestError(
+            "tau1, tau2",
+            (tau1, tau2),
+            "inverse temperatures are finite, 0 or more, and not both 0",
+            "Use 1 and 1 for log p(y | x).",
+        )
     if any(not (math.isfinite(ratio) and math.isfinite(each) and ratio > 0 and each > 0) for ratio, each in temperatures):
-        raise RequestError("temperatures", list(temperatures), "each is a pair of positive numbers, sigma / alpha and T",
-                           "Take those that handful calibrate writes.")  # fmt: skip
+        raise RequestError(
+            "temperatures",
+            list(temperatures),
+            "each is a pair of positive numbers, sigma / alpha and T",
+            "Take those that handful calibrate writes.",
+        )
     if any(low[0] >= high[0] for low, high in pairwise(temperatures)):
         raise RequestError("temperatures", list(temperatures), "sigma / alpha must rise", "Sort the pairs.")
 

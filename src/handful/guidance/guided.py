@@ -20,10 +20,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from handful.denoiser import Around, Condition, Denoiser
+from handful.core.denoiser import Around, Condition, Denoiser
+from handful.core.noise import Level, Levels, posterior_deviation
 from handful.errors import RequestError, RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
-from handful.noise import Level, Levels, posterior_deviation
 
 Turn = tuple[Pull, Timing]  # potentials that go back together; where directions are held, or the rule asks, with one timing
 Result = TypeVar("Result")
@@ -110,11 +110,16 @@ class Guided(Around):
             condition = term.tell(condition, level)
         if condition.perturbation is not None and not self.label_embeddings:
             names = " and ".join(term.name for term in active if not term.shifts)
-            raise RequestError("guidance", names, "no embedding of its labels is known of this model",
-                               "Leave it out, or say in the denoiser's label_embeddings which modules it is.")  # fmt: skip
+            raise RequestError(
+                "guidance",
+                names,
+                "no embedding of its labels is known of this model",
+                "Leave it out, or say in the denoiser's label_embeddings which modules it is.",
+            )
         due = _by_turn(term for term in self._potentials(level) if term.pull.rule != "before")
-        shifts = [-_radius(level) * direction for turn, direction in self._held.items()
-                  if turn not in due and turn[1].covers(level)]  # fmt: skip
+        shifts = [
+            -_radius(level) * direction for turn, direction in self._held.items() if turn not in due and turn[1].covers(level)
+        ]
         others = [term for term in active if term.shifts and not isinstance(term, Potential)]
         if not others and not due and not shifts:
             return self._plain(x_t, level, condition), None
@@ -202,8 +207,10 @@ class Guided(Around):
             gradient = self._replayed(lambda x0, part: self.seen(pull, point.x[part], x0, level), point.x0_hat, cotangent)
         if not gradient.isfinite().all():
             names = " and ".join(term.name for term in terms)
-            raise RunError(f"guidance {names}: the gradient is not finite at sigma / alpha = {level.ratio:.4g}; "
-                           "the model's or the extractor's output overflows: use float32, or a smaller scale")  # fmt: skip
+            raise RunError(
+                f"guidance {names}: the gradient is not finite at sigma / alpha = {level.ratio:.4g}; "
+                "the model's or the extractor's output overflows: use float32, or a smaller scale"
+            )
         return gradient, weight
 
     def _again(self, point: _Point, x: Tensor, part: slice) -> Tensor:
@@ -250,8 +257,10 @@ class Guided(Around):
             if whole:
                 return torch.autograd.grad(energy, leaf)[0]
             cotangents = torch.autograd.grad(energy, given)
-        back = [self._replayed(lambda image, part: term.view(image), view.detach(), cotangent)
-                for view, cotangent in zip(views, cotangents, strict=True)]  # fmt: skip
+        back = [
+            self._replayed(lambda image, part: term.view(image), view.detach(), cotangent)
+            for view, cotangent in zip(views, cotangents, strict=True)
+        ]
         return torch.autograd.grad(views, leaf, back)[0] if smoothing.active else back[0]
 
     def _replayed(self, call: Callable[[Tensor, slice], Tensor], at: Tensor, cotangent: Tensor) -> Tensor:
@@ -307,8 +316,10 @@ def _by_turn(potentials: Iterable[Potential]) -> dict[Turn, list[Potential]]:
 
 def _refuse_many_levels(level: Level) -> None:
     if level.alpha.ndim:
-        raise ValueError(f"level: guidance acts at one level for the whole cohort, not at {len(level.alpha)}; "
-                         "guide images of other levels apart")  # fmt: skip
+        raise ValueError(
+            f"level: guidance acts at one level for the whole cohort, not at {len(level.alpha)}; "
+            "guide images of other levels apart"
+        )
 
 
 def _averaged(term: Potential, energies: list[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from handful.denoiser import Prediction, denoised_from, output_from
+from handful.core.denoiser import Prediction, denoised_from, output_from
 from handful.errors import RequestError
 from handful.guidance.base import Guidance, Step, Timing
 
@@ -44,14 +44,17 @@ class Guider(Guidance):
     def __init__(self, guider: Any, scale: float = 1.0, *, space: Prediction = "x0", timing: Timing | None = None) -> None:
         super().__init__(scale, timing)
         if space not in get_args(Prediction):
-            raise RequestError("space", space, "no network predicts that",
-                               f"Choose one of: {', '.join(get_args(Prediction))}.")  # fmt: skip
+            raise RequestError("space", space, "no network predicts that", f"Choose one of: {', '.join(get_args(Prediction))}.")
         refuse_unless_mixing(guider)
         for name, whole in (("start", 0.0), ("stop", 1.0)):
             told = guider.config.get(name, whole)
             if any(each != whole for each in (told if isinstance(told, (list, tuple)) else [told])):
-                raise RequestError(name, told, f"{type(guider).__name__} counts it in a pipeline's steps, which a term "
-                                   "can't", f"Leave it at {whole} and pass timing=Timing(interval=(start, stop)).")  # fmt: skip
+                raise RequestError(
+                    name,
+                    told,
+                    f"{type(guider).__name__} counts it in a pipeline's steps, which a term can't",
+                    f"Leave it at {whole} and pass timing=Timing(interval=(start, stop)).",
+                )
         self.guider: Any = guider
         self.space: Prediction = space
         self._now: Any = None
@@ -87,8 +90,8 @@ class Guider(Guidance):
 
 
 def adaptive_projected(
-    scale: float, *, parallel: float = 0.0, momentum: float = -0.5, norm: float | None = None, timing: Timing | None = None,
-) -> Guider:  # fmt: skip
+    scale: float, *, parallel: float = 0.0, momentum: float = -0.5, norm: float | None = None, timing: Timing | None = None
+) -> Guider:
     """Adaptive projected guidance (APG; Sadat et al. 2024, arXiv 2410.02416) by diffusers' guider, as its paper has it.
 
     Of the running sum of differences of the conditional and the null estimate, d <- (c - u) + momentum * d, bounded to the
@@ -115,9 +118,12 @@ def adaptive_projected(
 
     # linear in its own scale, which is left at 1, so that gain and scale 0 mean what they mean for every term
     guider = AdaptiveProjectedGuidance(
-        guidance_scale=1.0, adaptive_projected_guidance_momentum=momentum, adaptive_projected_guidance_rescale=norm or 0.0,
-        eta=parallel, use_original_formulation=True,
-    )  # fmt: skip
+        guidance_scale=1.0,
+        adaptive_projected_guidance_momentum=momentum,
+        adaptive_projected_guidance_rescale=norm or 0.0,
+        eta=parallel,
+        use_original_formulation=True,
+    )
     return Guider(guider, scale, timing=timing)
 
 
@@ -140,11 +146,18 @@ def refuse_unless_mixing(guider: Any) -> None:
 
     kind: Any = type(guider)
     if not isinstance(guider, BaseGuidance):
-        raise RequestError("guider", kind.__name__, "it is no guider of diffusers",
-                           "Give one of diffusers.guiders, such as AdaptiveProjectedGuidance().")  # fmt: skip
+        raise RequestError(
+            "guider",
+            kind.__name__,
+            "it is no guider of diffusers",
+            "Give one of diffusers.guiders, such as AdaptiveProjectedGuidance().",
+        )
     needs: Any = guider._input_predictions
     if needs != ["pred_cond", "pred_uncond"] or kind.prepare_models is not BaseGuidance.prepare_models:
-        raise RequestError("guider", kind.__name__, "it needs more than the conditional and the unconditional prediction "
-                           f"({', '.join(needs)}{'' if needs[2:] else ', with hooks in the network'})",
-                           "Use a guider that mixes the two alone, such as ClassifierFreeGuidance or "
-                           "AdaptiveProjectedGuidance.")  # fmt: skip
+        raise RequestError(
+            "guider",
+            kind.__name__,
+            "it needs more than the conditional and the unconditional prediction "
+            f"({', '.join(needs)}{'' if needs[2:] else ', with hooks in the network'})",
+            "Use a guider that mixes the two alone, such as ClassifierFreeGuidance or AdaptiveProjectedGuidance.",
+        )

@@ -25,15 +25,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from handful.denoiser import Condition, Denoiser
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import Level, Levels, noised
+from handful.core.samplers import ddim
+from handful.data.images import write_atomically
 from handful.errors import RequestError
+from handful.files.sealed import seal, unseal
 from handful.guidance.base import Guidance, Step, Timing
 from handful.guidance.draws import normal, random_at
 from handful.guidance.guided import Guided
-from handful.images import write_atomically
-from handful.noise import Level, Levels, noised
-from handful.samplers import ddim
-from handful.sealed import seal, unseal
 
 Exchange = Literal["step", "image", "none"]
 
@@ -70,8 +70,10 @@ class Embeddings:
 
     def __post_init__(self) -> None:
         if self.G.ndim != 5 or not len(self.G) or self.x0.shape != (len(self.G), *self.shape):
-            raise ValueError(f"embeddings {tuple(self.G.shape)} and targets {tuple(self.x0.shape)} must be (N, eta, c, h, w) "
-                             "and (N, c, h, w), N >= 1")  # fmt: skip
+            raise ValueError(
+                f"embeddings {tuple(self.G.shape)} and targets {tuple(self.x0.shape)} must be (N, eta, c, h, w) "
+                "and (N, c, h, w), N >= 1"
+            )
         check_interval(self.interval, self.segments, self.levels)
 
     def __len__(self) -> int:
@@ -124,8 +126,12 @@ class Embeddings:
             levels.steps - 1 - index for index, (level, _) in enumerate(levels.pairs()) if self.step_of(level) is not None
         ]
         if not guided:
-            raise RequestError("steps", levels.steps, "no level of this path lies inside the embeddings' guided interval",
-                               f"Sample with {self.levels.steps} steps, as they were fitted.")  # fmt: skip
+            raise RequestError(
+                "steps",
+                levels.steps,
+                "no level of this path lies inside the embeddings' guided interval",
+                f"Sample with {self.levels.steps} steps, as they were fitted.",
+            )
         return min(guided), max(guided) + 1
 
     def check(self, shape: tuple[int, int, int], model: str) -> None:
@@ -139,12 +145,20 @@ class Embeddings:
             RequestError: If either is another.
         """
         if tuple(shape) != self.shape:
-            raise RequestError("embeddings", self.shape, f"they were fitted on a model of {_by(self.shape)}, and this one has "
-                               f"{_by(shape)}", f"Use that model. {FIT_AGAIN}")  # fmt: skip
+            raise RequestError(
+                "embeddings",
+                self.shape,
+                f"they were fitted on a model of {_by(self.shape)}, and this one has {_by(shape)}",
+                f"Use that model. {FIT_AGAIN}",
+            )
         if model != self.model:
-            raise RequestError("embeddings", self.model[:12], "they were fitted on another model: its weights are "
-                               f"{self.model[:12] or 'unknown'} and this one's {model[:12] or 'unknown'}",
-                               f"Use that model. {FIT_AGAIN}")  # fmt: skip
+            raise RequestError(
+                "embeddings",
+                self.model[:12],
+                "they were fitted on another model: its weights are "
+                f"{self.model[:12] or 'unknown'} and this one's {model[:12] or 'unknown'}",
+                f"Use that model. {FIT_AGAIN}",
+            )
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically; the same embeddings give the same bytes.
@@ -195,20 +209,32 @@ class Inversion(Guidance):
     name = "inversion"
 
     def __init__(
-        self, embeddings: Embeddings, seeds: Sequence[int], scale: float = 1.0, *, exchange: Exchange = "step",
-        own: Sequence[int] | None = None, perturbation: float | None = None, timing: Timing | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        embeddings: Embeddings,
+        seeds: Sequence[int],
+        scale: float = 1.0,
+        *,
+        exchange: Exchange = "step",
+        own: Sequence[int] | None = None,
+        perturbation: float | None = None,
+        timing: Timing | None = None,
+    ) -> None:
         super().__init__(scale, timing)
         perturbation = embeddings.perturbation if perturbation is None else perturbation
         if exchange not in get_args(Exchange):
-            raise RequestError("exchange", exchange, "no such exchange of embeddings",
-                               f"Choose one of: {', '.join(get_args(Exchange))}.")  # fmt: skip
+            raise RequestError(
+                "exchange", exchange, "no such exchange of embeddings", f"Choose one of: {', '.join(get_args(Exchange))}."
+            )
         if not (math.isfinite(perturbation) and perturbation >= 0):
             raise RequestError("perturbation", perturbation, "it is a finite number, 0 or more", "Use 0 for none.")
         own = list(own) if own is not None else own_targets(seeds, len(embeddings))
         if len(own) != len(seeds) or not all(0 <= target < len(embeddings) for target in own):
-            raise RequestError("own", own, f"it names a target, 0 to {len(embeddings) - 1}, for each of {len(seeds)} images",
-                               "Leave it out to have them chosen.")  # fmt: skip
+            raise RequestError(
+                "own",
+                own,
+                f"it names a target, 0 to {len(embeddings) - 1}, for each of {len(seeds)} images",
+                "Leave it out to have them chosen.",
+            )
         self.embeddings, self.seeds, self.own = embeddings, list(seeds), own
         self.exchange: Exchange = exchange
         self.perturbation = perturbation
@@ -265,9 +291,15 @@ def noised_start(x0: Tensor, which: Sequence[int], noise: Tensor, levels: Levels
 
 @torch.no_grad()
 def reconstruct(
-    denoiser: Denoiser, embeddings: Embeddings, seed: int = 0, *, exchange: Exchange = "none", perturbation: float = 0.0,
-    condition: Condition | None = None, chunk: int | None = None,
-) -> Tensor:  # fmt: skip
+    denoiser: Denoiser,
+    embeddings: Embeddings,
+    seed: int = 0,
+    *,
+    exchange: Exchange = "none",
+    perturbation: float = 0.0,
+    condition: Condition | None = None,
+    chunk: int | None = None,
+) -> Tensor:
     """The targets from their own noised selves, by DDIM with their own embeddings: how far those invert the model.
 
     Args:
@@ -297,8 +329,12 @@ def no_condition(denoiser: Denoiser, n: int) -> Condition:
     if denoiser.prompted:
         return denoiser.condition([""] * n)
     if denoiser.label_count and denoiser.null_class is None:
-        raise RequestError("condition", None, "this model is told labels and has none that stands for no class",
-                           "Name the label with --null-class, or give a class.")  # fmt: skip
+        raise RequestError(
+            "condition",
+            None,
+            "this model is told labels and has none that stands for no class",
+            "Name the label with --null-class, or give a class.",
+        )
     return denoiser.condition([denoiser.null_class or 0] * n)
 
 
@@ -310,14 +346,26 @@ def check_interval(interval: tuple[int, int], segments: int, levels: Levels) -> 
     """
     lo, hi = interval
     if not 0 <= lo < hi <= levels.steps:
-        raise RequestError("interval", interval, f"the guided steps lo <= i < hi lie within the path's 0 to {levels.steps}",
-                           "Count the steps from the clean end, lo below hi; (5, 20) of 25 is the paper's.")  # fmt: skip
+        raise RequestError(
+            "interval",
+            interval,
+            f"the guided steps lo <= i < hi lie within the path's 0 to {levels.steps}",
+            "Count the steps from the clean end, lo below hi; (5, 20) of 25 is the paper's.",
+        )
     if not 1 <= segments <= hi - lo:
-        raise RequestError("segments", segments, f"{hi - lo} guided steps make 1 to {hi - lo} segments",
-                           f"Use 1 for one embedding over all steps, {hi - lo} for one each.")  # fmt: skip
+        raise RequestError(
+            "segments",
+            segments,
+            f"{hi - lo} guided steps make 1 to {hi - lo} segments",
+            f"Use 1 for one embedding over all steps, {hi - lo} for one each.",
+        )
     if not bool(levels.alpha[levels.steps - hi] > 0):
-        raise RequestError("interval", interval, "it reaches up to pure noise, where there is no image to shift",
-                           f"Let it end at {hi - 1} or below.")  # fmt: skip
+        raise RequestError(
+            "interval",
+            interval,
+            "it reaches up to pure noise, where there is no image to shift",
+            f"Let it end at {hi - 1} or below.",
+        )
 
 
 def segment_steps(interval: tuple[int, int], segments: int) -> list[range]:

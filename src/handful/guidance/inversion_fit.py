@@ -35,22 +35,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handful.denoiser import Condition, Denoiser
-from handful.digests import tensors_digest
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import Level, Levels, noised
+from handful.data.images import write_atomically
 from handful.errors import RequestError, RunError
+from handful.files.digests import tensors_digest
+from handful.files.sealed import seal, unseal
 from handful.guidance.draws import normal, random_at
 from handful.guidance.guided import Guided
-from handful.guidance.inversion import (
-    Embeddings,
-    check_interval,
-    no_condition,
-    score_factor,
-    segment_steps,
-    target_keys,
-)
-from handful.images import write_atomically
-from handful.noise import Level, Levels, noised
-from handful.sealed import seal, unseal
+from handful.guidance.inversion import Embeddings, check_interval, no_condition, score_factor, segment_steps, target_keys
 
 Method = Literal["adam", "difference"]
 Told = Callable[[int, int, float], None]
@@ -114,12 +107,26 @@ class _State:
 
 
 def fit(
-    denoiser: Denoiser, targets: Tensor, levels: Levels | None = None, *,
-    segments: int = 15, interval: tuple[int, int] = (5, 20), scale: float = 2.0, spread_weight: float = 1.0,
-    method: Method = "difference", epochs: int | None = None, lr: float = 0.05, seed: int = 0,
-    condition: Condition | None = None, chunk: int | None = None, progress: Told | None = None,
-    state: str | Path | None = None, model: str = "", hashes: Sequence[str] = (), perturbation: float = 0.05,
-) -> Embeddings:  # fmt: skip
+    denoiser: Denoiser,
+    targets: Tensor,
+    levels: Levels | None = None,
+    *,
+    segments: int = 15,
+    interval: tuple[int, int] = (5, 20),
+    scale: float = 2.0,
+    spread_weight: float = 1.0,
+    method: Method = "difference",
+    epochs: int | None = None,
+    lr: float = 0.05,
+    seed: int = 0,
+    condition: Condition | None = None,
+    chunk: int | None = None,
+    progress: Told | None = None,
+    state: str | Path | None = None,
+    model: str = "",
+    hashes: Sequence[str] = (),
+    perturbation: float = 0.05,
+) -> Embeddings:
     """Fits embeddings to targets. The defaults are the paper's, but for the method.
 
     Every random number is a function of the seed, the target's place, segment and epoch: chunks change nothing but the
@@ -182,8 +189,10 @@ def fit(
             draws = _parabola(guided, x0, levels, steps, scale, condition, keys, place)
             at.loss = draws.loss(at.current, spread_weight)
             if not math.isfinite(at.loss):
-                raise RunError(f"segment {at.segment}, epoch {at.epoch}: the loss is not finite, as the model's estimate "
-                               "overflows. Use float32.")  # fmt: skip
+                raise RunError(
+                    f"segment {at.segment}, epoch {at.epoch}: the loss is not finite, as the model's estimate "
+                    "overflows. Use float32."
+                )
             at.epoch += 1
             if method == "adam":
                 _adam(at, draws.gradient(at.current, spread_weight), lr)
@@ -200,8 +209,12 @@ def fit(
 
 
 def _check_numbers(*, epochs: int, lr: float, scale: float, spread_weight: float, perturbation: float, seed: int) -> None:
-    for name, value, least in (("epochs", epochs, 1), ("spread_weight", spread_weight, 0), ("perturbation", perturbation, 0),
-                               ("seed", seed, 0)):  # fmt: skip
+    for name, value, least in (
+        ("epochs", epochs, 1),
+        ("spread_weight", spread_weight, 0),
+        ("perturbation", perturbation, 0),
+        ("seed", seed, 0),
+    ):
         if not (math.isfinite(value) and value >= least):
             raise RequestError(name, value, f"it is a finite number, {least} or more", f"Use {least} or more.")
     for name, value in (("lr", lr), ("scale", scale)):
@@ -251,9 +264,15 @@ def _drawn_steps(run: range, random: np.random.RandomState) -> list[int]:
 
 @torch.no_grad()
 def _parabola(
-    guided: Guided, x0: Tensor, levels: Levels, steps: Sequence[int], scale: float, condition: Condition,
-    keys: Sequence[int], place: tuple[int, int],
-) -> Parabola:  # fmt: skip
+    guided: Guided,
+    x0: Tensor,
+    levels: Levels,
+    steps: Sequence[int],
+    scale: float,
+    condition: Condition,
+    keys: Sequence[int],
+    place: tuple[int, int],
+) -> Parabola:
     """What one guided DDIM step from each of the steps drawn says of the loss."""
     a, b, c = 0.0, torch.zeros_like(x0), 0.0
     for draw, step in enumerate(steps):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from handful.errors import RequestError
-from handful.features import FeatureExtractor
+from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import ExemplarPotential, Potential, Pull, Timing
 
 _LEAST = 1e-10  # eigenvalues below count as 0: their logarithm's derivative would be all that is seen
@@ -65,9 +65,14 @@ class Vendi(Potential):
     per = "set"
 
     def __init__(
-        self, extractor: FeatureExtractor, scale: float, *, order: float = 1.0, timing: Timing | None = None,
+        self,
+        extractor: FeatureExtractor,
+        scale: float,
+        *,
+        order: float = 1.0,
+        timing: Timing | None = None,
         pull: Pull | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(extractor, scale, timing, pull)
         if not order > 0:
             raise RequestError("order", order, "an order is above 0", "Use 1 for the usual Vendi score.")
@@ -94,9 +99,16 @@ class CVSG(ExemplarPotential):
     name = "cvsg"
 
     def __init__(
-        self, extractor: FeatureExtractor, exemplars: Tensor, scale: float, *, beta: float = 2.0,
-        memory: Tensor | None = None, timing: Timing | None = None, pull: Pull | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        extractor: FeatureExtractor,
+        exemplars: Tensor,
+        scale: float,
+        *,
+        beta: float = 2.0,
+        memory: Tensor | None = None,
+        timing: Timing | None = None,
+        pull: Pull | None = None,
+    ) -> None:
         super().__init__(extractor, exemplars, scale, timing=timing, pull=pull)
         if not (math.isfinite(beta) and beta >= 0):
             raise RequestError("beta", beta, "a weight is finite and 0 or more", "The paper's is 2.")

@@ -54,8 +54,12 @@ def posterior(logits: Tensor, tau1: float = 1.0, temperature: float = 1.0) -> Te
         RequestError: If they are no such matrix, or not finite.
     """
     if logits.ndim != 2 or not logits.shape[0] or logits.shape[1] < 2:
-        raise RequestError("logits", tuple(logits.shape), "a classifier gives (n, classes), with two classes or more",
-                           "Give a row for each image.")  # fmt: skip
+        raise RequestError(
+            "logits",
+            tuple(logits.shape),
+            "a classifier gives (n, classes), with two classes or more",
+            "Give a row for each image.",
+        )
     if not bool(logits.isfinite().all()):
         raise RequestError("logits", tuple(logits.shape), "they hold NaN or infinite values", "Use float32.")
     return (logits.double() * (tau1 / temperature)).softmax(1)

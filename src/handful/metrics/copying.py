@@ -33,10 +33,12 @@ def copied(
     generated: Mapping[str, Any], exemplars: Mapping[str, Any], real: Mapping[str, Any], quantile: float = 0.01
 ) -> np.ndarray:
     """Which generated images `copied_share` counts, (n,) bool, class after class in the order of `generated`."""
-    return np.concatenate([
-        _nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile)
-        for name, features in generated.items()
-    ])  # fmt: skip
+    return np.concatenate(
+        [
+            _nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile)
+            for name, features in generated.items()
+        ]
+    )
 
 
 def share_nearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:

@@ -92,9 +92,14 @@ class ModeCoverage:
 
 
 def intra_distance(
-    generated: Tensor, targets: Tensor, distance: PerceptualDistance, *, most: int | None = 50, seed: int = 0,
+    generated: Tensor,
+    targets: Tensor,
+    distance: PerceptualDistance,
+    *,
+    most: int | None = 50,
+    seed: int = 0,
     most_values: int = MOST_VALUES,
-) -> IntraDistance:  # fmt: skip
+) -> IntraDistance:
     """Mean pairwise distance inside the clusters of generated images around targets (Intra-LPIPS, where LPIPS measures).
 
     Every generated image goes to its nearest target, by the same distance. High is varied; far off the domain is varied too,
@@ -193,8 +198,9 @@ def reconstruction(real: Tensor, reconstructed: Tensor, distance: PerceptualDist
     """
     real, reconstructed = as_image_pair(real, reconstructed, "real", "reconstructed")
     if len(real) != len(reconstructed):
-        raise RequestError("reconstructed", len(reconstructed), f"so many reconstructions of {len(real)} images",
-                           "Give one for each.")  # fmt: skip
+        raise RequestError(
+            "reconstructed", len(reconstructed), f"so many reconstructions of {len(real)} images", "Give one for each."
+        )
     window = ssim_window(*real.shape[2:])
     squares = (real - reconstructed).double().square().flatten(1).mean(1).cpu().numpy()
     perceptual = None if distance is None else _mean(distance(real, reconstructed))

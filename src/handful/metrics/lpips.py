@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from handful.digests import weights_digest
 from handful.errors import RequestError, first_line
+from handful.files.digests import weights_digest
 
 # The network's input in [-1, 1] is brought to ImageNet's mean and deviation.
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -44,12 +44,19 @@ def _vgg16() -> list[nn.Module]:
 def _alexnet() -> list[nn.Module]:
     """AlexNet (the one-tower version) as far as its last ReLU."""
     return [
-        nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-        nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
-    ]  # fmt: skip
+        nn.Conv2d(3, 64, 11, stride=4, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(64, 192, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(192, 384, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(384, 256, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(256, 256, 3, padding=1),
+        nn.ReLU(),
+    ]
 
 
 @dataclass(frozen=True)
@@ -98,9 +105,12 @@ class Lpips(nn.Module):
         """
         smallest = self._network.smallest
         if min(images.shape[-2:]) < smallest:
-            raise RequestError("images", f"{images.shape[-2]} x {images.shape[-1]}", f"LPIPS with {self.name} sees nothing in "
-                               f"less than {smallest} x {smallest} pixels", "Take an extractor's features as the distance, "
-                               "such as a classifier of such images.")  # fmt: skip
+            raise RequestError(
+                "images",
+                f"{images.shape[-2]} x {images.shape[-1]}",
+                f"LPIPS with {self.name} sees nothing in less than {smallest} x {smallest} pixels",
+                "Take an extractor's features as the distance, such as a classifier of such images.",
+            )
         x = (images.to(self.shift).expand(-1, 3, -1, -1) - self.shift) / self.scale
         embedded = []
         for place, layer in enumerate(self.features):
@@ -135,8 +145,12 @@ def load_lpips(network: str, backbone: str | Path, linear: str | Path | None = N
     held |= _weights(Path(backbone), convolutions, "backbone", f"Take torchvision's {file}.")
     for key in lines:
         if (held[key] < 0).any():
-            raise RequestError("linear", str(learned), f"{key} has negative values, and LPIPS' weights are none",
-                               "Take a file of LPIPS 0.1, or leave it out.")  # fmt: skip
+            raise RequestError(
+                "linear",
+                str(learned),
+                f"{key} has negative values, and LPIPS' weights are none",
+                "Take a file of LPIPS 0.1, or leave it out.",
+            )
     state = {key: held[key].float() for key in convolutions}
     made.load_state_dict(state | {f"linear.{place}": held[key].float().flatten() for place, key in enumerate(lines)})
     return made
@@ -150,8 +164,9 @@ def _of_torchmetrics(network: str) -> Path:
         file = Path(folder, "functional", "image", "lpips_models", f"{network}.pth")
         if file.is_file():
             return file
-    raise RequestError("linear", None, "this torchmetrics comes without LPIPS' learned weights",
-                       "Give their file (lin0.model.1.weight ...).")  # fmt: skip
+    raise RequestError(
+        "linear", None, "this torchmetrics comes without LPIPS' learned weights", "Give their file (lin0.model.1.weight ...)."
+    )
 
 
 def _weights(file: Path, wanted: Mapping[str, tuple[int, ...]], field: str, remedy: str) -> dict[str, Tensor]:

@@ -164,13 +164,7 @@ def _screen_all(queries: np.ndarray, keys: np.ndarray | None, frame: Frame, size
 
 
 def _settle(
-    queries: np.ndarray,
-    keys: np.ndarray | None,
-    rows: np.ndarray,
-    reached: np.ndarray,
-    frame: Frame,
-    k: int,
-    block: int,
+    queries: np.ndarray, keys: np.ndarray | None, rows: np.ndarray, reached: np.ndarray, frame: Frame, k: int, block: int
 ) -> _Kept:
     """The k smallest squared distances of some queries, whose k-th is at most `reached`: screened in float64.
 

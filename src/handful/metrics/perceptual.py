@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from handful.errors import RequestError
-from handful.features import FeatureExtractor, load_extractor
+from handful.features.registry import FeatureExtractor, load_extractor
 from handful.metrics.lpips import NETWORKS, Lpips, load_lpips
 
 # Embedded values held at once, float32: 2 GiB. At 256 px an image is 8 M values to VGG's LPIPS, so a cluster of 50 is held.
@@ -61,8 +61,9 @@ class PerceptualDistance:
         """
         first, second = as_image_pair(first, second, "first", "second")
         if len(first) != len(second):
-            raise RequestError("second", len(second), f"so many images for {len(first)} in `first`",
-                               "Give pairs, or ask for `pairs`.")  # fmt: skip
+            raise RequestError(
+                "second", len(second), f"so many images for {len(first)} in `first`", "Give pairs, or ask for `pairs`."
+            )
         blocks = _Embedded(self, second, most_values=0)
         found = [self._measured(a - blocks.block(rows)) for rows, a in _Embedded(self, first, most_values=0).blocks()]
         return np.concatenate(found)
@@ -145,9 +146,12 @@ def feature_distance(extractor: FeatureExtractor, *, unit: bool = True) -> Perce
             return features
         norms = features.norm(dim=1, keepdim=True)
         if not norms.all():
-            raise RequestError("images", f"{int((norms == 0).sum())} of {len(images)}",
-                               f"their {extractor.name} features are all zero and have no direction",
-                               "Drop these images, or take another extractor.")  # fmt: skip
+            raise RequestError(
+                "images",
+                f"{int((norms == 0).sum())} of {len(images)}",
+                f"their {extractor.name} features are all zero and have no direction",
+                "Drop these images, or take another extractor.",
+            )
         return features / norms
 
     suffix = "" if unit else ", not scaled"
@@ -187,8 +191,12 @@ def load_distance(name: str) -> PerceptualDistance:
     known = [f"lpips-{network}" for network in NETWORKS]
     if kind == "lpips" or (kind in known and not file):
         network = "vgg" if kind == "lpips" else kind.removeprefix("lpips-")
-        raise RequestError("distance", name, "LPIPS needs the weights of its network",
-                           f"Write lpips-{network}:FILE, where FILE is torchvision's {NETWORKS[network].file}.")  # fmt: skip
+        raise RequestError(
+            "distance",
+            name,
+            "LPIPS needs the weights of its network",
+            f"Write lpips-{network}:FILE, where FILE is torchvision's {NETWORKS[network].file}.",
+        )
     if kind in known:
         return lpips_distance(kind.removeprefix("lpips-"), file)
     return feature_distance(load_extractor(name))

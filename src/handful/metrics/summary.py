@@ -193,10 +193,7 @@ def _mean(scores: list[Scores]) -> Scores:
             partial.append(f"{metric} over {len(values)}")
     note = f"of {len(scores)} classes, only: {', '.join(partial)}" if partial else ""
     return Scores(
-        n_real=sum(each.n_real for each in scores),
-        n_generated=sum(each.n_generated for each in scores),
-        note=note,
-        **means,
+        n_real=sum(each.n_real for each in scores), n_generated=sum(each.n_generated for each in scores), note=note, **means
     )
 
 

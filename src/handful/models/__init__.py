@@ -20,9 +20,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from handful.denoiser import NetworkDenoiser
+from handful.core.denoiser import NetworkDenoiser
 from handful.errors import RequestError
-from handful.libraries import check_libraries
+from handful.models.libraries import check_libraries
 from handful.models.options import ModelOptions
 from handful.models.pipelines import check_components
 from handful.models.source import Source, find_source
@@ -98,9 +98,13 @@ def _found(
         return Source(name), options, _family("edm")
     source = Source(name, folder=zoo_path(name)) if name in ZOO else find_source(name_or_path, options.revision)
     if source is None:
-        raise RequestError("model", name, "there is no such directory, and the zoo has no such model",
-                           "Give a directory that diffusers wrote, a checkpoint file, a hub name such as org/model, or one of: "
-                           f"{', '.join(ZOO)}.")  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            "there is no such directory, and the zoo has no such model",
+            "Give a directory that diffusers wrote, a checkpoint file, a hub name such as org/model, or one of: "
+            f"{', '.join(ZOO)}.",
+        )
     family = family_of(source)
     check_components(source, options)
     return source, options, _family(family)
@@ -122,11 +126,18 @@ def family_of(source: Source) -> str:
         if (source.read_json(path) or {}).get("_class_name") == "UNet2DModel":
             return "unet2d"
     if kind:
-        raise RequestError("model", source.name, f"it is a {kind}, a family that is not known",
-                           f"Use one of: UNet2DModel, {', '.join(_latent())}.")  # fmt: skip
-    raise RequestError("model", source.name, "it holds no model_index.json of a pipeline and no UNet2DModel (looked for "
-                       "unet/config.json and config.json)",
-                       "Give the directory that a diffusers pipeline's save_pretrained wrote.")  # fmt: skip
+        raise RequestError(
+            "model",
+            source.name,
+            f"it is a {kind}, a family that is not known",
+            f"Use one of: UNet2DModel, {', '.join(_latent())}.",
+        )
+    raise RequestError(
+        "model",
+        source.name,
+        "it holds no model_index.json of a pipeline and no UNet2DModel (looked for unet/config.json and config.json)",
+        "Give the directory that a diffusers pipeline's save_pretrained wrote.",
+    )
 
 
 def _latent() -> list[str]:

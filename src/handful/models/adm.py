@@ -24,12 +24,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
+from handful.core.noise import VP
 from handful.errors import RequestError
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import on_meta
 from handful.models.source import Source
 from handful.models.unet2d import UNet2DDenoiser
-from handful.noise import VP
 
 State = Mapping[str, Tensor]
 Count = Annotated[int, Field(ge=1)]
@@ -89,8 +89,14 @@ def _published(base: int, multiples: tuple[float, ...], blocks: int, deepest: ra
 def _settings(
     size: int, *, num_heads: int | None = None, new: bool = False, schedule: Literal["linear", "cosine"] = "linear"
 ) -> Settings:
-    return Settings(image_size=size, num_heads=num_heads, num_head_channels=None if num_heads else 64,
-                    new_attention_order=new, schedule=schedule, steps=1000)  # fmt: skip
+    return Settings(
+        image_size=size,
+        num_heads=num_heads,
+        num_head_channels=None if num_heads else 64,
+        new_attention_order=new,
+        schedule=schedule,
+        steps=1000,
+    )
 
 
 # The flags of guided-diffusion's README; its LSUN networks are built as its unconditional 256-pixel one, and the finetuned
@@ -108,14 +114,25 @@ PUBLISHED: dict[Architecture, Settings] = {
 
 # A module's name in ADM -> in UNet2DModel: those outside blocks, and those inside one.
 _OUTSIDE = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
 _INSIDE = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut", "norm": "group_norm", "proj_out": "to_out.0",
-    "op": "conv", "conv": "conv",
-}  # fmt: skip
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "norm": "group_norm",
+    "proj_out": "to_out.0",
+    "op": "conv",
+    "conv": "conv",
+}
 
 
 def skeleton(source: Source, options: ModelOptions) -> UNet2DDenoiser:
@@ -150,14 +167,19 @@ def _denoiser(source: Source, options: ModelOptions, device: str) -> UNet2DDenoi
     found = _converted(state, told, settings, heads)
     wrong = [old for old, new, tensor in found if wanted.pop(new, None) != tensor.shape]
     if wrong or wanted:
-        raise _refused(file, f"its tensors are not those of guided-diffusion's UNet ({len(wrong) + len(wanted)} differ, first "
-                       f"{(wrong or list(wanted))[0]})")  # fmt: skip
+        raise _refused(
+            file,
+            f"its tensors are not those of guided-diffusion's UNet ({len(wrong) + len(wanted)} differ, first "
+            f"{(wrong or list(wanted))[0]})",
+        )
     schedule = _levels(settings)
     denoiser = UNet2DDenoiser(
-        network, "eps", schedule,
+        network,
+        "eps",
+        schedule,
         classes=settings.classes if options.classes is None else options.classes,
         null_class=settings.null_class if options.null_class is None else options.null_class,
-    )  # fmt: skip
+    )
     refuse_resolution(denoiser.shape[1:], options)
     if device != "meta":  # all is checked; only now the weights are read out of the mapped file
         dtype = options.dtype or torch.float32
@@ -177,12 +199,18 @@ def _state_dict(file: Path, device: str) -> State:
     except Exception as error:  # torch raises many kinds for damaged files
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
-            raise RequestError("model", str(file), f"its pickle asks for {asked[1]}, so reading it would run code",
-                               "Save its tensors alone, torch.save(network.state_dict(), FILE), where you trust "
-                               "it.") from error  # fmt: skip
-        raise RequestError("model", str(file), f"it can't be read ({type(error).__name__}): it is damaged, or not a "
-                           "checkpoint of torch", "Copy the file again, and compare its size with the "
-                           "original's.") from error  # fmt: skip
+            raise RequestError(
+                "model",
+                str(file),
+                f"its pickle asks for {asked[1]}, so reading it would run code",
+                "Save its tensors alone, torch.save(network.state_dict(), FILE), where you trust it.",
+            ) from error
+        raise RequestError(
+            "model",
+            str(file),
+            f"it can't be read ({type(error).__name__}): it is damaged, or not a checkpoint of torch",
+            "Copy the file again, and compare its size with the original's.",
+        ) from error
     for key in ("state_dict", "ema", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
@@ -193,14 +221,27 @@ def _state_dict(file: Path, device: str) -> State:
 
 def _architecture(file: Path, state: State) -> Architecture:
     if "conv_in.weight" in state:
-        raise RequestError("model", str(file), "it is diffusers' own state dict, not one of guided-diffusion",
-                           "Give the directory that diffusers' save_pretrained wrote.")  # fmt: skip
+        raise RequestError(
+            "model",
+            str(file),
+            "it is diffusers' own state dict, not one of guided-diffusion",
+            "Give the directory that diffusers' save_pretrained wrote.",
+        )
     outputs = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"output_blocks\.\d+\.", name)), default=-1)
     if "input_blocks.0.0.weight" in state and not outputs:
-        raise RequestError("model", str(file), "it is a classifier (the first half of a UNet), not a diffusion model",
-                           "Give the diffusion checkpoint that goes with it, such as 64x64_diffusion.pt.")  # fmt: skip
-    needed = ("input_blocks.0.0.weight", "time_embed.0.weight", "middle_block.1.qkv.weight", "out.2.weight",
-              "input_blocks.1.0.emb_layers.1.weight")  # fmt: skip
+        raise RequestError(
+            "model",
+            str(file),
+            "it is a classifier (the first half of a UNet), not a diffusion model",
+            "Give the diffusion checkpoint that goes with it, such as 64x64_diffusion.pt.",
+        )
+    needed = (
+        "input_blocks.0.0.weight",
+        "time_embed.0.weight",
+        "middle_block.1.qkv.weight",
+        "out.2.weight",
+        "input_blocks.1.0.emb_layers.1.weight",
+    )
     for name in needed:
         if name not in state or state[name].ndim < 2:
             raise _refused(file, f"it has no {name}")
@@ -208,9 +249,13 @@ def _architecture(file: Path, state: State) -> Architecture:
         raise _refused(file, "it holds single numbers")
     in_channels, out_channels = state["input_blocks.0.0.weight"].shape[1], state["out.2.weight"].shape[0]
     if in_channels not in (1, 3):
-        raise RequestError("model", str(file), f"its network takes {in_channels} channels, not an image's"
-                           + (": it is an upsampler, which is told a small image" if in_channels == 6 else ""),
-                           "Give a checkpoint that generates images from noise alone.")  # fmt: skip
+        raise RequestError(
+            "model",
+            str(file),
+            f"its network takes {in_channels} channels, not an image's"
+            + (": it is an upsampler, which is told a small image" if in_channels == 6 else ""),
+            "Give a checkpoint that generates images from noise alone.",
+        )
     # each level but the first ends, on the way up, in a layer that doubles the resolution
     up = [name for name in state if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv\.weight|in_layers\.0\.weight)", name)]
     levels = len(up) + 1
@@ -249,8 +294,12 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
             key = ".".join(map(str, first["loc"])) or "the file"
             raise RequestError("model", str(beside), f"{key}: {first['msg']}", f"Its keys are {_keys()}.") from error
         if said.num_heads and said.num_head_channels:
-            raise RequestError("model", str(beside), "it gives both num_heads and num_head_channels", "Keep one of them: in "
-                               "guided-diffusion num_head_channels, unless it is -1, overrules num_heads.")  # fmt: skip
+            raise RequestError(
+                "model",
+                str(beside),
+                "it gives both num_heads and num_head_channels",
+                "Keep one of them: in guided-diffusion num_head_channels, unless it is -1, overrules num_heads.",
+            )
         if said.num_heads or said.num_head_channels:
             known = known.model_copy(update={"num_heads": None, "num_head_channels": None})
     settings = known.model_copy(update=said.model_dump(exclude_unset=True))
@@ -266,15 +315,21 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
             "steps": 1000,
         }
         raise RequestError(
-            "model", str(file), f"no published checkpoint is like it (base {told.base}, levels of {told.channels} channels, "
+            "model",
+            str(file),
+            f"no published checkpoint is like it (base {told.base}, levels of {told.channels} channels, "
             f"{told.blocks} blocks each, {told.labels} classes), and its file can't tell {', '.join(missing)}",
             f"Write them into {beside}, as it was trained, for instance: {json.dumps(example)}; the schedule is linear or "
             "cosine, and num_heads goes in num_head_channels' stead where their number is fixed.",
-        )  # fmt: skip
+        )
     halvings = len(told.channels) - 1
     if settings.image_size and settings.image_size % 2**halvings:
-        raise RequestError("model", str(beside), f"image_size {settings.image_size} can't be halved {halvings} times, as the "
-                           "network does", f"Give a multiple of {2**halvings}.")  # fmt: skip
+        raise RequestError(
+            "model",
+            str(beside),
+            f"image_size {settings.image_size} can't be halved {halvings} times, as the network does",
+            f"Give a multiple of {2**halvings}.",
+        )
     return settings
 
 
@@ -292,8 +347,12 @@ def _heads(file: Path, told: Architecture, settings: Settings) -> dict[int, int]
     for channels in at:
         if channels % (settings.num_heads or settings.num_head_channels or 1):
             name = "num_heads" if settings.num_heads else "num_head_channels"
-            raise RequestError("model", str(file.with_suffix(".json")), f"{name} {getattr(settings, name)} does not divide the "
-                               f"{channels} channels of an attention", "Give what it was trained with.")  # fmt: skip
+            raise RequestError(
+                "model",
+                str(file.with_suffix(".json")),
+                f"{name} {getattr(settings, name)} does not divide the {channels} channels of an attention",
+                "Give what it was trained with.",
+            )
     return {channels: settings.num_heads or channels // (settings.num_head_channels or 1) for channels in at}
 
 
@@ -306,8 +365,12 @@ def _levels(settings: Settings) -> VP:
 
 
 def _refused(file: Path, problem: str) -> RequestError:
-    return RequestError("model", str(file), f"{problem}, so it is no diffusion checkpoint of guided-diffusion",
-                        "Give its state dict as it was published, such as 256x256_diffusion.pt.")  # fmt: skip
+    return RequestError(
+        "model",
+        str(file),
+        f"{problem}, so it is no diffusion checkpoint of guided-diffusion",
+        "Give its state dict as it was published, such as 256x256_diffusion.pt.",
+    )
 
 
 # --- the network -------------------------------------------------------------------------------------------------------
@@ -320,17 +383,30 @@ def _network(told: Architecture, settings: Settings, heads: dict[int, int]) -> n
 
     plain = {"conv": ("DownBlock2D", "UpBlock2D"), "resnet": ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")}
     down, up = plain[told.resample]
-    network: Any = on_meta("UNet2DModel", {
-        "sample_size": settings.image_size, "in_channels": told.in_channels, "out_channels": told.out_channels,
-        "time_embedding_dim": 4 * told.base, "flip_sin_to_cos": True, "freq_shift": 0,
-        "block_out_channels": told.channels, "layers_per_block": told.blocks,
-        "down_block_types": tuple("AttnDownBlock2D" if attends else down for attends in told.attention),
-        "up_block_types": tuple("AttnUpBlock2D" if attends else up for attends in reversed(told.attention)),
-        "downsample_type": told.resample, "upsample_type": told.resample, "downsample_padding": 1,
-        "resnet_time_scale_shift": "scale_shift" if told.scale_shift else "default",
-        "attention_head_dim": settings.num_head_channels, "norm_num_groups": GROUPS, "attn_norm_num_groups": GROUPS,
-        "norm_eps": 1e-5, "num_class_embeds": told.labels or None,
-    })  # fmt: skip
+    network: Any = on_meta(
+        "UNet2DModel",
+        {
+            "sample_size": settings.image_size,
+            "in_channels": told.in_channels,
+            "out_channels": told.out_channels,
+            "time_embedding_dim": 4 * told.base,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "block_out_channels": told.channels,
+            "layers_per_block": told.blocks,
+            "down_block_types": tuple("AttnDownBlock2D" if attends else down for attends in told.attention),
+            "up_block_types": tuple("AttnUpBlock2D" if attends else up for attends in reversed(told.attention)),
+            "downsample_type": told.resample,
+            "upsample_type": told.resample,
+            "downsample_padding": 1,
+            "resnet_time_scale_shift": "scale_shift" if told.scale_shift else "default",
+            "attention_head_dim": settings.num_head_channels,
+            "norm_num_groups": GROUPS,
+            "attn_norm_num_groups": GROUPS,
+            "norm_eps": 1e-5,
+            "num_class_embeds": told.labels or None,
+        },
+    )
     if told.channels[0] != told.base:  # UNet2DModel takes the embedding's width from its first level
         with torch.device("meta"):
             network.time_proj = Timesteps(told.base, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -354,8 +430,11 @@ def _places(told: Architecture) -> Iterator[tuple[str, str]]:
                 yield f"input_blocks.{first + i}.1", f"down_blocks.{level}.attentions.{i}"
         if level < last:
             yield f"input_blocks.{first + told.blocks}.0", f"down_blocks.{level}.downsamplers.0"
-    yield from zip(("middle_block.0", "middle_block.1", "middle_block.2"),
-                   ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"), strict=True)  # fmt: skip
+    yield from zip(
+        ("middle_block.0", "middle_block.1", "middle_block.2"),
+        ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
+        strict=True,
+    )
     for level, attends in enumerate(reversed(told.attention)):
         for i in range(told.blocks + 1):
             block = f"output_blocks.{level * (told.blocks + 1) + i}"
@@ -383,8 +462,10 @@ def _converted(state: State, told: Architecture, settings: Settings, heads: dict
             channels = len(rows) // 3
             if not settings.new_attention_order and len(rows) == 3 * channels and channels in heads:
                 rows = rows.unflatten(0, (heads[channels], 3, -1)).transpose(0, 1).flatten(0, 2)
-            converted += [(name, f"{places[block]}.to_{to}.{kind}", part)
-                          for to, part in zip("qkv", rows.split(max(1, channels)), strict=False)]  # fmt: skip
+            converted += [
+                (name, f"{places[block]}.to_{to}.{kind}", part)
+                for to, part in zip("qkv", rows.split(max(1, channels)), strict=False)
+            ]
         else:
             one_wide = inside == "proj_out" and tensor.ndim > 1
             converted.append((name, f"{places[block]}.{_INSIDE[inside]}.{kind}", tensor.flatten(1) if one_wide else tensor))

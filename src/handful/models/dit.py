@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Prediction
+from handful.core.denoiser import Condition, Prediction
+from handful.core.noise import Schedule
 from handful.errors import RequestError
 from handful.models.labels import label_condition, set_labels
 from handful.models.latent import LatentDenoiser, factor_of
@@ -16,7 +17,6 @@ from handful.models.options import ModelOptions, refuse_options, refuse_resoluti
 from handful.models.pipelines import component_on_meta, load_pipeline, on_meta, preview_decoder
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
-from handful.noise import Schedule
 
 UNUSED = ("negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
 
@@ -38,18 +38,32 @@ class DiTDenoiser(LatentDenoiser):
     """
 
     def __init__(
-        self, network: nn.Module, vae: nn.Module, prediction: Prediction, levels: Schedule, *,
-        classes: Sequence[str] = (), null_class: int | None = None, preview_vae: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        prediction: Prediction,
+        levels: Schedule,
+        *,
+        classes: Sequence[str] = (),
+        null_class: int | None = None,
+        preview_vae: nn.Module | None = None,
+    ) -> None:
         config: Any = network.config
         latents: Any = vae.config
         if latents.latent_channels != config.in_channels:
-            raise RequestError("model", f"in_channels {config.in_channels}", f"its autoencoder's latents have "
-                               f"{latents.latent_channels}", "Copy transformer and vae from the same pipeline.")  # fmt: skip
+            raise RequestError(
+                "model",
+                f"in_channels {config.in_channels}",
+                f"its autoencoder's latents have {latents.latent_channels}",
+                "Copy transformer and vae from the same pipeline.",
+            )
         if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
-            raise RequestError("model", f"out_channels {config.out_channels}", "the transformer predicts neither the latents "
-                               "alone nor latents and variance", "Use one with as many output as input channels, or twice "
-                               "as many.")  # fmt: skip
+            raise RequestError(
+                "model",
+                f"out_channels {config.out_channels}",
+                "the transformer predicts neither the latents alone nor latents and variance",
+                "Use one with as many output as input channels, or twice as many.",
+            )
         side = config.sample_size * factor_of(latents)
         super().__init__(network, vae, prediction, levels, (side, side), patch=config.patch_size, preview_vae=preview_vae)
         last = config.num_embeds_ada_norm
@@ -93,9 +107,7 @@ def from_pipeline(pipeline: Any, options: ModelOptions, id2label: object = None)
         id2label: The full names of its classes, by label. The pipeline itself keeps only their parts, sorted.
     """
     scheduler = {**pipeline.scheduler.config, "_class_name": type(pipeline.scheduler).__name__}
-    denoiser = _denoiser(
-        pipeline.transformer, pipeline.vae, scheduler, options, id2label, preview_decoder(options)
-    )  # fmt: skip
+    denoiser = _denoiser(pipeline.transformer, pipeline.vae, scheduler, options, id2label, preview_decoder(options))
     denoiser.pipeline = pipeline
     return denoiser
 
@@ -122,16 +134,27 @@ def _id2label(source: Source) -> object:
 
 
 def _denoiser(
-    network: nn.Module, vae: nn.Module, scheduler: dict[str, Any], options: ModelOptions, id2label: object,
+    network: nn.Module,
+    vae: nn.Module,
+    scheduler: dict[str, Any],
+    options: ModelOptions,
+    id2label: object,
     preview_vae: nn.Module | None,
-) -> DiTDenoiser:  # fmt: skip
+) -> DiTDenoiser:
     refuse_options(options, *UNUSED)
     levels, prediction = schedule_of(scheduler)
     config: Any = network.config
     last = config.num_embeds_ada_norm
     # with another null class the names would no longer be those of all the other labels
     names = class_names(id2label, last) if options.null_class in (None, last) else ()
-    denoiser = DiTDenoiser(network, vae, prediction, levels, classes=names if options.classes is None else options.classes,
-                           null_class=options.null_class, preview_vae=preview_vae)  # fmt: skip
+    denoiser = DiTDenoiser(
+        network,
+        vae,
+        prediction,
+        levels,
+        classes=names if options.classes is None else options.classes,
+        null_class=options.null_class,
+        preview_vae=preview_vae,
+    )
     refuse_resolution(denoiser.image_shape[1:], options)
     return denoiser

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Denoiser, NetworkDenoiser, network_input
+from handful.core.denoiser import Condition, Denoiser, NetworkDenoiser, network_input
+from handful.core.noise import EDM, Level
 from handful.errors import HandfulError, RequestError, first_line
 from handful.models.labels import label_condition, set_labels
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.source import Source
-from handful.noise import EDM, Level
-from handful.user_code import run_user_file
+from handful.models.user_code import run_user_file
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the paper's; a network may bound them more tightly
 LABEL_EMBEDDINGS = ("map_label", "emb_label")  # what the layer of one-hot rows is called in EDM's and in EDM2's networks
@@ -52,19 +52,30 @@ class EDMDenoiser(NetworkDenoiser):
     """
 
     def __init__(
-        self, network: nn.Module, *, shape: tuple[int, int, int] | None = None, classes: Sequence[str] = (),
+        self,
+        network: nn.Module,
+        *,
+        shape: tuple[int, int, int] | None = None,
+        classes: Sequence[str] = (),
         null_class: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         shape = _shape(network) if shape is None else shape
         if shape[0] not in (1, 3):
-            raise RequestError("model", f"img_channels {shape[0]}", "its images are neither gray nor RGB: a network of "
-                               "latents, whose autoencoder is not known here", "Use one of pixels, or return a "
-                               "handful.models.latent.LatentDenoiser from FILE.py:FUNCTION.")  # fmt: skip
+            raise RequestError(
+                "model",
+                f"img_channels {shape[0]}",
+                "its images are neither gray nor RGB: a network of latents, whose autoencoder is not known here",
+                "Use one of pixels, or return a handful.models.latent.LatentDenoiser from FILE.py:FUNCTION.",
+            )
         lowest = max(SIGMA_MIN, float(getattr(network, "sigma_min", SIGMA_MIN)))
         highest = min(SIGMA_MAX, float(getattr(network, "sigma_max", SIGMA_MAX)))
         if not lowest < highest:
-            raise RequestError("model", f"sigma_min {lowest}, sigma_max {highest}", "there are no noise levels between them",
-                               "Set the network's sigma_min and sigma_max.")  # fmt: skip
+            raise RequestError(
+                "model",
+                f"sigma_min {lowest}, sigma_max {highest}",
+                "there are no noise levels between them",
+                "Set the network's sigma_min and sigma_max.",
+            )
         super().__init__(network, "edm", shape, EDM(lowest, highest))
         self.label_dim = int(getattr(network, "label_dim", 0) or 0)
         zeros = self.label_dim > 0 and null_class is not None and null_class >= self.label_dim
@@ -103,8 +114,9 @@ class EDMDenoiser(NetworkDenoiser):
             super().place(device, dtype)
             return
         if dtype == torch.bfloat16:
-            raise RequestError("model.dtype", "bfloat16", "this network casts by itself, to float16 or float32 only",
-                               "Use one of those.")  # fmt: skip
+            raise RequestError(
+                "model.dtype", "bfloat16", "this network casts by itself, to float16 or float32 only", "Use one of those."
+            )
         network: Any = self.network
         network.use_fp16 = dtype == torch.float16
         self.to(device)
@@ -131,14 +143,22 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
     if isinstance(made, Denoiser):
         denoiser = made
         if options.classes is not None or options.null_class is not None:
-            set_labels(denoiser, denoiser.label_count, denoiser.classes if options.classes is None else options.classes,
-                       denoiser.null_class if options.null_class is None else options.null_class)  # fmt: skip
+            set_labels(
+                denoiser,
+                denoiser.label_count,
+                denoiser.classes if options.classes is None else options.classes,
+                denoiser.null_class if options.null_class is None else options.null_class,
+            )
     elif isinstance(made, nn.Module):
         denoiser = EDMDenoiser(made, classes=options.classes or (), null_class=options.null_class)
     else:
-        raise RequestError("model", source.name, f"it gives no denoiser and no network ({type(made).__name__})",
-                           "Name a function without arguments that returns a handful.denoiser.Denoiser, or a torch module "
-                           "called as net(x, sigma, class_labels).")  # fmt: skip
+        raise RequestError(
+            "model",
+            source.name,
+            f"it gives no denoiser and no network ({type(made).__name__})",
+            "Name a function without arguments that returns a handful.core.denoiser.Denoiser, or a torch module "
+            "called as net(x, sigma, class_labels).",
+        )
     if source.file is None:  # code can change images that no weight tells of
         denoiser.code_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     refuse_resolution(denoiser.image_shape[1:], options)
@@ -150,9 +170,12 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
 def _shape(network: nn.Module) -> tuple[int, int, int]:
     channels, side = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
     if channels is None or side is None:
-        raise RequestError("model", type(network).__name__, "the network has no img_channels and img_resolution, so the "
-                           "shape of its images is unknown", "Set them, or return handful.models.edm.EDMDenoiser(network, "
-                           "shape=(c, h, w)).")  # fmt: skip
+        raise RequestError(
+            "model",
+            type(network).__name__,
+            "the network has no img_channels and img_resolution, so the shape of its images is unknown",
+            "Set them, or return handful.models.edm.EDMDenoiser(network, shape=(c, h, w)).",
+        )
     height, width = (side, side) if isinstance(side, int) else side
     return int(channels), int(height), int(width)
 
@@ -160,9 +183,13 @@ def _shape(network: nn.Module) -> tuple[int, int, int]:
 def _unpickled(file: Path, options: ModelOptions) -> object:
     """The network of a pickle: its exponential moving average, as NVIDIA calls it "ema", or the pickled network itself."""
     if not options.trust_pickle:
-        raise RequestError("model", file, "it is a pickle, and loading one runs the code of whoever made it, who could then do "
-                           "whatever you can on this machine", "If you trust them, set model.trust_pickle: true "
-                           "(--trust-pickle).")  # fmt: skip
+        raise RequestError(
+            "model",
+            file,
+            "it is a pickle, and loading one runs the code of whoever made it, who could then do "
+            "whatever you can on this machine",
+            "If you trust them, set model.trust_pickle: true (--trust-pickle).",
+        )
     try:
         with file.open("rb") as opened:
             held = pickle.load(opened)
@@ -175,11 +202,19 @@ def _unpickled(file: Path, options: ModelOptions) -> object:
             remedy = "Clone https://github.com/NVlabs/edm, and put its folder on PYTHONPATH."
         raise RequestError("model", file, f"its code needs the module {missing}, which is not there", remedy) from error
     except Exception as error:  # the pickle's own code may raise anything
-        raise RequestError("model", file, f"it can't be unpickled ({type(error).__name__}: {first_line(error)})",
-                           "Download it again: it is damaged, or no network of NVlabs/edm.") from error  # fmt: skip
+        raise RequestError(
+            "model",
+            file,
+            f"it can't be unpickled ({type(error).__name__}: {first_line(error)})",
+            "Download it again: it is damaged, or no network of NVlabs/edm.",
+        ) from error
     if isinstance(held, dict):
         if "ema" not in held:
-            raise RequestError("model", file, f"its dictionary has no 'ema' network, but {', '.join(map(str, held))}",
-                               "Use a network snapshot (network-snapshot-*.pkl).")  # fmt: skip
+            raise RequestError(
+                "model",
+                file,
+                f"its dictionary has no 'ema' network, but {', '.join(map(str, held))}",
+                "Use a network snapshot (network-snapshot-*.pkl).",
+            )
         return held["ema"]
     return held

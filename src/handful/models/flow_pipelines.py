@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from handful.core.noise import Flow
 from handful.errors import RequestError, first_line
 from handful.models.options import ModelOptions
 from handful.models.pipelines import load_pipeline
@@ -22,7 +23,6 @@ from handful.models.prompts import Embeddings, Prompts, free_encoders, runs_on
 from handful.models.schedulers import from_flow
 from handful.models.single_file import default_config, read_shapes
 from handful.models.source import Source, find_source
-from handful.noise import Flow
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 UNUSED = ("image_encoder", "feature_extractor")  # parts of a pipeline that a prompt does not need
@@ -41,8 +41,12 @@ def scheduler_of(source: Source) -> Any:
     try:
         return FlowMatchEulerDiscreteScheduler.from_config(told)
     except (TypeError, ValueError) as error:
-        raise RequestError("model", source.name, f"no scheduler can be made of its config ({first_line(error)})",
-                           "Copy scheduler_config.json again: it is damaged.") from error  # fmt: skip
+        raise RequestError(
+            "model",
+            source.name,
+            f"no scheduler can be made of its config ({first_line(error)})",
+            "Copy scheduler_config.json again: it is damaged.",
+        ) from error
 
 
 def flow_levels(scheduler: Any, tokens: int, *, time_scale: float, given_times: bool) -> Flow:
@@ -109,9 +113,12 @@ def load_flow_pipeline(source: Source, options: ModelOptions, kind: str, transfo
             str(source.file), config=str(configs.folder or configs.name), subfolder="transformer", torch_dtype=options.dtype
         )
     except Exception as error:  # as in `load_pipeline`
-        raise RequestError("model", source.name, f"no {transformer} can be read from it ({first_line(error)})",
-                           f"Check that config names the configs of this model (now {configs.name}), and copy the file "
-                           "again.") from error  # fmt: skip
+        raise RequestError(
+            "model",
+            source.name,
+            f"no {transformer} can be read from it ({first_line(error)})",
+            f"Check that config names the configs of this model (now {configs.name}), and copy the file again.",
+        ) from error
     return load_pipeline(configs, options, kind, transformer=network)
 
 
@@ -126,8 +133,12 @@ def configs_of(source: Source, options: ModelOptions, kind: str) -> Source:
     name = options.config or default_config(read_shapes(source.file))
     found = find_source(name)
     if found is None or found.file is not None or (found.read_json("model_index.json") or {}).get("_class_name") != kind:
-        raise RequestError("model.config", str(name), f"'{source.name}' is the transformer of a {kind}, and there is no such "
-                           "pipeline", "Give config: the pipeline's directory or hub name.")  # fmt: skip
+        raise RequestError(
+            "model.config",
+            str(name),
+            f"'{source.name}' is the transformer of a {kind}, and there is no such pipeline",
+            "Give config: the pipeline's directory or hub name.",
+        )
     return found
 
 
@@ -147,12 +158,20 @@ def refuse_missing(name: str, pipeline: Mapping[str, Any], needed: tuple[str, ..
 def refuse_channels(name: str, takes: int, latents: int) -> None:
     """Refuses a transformer that takes other channels than the latents have."""
     if takes != latents:
-        raise RequestError("model", name, f"its transformer takes {takes} channels and its latents have {latents}: it is told "
-                           "an image too, as inpainting models are, or the parts are not of one model",
-                           "Use the family's model for text to image.")  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            f"its transformer takes {takes} channels and its latents have {latents}: it is told "
+            "an image too, as inpainting models are, or the parts are not of one model",
+            "Use the family's model for text to image.",
+        )
 
 
 def _refuse_kind(kind: str) -> None:
     if kind != SCHEDULER:
-        raise RequestError("model", kind, "this scheduler's levels are not known for this family",
-                           f"Give the pipeline its own scheduler again: {SCHEDULER}.")  # fmt: skip
+        raise RequestError(
+            "model",
+            kind,
+            "this scheduler's levels are not known for this family",
+            f"Give the pipeline its own scheduler again: {SCHEDULER}.",
+        )

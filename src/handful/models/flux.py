@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from handful.denoiser import Condition
+from handful.core.denoiser import Condition
 from handful.models.flow_pipelines import (
     UNUSED,
     configs_of,
@@ -53,16 +53,25 @@ class FluxDenoiser(Prompted, LatentDenoiser):
     """
 
     def __init__(
-        self, network: nn.Module, vae: nn.Module, scheduler: Any, resolution: tuple[int, int] | None, prompts: Prompts, *,
-        embedded_guidance: float, preview_vae: nn.Module | None = None, pipeline: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        scheduler: Any,
+        resolution: tuple[int, int] | None,
+        prompts: Prompts,
+        *,
+        embedded_guidance: float,
+        preview_vae: nn.Module | None = None,
+        pipeline: Any = None,
+    ) -> None:
         config: Any = network.config
         latents: Any = vae.config
         refuse_channels(PIPELINE, config.in_channels, PATCH**2 * latents.latent_channels)
         factor = factor_of(latents)
         height, width = resolution or (SAMPLE_SIZE * factor,) * 2
-        levels = flow_levels(scheduler, (height // factor // PATCH) * (width // factor // PATCH),
-                             time_scale=1.0, given_times=True)  # fmt: skip
+        levels = flow_levels(
+            scheduler, (height // factor // PATCH) * (width // factor // PATCH), time_scale=1.0, given_times=True
+        )
         super().__init__(network, vae, "flow", levels, (height, width), patch=PATCH, preview_vae=preview_vae)
         self.prompts, self.pipeline = prompts, pipeline
         self.embedded_guidance = embedded_guidance if config.guidance_embeds else None
@@ -74,10 +83,15 @@ class FluxDenoiser(Prompted, LatentDenoiser):
             guidance = torch.full_like(time, self.embedded_guidance)
         # float32, since half precision can't tell the positions of a large image apart
         out = self.network(
-            packed(scaled), timestep=time, guidance=guidance, encoder_hidden_states=text,
-            pooled_projections=told["pooled"].to(scaled), img_ids=positions(height, width, time),
-            txt_ids=time.new_zeros(text.shape[1], 3), return_dict=False,
-        )[0]  # fmt: skip
+            packed(scaled),
+            timestep=time,
+            guidance=guidance,
+            encoder_hidden_states=text,
+            pooled_projections=told["pooled"].to(scaled),
+            img_ids=positions(height, width, time),
+            txt_ids=time.new_zeros(text.shape[1], 3),
+            return_dict=False,
+        )[0]
         return unpacked(out, height, width)
 
 
@@ -108,13 +122,19 @@ def skeleton(source: Source, options: ModelOptions) -> FluxDenoiser:
     refuse_missing(configs.name, configs.read_json("model_index.json") or {}, NEEDED)
     transformer: Any = component_on_meta(configs, "transformer", TRANSFORMER)
     _refuse_unread(transformer, options)
-    prompts = blank_prompts(text=(_tokens(transformer), transformer.config.joint_attention_dim),
-                            pooled=(transformer.config.pooled_projection_dim,))  # fmt: skip
+    prompts = blank_prompts(
+        text=(_tokens(transformer), transformer.config.joint_attention_dim), pooled=(transformer.config.pooled_projection_dim,)
+    )
     vae: Any = component_on_meta(configs, "vae", "AutoencoderKL")
     return FluxDenoiser(
-        transformer, vae, scheduler_of(configs), options.resolution, prompts, embedded_guidance=options.embedded_guidance,
+        transformer,
+        vae,
+        scheduler_of(configs),
+        options.resolution,
+        prompts,
+        embedded_guidance=options.embedded_guidance,
         preview_vae=preview_decoder(options, meta=True, channels=vae.config.latent_channels),
-    )  # fmt: skip
+    )
 
 
 def load(source: Source, options: ModelOptions) -> FluxDenoiser:
@@ -142,9 +162,15 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> FluxDenoiser:
         return {"text": text, "pooled": pooled}
 
     return FluxDenoiser(
-        pipeline.transformer, pipeline.vae, pipeline.scheduler, options.resolution, pipeline_prompts(pipeline, options, encode),
-        embedded_guidance=options.embedded_guidance, preview_vae=preview_decoder(options), pipeline=pipeline,
-    )  # fmt: skip
+        pipeline.transformer,
+        pipeline.vae,
+        pipeline.scheduler,
+        options.resolution,
+        pipeline_prompts(pipeline, options, encode),
+        embedded_guidance=options.embedded_guidance,
+        preview_vae=preview_decoder(options),
+        pipeline=pipeline,
+    )
 
 
 def _tokens(transformer: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from handful.denoiser import Condition, Denoiser, NetworkDenoiser
+from handful.core.denoiser import Condition, Denoiser, NetworkDenoiser
 from handful.errors import RequestError
 
 
@@ -23,13 +23,20 @@ def set_labels(denoiser: Denoiser, label_count: int, classes: Sequence[str], nul
         RequestError: If they do not fit each other.
     """
     if null_class is not None and not 0 <= null_class < label_count:
-        raise RequestError("null_class", null_class, f"the model's labels are 0 to {label_count - 1}" if label_count else
-                           "the model takes no labels",
-                           "Name the label it was trained on for images without a class, or leave it out.")  # fmt: skip
+        raise RequestError(
+            "null_class",
+            null_class,
+            f"the model's labels are 0 to {label_count - 1}" if label_count else "the model takes no labels",
+            "Name the label it was trained on for images without a class, or leave it out.",
+        )
     known = label_count - (null_class is not None)
     if classes and len(classes) != known:
-        raise RequestError("classes", f"{len(classes)} names", f"the model has {known} classes",
-                           "Give one name a class, in the order of the labels, without the null class.")  # fmt: skip
+        raise RequestError(
+            "classes",
+            f"{len(classes)} names",
+            f"the model has {known} classes",
+            "Give one name a class, in the order of the labels, without the null class.",
+        )
     denoiser.label_count, denoiser.classes, denoiser.null_class = label_count, tuple(classes), null_class
 
 
@@ -42,11 +49,16 @@ def label_condition(denoiser: NetworkDenoiser, labels: Sequence[int] | Sequence[
     try:
         given = torch.as_tensor(labels, dtype=torch.int64)  # type: ignore[arg-type]  # texts raise, and are told below
     except (TypeError, ValueError, RuntimeError) as error:
-        raise RequestError("labels", labels, "this model is told labels, not prompts",
-                           "Give a whole number for each image.") from error  # fmt: skip
+        raise RequestError(
+            "labels", labels, "this model is told labels, not prompts", "Give a whole number for each image."
+        ) from error
     if not denoiser.label_count:
         return Condition(None)
     if len(given) and not (int(given.min()) >= 0 and int(given.max()) < denoiser.label_count):
-        raise RequestError("labels", given.unique().tolist(), f"the model's labels are 0 to {denoiser.label_count - 1}",
-                           "Ask for classes that the model was trained on.")  # fmt: skip
+        raise RequestError(
+            "labels",
+            given.unique().tolist(),
+            f"the model's labels are 0 to {denoiser.label_count - 1}",
+            "Ask for classes that the model was trained on.",
+        )
     return Condition(given.to(denoiser.device), denoiser.null_class)

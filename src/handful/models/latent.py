@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import NetworkDenoiser, Prediction, shrunk
+from handful.core.denoiser import NetworkDenoiser, Prediction, shrunk
+from handful.core.noise import Schedule
 from handful.errors import RequestError
 from handful.models.prompts import text_encoders
-from handful.noise import Schedule
 
 
 class LatentDenoiser(NetworkDenoiser):
@@ -43,23 +43,42 @@ class LatentDenoiser(NetworkDenoiser):
     pipeline: Any = None
 
     def __init__(
-        self, network: nn.Module, vae: nn.Module, prediction: Prediction, levels: Schedule, resolution: tuple[int, int], *,
-        patch: int = 1, preview_vae: nn.Module | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        prediction: Prediction,
+        levels: Schedule,
+        resolution: tuple[int, int],
+        *,
+        patch: int = 1,
+        preview_vae: nn.Module | None = None,
+    ) -> None:
         config: Any = vae.config
         factor = factor_of(config)
         for side in resolution:
             if side < 1 or side % (factor * patch):
                 near = max(1, round(side / (factor * patch))) * factor * patch
-                raise RequestError("model.resolution", list(resolution), f"{side} is not a multiple of {factor * patch}, "
-                                   "which this model's latents come in", f"Use {near}.")  # fmt: skip
+                raise RequestError(
+                    "model.resolution",
+                    list(resolution),
+                    f"{side} is not a multiple of {factor * patch}, which this model's latents come in",
+                    f"Use {near}.",
+                )
         tiny: Any = None if preview_vae is None else preview_vae.config
         if tiny and tiny.latent_channels != config.latent_channels:
-            raise RequestError("model.preview_decoder", f"latents of {tiny.latent_channels} channels",
-                               f"this model's have {config.latent_channels}", "Name one of this model's latents.")  # fmt: skip
+            raise RequestError(
+                "model.preview_decoder",
+                f"latents of {tiny.latent_channels} channels",
+                f"this model's have {config.latent_channels}",
+                "Name one of this model's latents.",
+            )
         if tiny and 2 ** (len(tiny.decoder_block_out_channels) - 1) != factor:
-            raise RequestError("model.preview_decoder", f"{len(tiny.decoder_block_out_channels)} blocks", "its images are of "
-                               "another size than this model's", "Name one of this model's latents.")  # fmt: skip
+            raise RequestError(
+                "model.preview_decoder",
+                f"{len(tiny.decoder_block_out_channels)} blocks",
+                "its images are of another size than this model's",
+                "Name one of this model's latents.",
+            )
         height, width = (side // factor for side in resolution)
         super().__init__(network, prediction, (config.latent_channels, height, width), levels)
         self.factor, self.resolution = factor, resolution

@@ -54,8 +54,12 @@ def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:
         RequestError: If another is asked for.
     """
     if options.resolution is not None and tuple(options.resolution) != tuple(own):
-        raise RequestError("model.resolution", list(options.resolution), f"this model's images are {own[0]} x {own[1]}",
-                           "Leave resolution out.")  # fmt: skip
+        raise RequestError(
+            "model.resolution",
+            list(options.resolution),
+            f"this model's images are {own[0]} x {own[1]}",
+            "Leave resolution out.",
+        )
 
 
 def refuse_options(options: ModelOptions, *names: str) -> None:

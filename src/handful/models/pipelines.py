@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from handful.errors import RequestError, first_line
-from handful.libraries import hide_loading_bars
+from handful.models.libraries import hide_loading_bars
 from handful.models.options import ModelOptions
 from handful.models.source import Source
 
@@ -35,8 +35,12 @@ def on_meta(kind: str, config: dict[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return cls.from_config(config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise RequestError("model", f"{kind}'s config", f"no network can be made of it ({first_line(error)})",
-                           "Copy config.json again: it is damaged.") from error  # fmt: skip
+        raise RequestError(
+            "model",
+            f"{kind}'s config",
+            f"no network can be made of it ({first_line(error)})",
+            "Copy config.json again: it is damaged.",
+        ) from error
 
 
 def component_on_meta(source: Source, component: str, default: str) -> nn.Module:
@@ -59,8 +63,12 @@ def check_components(source: Source, options: ModelOptions) -> None:
         decides = name in DECIDING or name.startswith(("text_encoder", "tokenizer"))
         there = isinstance(value, list) and bool(value) and value[0] is not None and name not in options.without
         if decides and there and not any((source.folder / name).glob("*")):
-            raise RequestError("model", source.name, f"it has no {name}/, which its model_index.json names",
-                               "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
+            raise RequestError(
+                "model",
+                source.name,
+                f"it has no {name}/, which its model_index.json names",
+                "Copy the whole pipeline, as its save_pretrained wrote it.",
+            )
 
 
 def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer: nn.Module | None = None) -> Any:
@@ -102,8 +110,12 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
 def _refuse_lacking(network: nn.Module, field: str, name: str, which: str = "") -> None:
     """Refuses a network whose file lacked tensors; diffusers only warns of them."""
     if absent := [key for key, value in network.state_dict().items() if value.is_meta]:
-        raise RequestError(field, name, f"it lacks {len(absent)} tensors{which}, first {absent[0]}",
-                           "Copy weights and configs of the same model.")  # fmt: skip
+        raise RequestError(
+            field,
+            name,
+            f"it lacks {len(absent)} tensors{which}, first {absent[0]}",
+            "Copy weights and configs of the same model.",
+        )
 
 
 def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int = 4) -> nn.Module | None:
@@ -130,8 +142,12 @@ def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int 
             tiny: Any = AutoencoderTiny.from_pretrained(name, torch_dtype=options.dtype or torch.float32, use_safetensors=True)
     except Exception as error:
         get = "" if is_path else f" Of a hub name that is not in the cache ({hub_cache()}): hf download {name}, once online."
-        raise RequestError("model.preview_decoder", name, f"it can't be loaded ({first_line(error)})",
-                           f"Name an AutoencoderTiny of these latents: madebyollin/taesd or kin.{get}") from error  # fmt: skip
+        raise RequestError(
+            "model.preview_decoder",
+            name,
+            f"it can't be loaded ({first_line(error)})",
+            f"Name an AutoencoderTiny of these latents: madebyollin/taesd or kin.{get}",
+        ) from error
     _refuse_lacking(tiny, "model.preview_decoder", name)
     return tiny
 

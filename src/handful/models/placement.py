@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from handful.denoiser import NetworkDenoiser
+from handful.core.denoiser import NetworkDenoiser
 from handful.errors import RequestError, first_line
 
 
@@ -76,8 +76,12 @@ def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
         try:
             network.set_attention_backend(asked.attention)
         except Exception as error:  # an unknown name, a missing package, another device: each back end has its own
-            raise RequestError("model.attention", asked.attention, f"diffusers refuses it ({first_line(error)})",
-                               "Name a back end that this machine has, or leave it out.") from error  # fmt: skip
+            raise RequestError(
+                "model.attention",
+                asked.attention,
+                f"diffusers refuses it ({first_line(error)})",
+                "Name a back end that this machine has, or leave it out.",
+            ) from error
     vae: Any = getattr(denoiser, "vae", None)
     if asked.vae_slicing:
         vae.enable_slicing()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition
+from handful.core.denoiser import Condition
 from handful.errors import RequestError
 from handful.models.options import ModelOptions
 
@@ -29,9 +29,11 @@ class Prompts:
     """
 
     def __init__(
-        self, encode: Callable[[list[str]], Embeddings], encode_null: Callable[[], Embeddings] | None = None,
+        self,
+        encode: Callable[[list[str]], Embeddings],
+        encode_null: Callable[[], Embeddings] | None = None,
         free: Callable[[], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._encode: Callable[[list[str]], Embeddings] | None = encode
         self._encode_null, self._free = encode_null, free
         self._kept: dict[str, dict[str, Tensor]] = {}
@@ -51,8 +53,12 @@ class Prompts:
                 continue
             encode = self._encode
             if encode is None:
-                raise RequestError("prompt", prompt, "the text encoders have been freed, and it was not encoded before",
-                                   "Encode all prompts first (encode_prompts), or load the model again.")  # fmt: skip
+                raise RequestError(
+                    "prompt",
+                    prompt,
+                    "the text encoders have been freed, and it was not encoded before",
+                    "Encode all prompts first (encode_prompts), or load the model again.",
+                )
             self._kept[prompt] = {name: each.detach().cpu() for name, each in encode([prompt]).items()}
         if self._null is None and self._encode_null is not None:
             self._null = {name: each.detach().cpu() for name, each in self._encode_null().items()}
@@ -163,9 +169,17 @@ def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
     """
     for field in ("classes", "null_class"):
         if (given := getattr(options, field)) is not None:
-            raise RequestError(f"model.{field}", given, "this model is told prompts, not labels",
-                               "Leave it out, and give a prompt for each class.")  # fmt: skip
+            raise RequestError(
+                f"model.{field}",
+                given,
+                "this model is told prompts, not labels",
+                "Leave it out, and give a prompt for each class.",
+            )
     for component in options.without:
         if component not in spare:
-            raise RequestError("model.without", component, "this pipeline can't do without it, or has none of that name",
-                               f"Leave it out; only these can be missing: {', '.join(spare)}.")  # fmt: skip
+            raise RequestError(
+                "model.without",
+                component,
+                "this pipeline can't do without it, or has none of that name",
+                f"Leave it out; only these can be missing: {', '.join(spare)}.",
+            )

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from handful.denoiser import Prediction
+from handful.core.denoiser import Prediction
+from handful.core.noise import VP, Flow, Schedule
 from handful.errors import RequestError, first_line
-from handful.noise import VP, Flow, Schedule
 
 PREDICTIONS: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0", "flow_prediction": "flow"}
 Path = tuple[Tensor, Tensor]
@@ -40,10 +40,18 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
             own = own_path(config)
             return schedule.with_own(own) if own else schedule, PREDICTIONS[predicts]
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise RequestError("model", f"{kind}'s config", f"no scheduler can be made of it ({first_line(error)})",
-                           "Copy scheduler_config.json again: it is damaged.") from error  # fmt: skip
-    raise RequestError("model", f"{kind} with prediction_type {predicts}", "this scheduler is not known",
-                       "Save the model with a DDPMScheduler or DDIMScheduler.")  # fmt: skip
+        raise RequestError(
+            "model",
+            f"{kind}'s config",
+            f"no scheduler can be made of it ({first_line(error)})",
+            "Copy scheduler_config.json again: it is damaged.",
+        ) from error
+    raise RequestError(
+        "model",
+        f"{kind} with prediction_type {predicts}",
+        "this scheduler is not known",
+        "Save the model with a DDPMScheduler or DDIMScheduler.",
+    )
 
 
 def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:

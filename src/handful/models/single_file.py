@@ -30,10 +30,7 @@ TRANSFORMERS = {
     "joint_blocks.0.context_block.adaLN_modulation.1.bias": "StableDiffusion3Pipeline",
     "double_blocks.0.img_attn.norm.key_norm.scale": "FluxPipeline",
 }
-OTHERS = {
-    "distilled_guidance_layer.in_proj.bias": "Chroma",
-    "single_stream_modulation.lin.weight": "FLUX.2",
-}
+OTHERS = {"distilled_guidance_layer.in_proj.bias": "Chroma", "single_stream_modulation.lin.weight": "FLUX.2"}
 
 
 def identified(source: Source, options: ModelOptions) -> tuple[str, Source, ModelOptions]:
@@ -74,8 +71,13 @@ def load_pipeline_file(source: Source, options: ModelOptions, kind: str) -> Any:
     try:
         return load_pipeline(source, options, kind)
     except RequestError as error:
-        raise RequestError("model", source.name, error.problem, "Copy the file again, and check that config names the configs "
-                           f"and tokenizers of its own model (now {options.config}).") from error  # fmt: skip
+        raise RequestError(
+            "model",
+            source.name,
+            error.problem,
+            "Copy the file again, and check that config names the configs "
+            f"and tokenizers of its own model (now {options.config}).",
+        ) from error
 
 
 def family_of_kind(kind: str) -> ModuleType:
@@ -96,8 +98,9 @@ def read_shapes(file: Path) -> Shapes:
     try:
         held: Any = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # the unpickler's own kinds, and whatever damaged files lead to
-        raise RequestError("model", str(file), f"it is a pickle that can't be read as tensors alone ({first_line(error)})",
-                           TO_CONVERT) from error  # fmt: skip
+        raise RequestError(
+            "model", str(file), f"it is a pickle that can't be read as tensors alone ({first_line(error)})", TO_CONVERT
+        ) from error
     while isinstance(held, dict) and "state_dict" in held:
         held = held["state_dict"]
     if not isinstance(held, dict):
@@ -132,28 +135,43 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
     network = {key.removeprefix(PREFIX) for key in shapes}
     for key, other in OTHERS.items():
         if key in network:
-            raise RequestError("model", name, f"it is a {other} model, a family that is not known",
-                               "Use a model of Stable Diffusion or FLUX.1.")  # fmt: skip
+            raise RequestError(
+                "model",
+                name,
+                f"it is a {other} model, a family that is not known",
+                "Use a model of Stable Diffusion or FLUX.1.",
+            )
     for key, kind in TRANSFORMERS.items():
         if key in network:
             return kind
     first = shapes.get(f"{PREFIX}input_blocks.0.0.weight")
     if first is None:
         one = next(iter(sorted(shapes)), "none")
-        raise RequestError("model", name, f"its tensors are not those of a whole pipeline ({len(shapes)}, first {one})",
-                           "Give a file of a whole Stable Diffusion, or the directory of a pipeline.")  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            f"its tensors are not those of a whole pipeline ({len(shapes)}, first {one})",
+            "Give a file of a whole Stable Diffusion, or the directory of a pipeline.",
+        )
     latents = shapes.get("first_stage_model.decoder.conv_in.weight", (0, 4))[1]
     if first[1] != latents:
-        raise RequestError("model", name, f"its UNet takes {first[1]} channels and its latents have {latents}: it is told an "
-                           "image, as inpainting models are", "Use the family's base model for text to image.")  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            f"its UNet takes {first[1]} channels and its latents have {latents}: it is told an image, as inpainting models are",
+            "Use the family's base model for text to image.",
+        )
     if _any(shapes, "conditioner.embedders.1."):
         return "StableDiffusionXLPipeline"
     if _any(shapes, "conditioner.embedders.0."):
-        raise RequestError("model", name, "it is a refiner of SDXL, which is told an aesthetic score",
-                           "Use the family's base model for text to image.")  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            "it is a refiner of SDXL, which is told an aesthetic score",
+            "Use the family's base model for text to image.",
+        )
     if not _any(shapes, "cond_stage_model."):
-        raise RequestError("model", name, "it holds a UNet and no text encoder",
-                           "Give a file of the whole pipeline.")  # fmt: skip
+        raise RequestError("model", name, "it holds a UNet and no text encoder", "Give a file of the whole pipeline.")
     return "StableDiffusionPipeline"
 
 
@@ -176,6 +194,10 @@ def _file(source: Source) -> Path:
 
 
 def _no_config(source: Source, name: str, problem: str) -> RequestError:
-    return RequestError("model.config", name, f"'{source.name}' is a single file without configs, and these can't be used "
-                        f"({problem})", "Give config: a directory with the pipeline's configs and tokenizers, as "
-                        "save_pretrained writes them (model_index.json, unet/config.json, scheduler/, ...).")  # fmt: skip
+    return RequestError(
+        "model.config",
+        name,
+        f"'{source.name}' is a single file without configs, and these can't be used ({problem})",
+        "Give config: a directory with the pipeline's configs and tokenizers, as "
+        "save_pretrained writes them (model_index.json, unet/config.json, scheduler/, ...).",
+    )

@@ -53,8 +53,9 @@ class Source:
             if not isinstance(data, dict):
                 raise ValueError("it holds no object")
         except (OSError, ValueError) as error:
-            raise RequestError("model", str(found), f"it can't be read ({first_line(error)})",
-                               "Copy the model again: the file is damaged.") from error  # fmt: skip
+            raise RequestError(
+                "model", str(found), f"it can't be read ({first_line(error)})", "Copy the model again: the file is damaged."
+            ) from error
         return data
 
     def config(self, component: str) -> dict[str, Any]:
@@ -65,8 +66,12 @@ class Source:
         """
         data = self.read_json(f"{component}/config.json")
         if data is None:
-            raise RequestError("model", self.name, f"it has no {component}/config.json",
-                               "Copy the whole pipeline, as its save_pretrained wrote it.") from None  # fmt: skip
+            raise RequestError(
+                "model",
+                self.name,
+                f"it has no {component}/config.json",
+                "Copy the whole pipeline, as its save_pretrained wrote it.",
+            ) from None
         return data
 
     def scheduler(self) -> dict[str, Any]:
@@ -77,8 +82,12 @@ class Source:
         """
         data = self.read_json("scheduler/scheduler_config.json")
         if data is None:
-            raise RequestError("model", self.name, "it has no scheduler/scheduler_config.json, so its noise levels are unknown",
-                               "Copy the whole pipeline, as its save_pretrained wrote it.")  # fmt: skip
+            raise RequestError(
+                "model",
+                self.name,
+                "it has no scheduler/scheduler_config.json, so its noise levels are unknown",
+                "Copy the whole pipeline, as its save_pretrained wrote it.",
+            )
         return data
 
     def _from_hub(self, path: str) -> Path | None:
@@ -90,17 +99,21 @@ class Source:
         except hub.LocalEntryNotFoundError as error:  # offline, or no connection, and not in the cache
             if self._is_cached():  # the model is there, and just has no such file
                 return None
-            raise RequestError("model", self.name, f"the hub can't be reached, and its cache ({constants.HF_HUB_CACHE}) does "
-                               f"not hold {path}", "Give a local directory, or go online once: hf download "
-                               f"{self.name}.") from error  # fmt: skip
+            raise RequestError(
+                "model",
+                self.name,
+                f"the hub can't be reached, and its cache ({constants.HF_HUB_CACHE}) does not hold {path}",
+                f"Give a local directory, or go online once: hf download {self.name}.",
+            ) from error
         except hub.EntryNotFoundError:
             return None
         except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
             remedy = "Check the name and revision, accept its licence on the hub, and run hf auth login."
             raise RequestError("model", self.name, f"the hub does not give it ({first_line(error)})", remedy) from error
         except (OSError, ValueError, hub.HfHubHTTPError) as error:  # a name that can't be one is a ValueError
-            raise RequestError("model", self.name, f"the hub can't be reached ({first_line(error)})",
-                               "Give a local directory, or try again.") from error  # fmt: skip
+            raise RequestError(
+                "model", self.name, f"the hub can't be reached ({first_line(error)})", "Give a local directory, or try again."
+            ) from error
 
     def _is_cached(self) -> bool:
         """Whether the hub's cache holds the model: its index, or the config of a network alone."""

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, Prediction
+from handful.core.denoiser import Condition, Prediction
+from handful.core.noise import Schedule
 from handful.errors import RequestError
 from handful.models import single_file
 from handful.models.latent import LatentDenoiser
@@ -22,7 +23,6 @@ from handful.models.pipelines import component_on_meta, load_pipeline, preview_d
 from handful.models.prompts import Prompted, Prompts, blank_prompts, free_encoders, refuse_for_prompts, runs_on
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
-from handful.noise import Schedule
 
 PIPELINE, PIPELINE_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no latent depends on
@@ -47,9 +47,17 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
     """
 
     def __init__(
-        self, network: nn.Module, vae: nn.Module, prediction: Prediction, levels: Schedule, resolution: tuple[int, int],
-        prompts: Prompts, *, preview_vae: nn.Module | None = None, pipeline: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        prediction: Prediction,
+        levels: Schedule,
+        resolution: tuple[int, int],
+        prompts: Prompts,
+        *,
+        preview_vae: nn.Module | None = None,
+        pipeline: Any = None,
+    ) -> None:
         super().__init__(network, vae, prediction, levels, resolution, preview_vae=preview_vae)
         self.prompts, self.pipeline = prompts, pipeline
         unet: Any = network.config
@@ -88,9 +96,14 @@ def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
     levels, prediction = schedule_of(told)
     length = (source.read_json("text_encoder/config.json") or {}).get("max_position_embeddings", 77)
     return StableDiffusionDenoiser(
-        unet, vae, prediction, levels, _resolution(unet.config, vae.config, options), _blank_prompts(unet.config, length),
+        unet,
+        vae,
+        prediction,
+        levels,
+        _resolution(unet.config, vae.config, options),
+        _blank_prompts(unet.config, length),
         preview_vae=preview_decoder(options, meta=True),
-    )  # fmt: skip
+    )
 
 
 def load(source: Source, options: ModelOptions) -> LatentDenoiser:
@@ -132,9 +145,15 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusionDenois
     levels, prediction = schedule_of(told)
     resolution = _resolution(unet.config, vae.config, options)
     return StableDiffusionDenoiser(
-        unet, copy.deepcopy(vae).to(torch.float32) if _overflows(pipeline) else vae, prediction, levels, resolution,
-        _prompts(pipeline, resolution, options), preview_vae=preview_decoder(options), pipeline=pipeline,
-    )  # fmt: skip
+        unet,
+        copy.deepcopy(vae).to(torch.float32) if _overflows(pipeline) else vae,
+        prediction,
+        levels,
+        resolution,
+        _prompts(pipeline, resolution, options),
+        preview_vae=preview_decoder(options),
+        pipeline=pipeline,
+    )
 
 
 def _prompts(pipeline: Any, resolution: tuple[int, int], options: ModelOptions) -> Prompts:
@@ -167,9 +186,14 @@ def _blank_prompts(unet: Mapping[str, Any], length: int) -> Prompts:
 
 
 def _refuse(
-    name: str, unet: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any], missing: list[str],
-    pooled: int | None, options: ModelOptions,
-) -> None:  # fmt: skip
+    name: str,
+    unet: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    index: Mapping[str, Any],
+    missing: list[str],
+    pooled: int | None,
+    options: ModelOptions,
+) -> None:
     """Refuses what this family is not, and options that it can't follow.
 
     Args:
@@ -186,17 +210,27 @@ def _refuse(
     if index.get("requires_aesthetics_score") or (xl and pooled is not None and pooled != _pooled_width(unet)):
         raise RequestError("model", name, "it is a refiner of SDXL, which is told an aesthetic score", other)
     if absent := [component for component in needed if component in missing]:
-        raise RequestError("model", name, f"the pipeline has no {' and no '.join(absent)}",
-                           "Load it with all its parts; refiners of SDXL, which have one text encoder, won't do.")  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            f"the pipeline has no {' and no '.join(absent)}",
+            "Load it with all its parts; refiners of SDXL, which have one text encoder, won't do.",
+        )
     if unet["in_channels"] != vae["latent_channels"]:
-        raise RequestError("model", name, f"its UNet takes {unet['in_channels']} channels and its latents have "
-                           f"{vae['latent_channels']}: it is told an image, as inpainting models are", other)  # fmt: skip
+        raise RequestError(
+            "model",
+            name,
+            f"its UNet takes {unet['in_channels']} channels and its latents have "
+            f"{vae['latent_channels']}: it is told an image, as inpainting models are",
+            other,
+        )
     for field, what in TOLD_MORE.items():
         if unet.get(field) is not None:
             raise RequestError("model", name, f"its UNet is told {what} ({field} {unet[field]})", other)
     if unet.get("addition_embed_type") not in (None, "text_time"):
-        raise RequestError("model", name, f"its UNet is told more than a prompt (addition_embed_type "
-                           f"{unet['addition_embed_type']})", other)  # fmt: skip
+        raise RequestError(
+            "model", name, f"its UNet is told more than a prompt (addition_embed_type {unet['addition_embed_type']})", other
+        )
 
 
 def _is_xl(unet: Mapping[str, Any]) -> bool:

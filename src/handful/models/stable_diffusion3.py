@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.denoiser import Condition
+from handful.core.denoiser import Condition
 from handful.errors import RequestError
 from handful.models.flow_pipelines import (
     UNUSED,
@@ -53,9 +53,16 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
     """
 
     def __init__(
-        self, network: nn.Module, vae: nn.Module, scheduler: Any, resolution: tuple[int, int] | None, prompts: Prompts, *,
-        preview_vae: nn.Module | None = None, pipeline: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        scheduler: Any,
+        resolution: tuple[int, int] | None,
+        prompts: Prompts,
+        *,
+        preview_vae: nn.Module | None = None,
+        pipeline: Any = None,
+    ) -> None:
         config: Any = network.config
         latents: Any = vae.config
         refuse_channels(PIPELINE, config.in_channels, latents.latent_channels)
@@ -63,20 +70,31 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
         height, width = resolution or (config.sample_size * factor,) * 2
         largest = config.pos_embed_max_size * config.patch_size * factor
         if max(height, width) > largest:
-            raise RequestError("model.resolution", [height, width], f"the transformer's positions end at {largest}",
-                               f"Use {largest} or less a side.")  # fmt: skip
+            raise RequestError(
+                "model.resolution",
+                [height, width],
+                f"the transformer's positions end at {largest}",
+                f"Use {largest} or less a side.",
+            )
         patch = config.patch_size
-        levels = flow_levels(scheduler, (height // factor // patch) * (width // factor // patch),
-                             time_scale=scheduler.config.num_train_timesteps, given_times=False)  # fmt: skip
+        levels = flow_levels(
+            scheduler,
+            (height // factor // patch) * (width // factor // patch),
+            time_scale=scheduler.config.num_train_timesteps,
+            given_times=False,
+        )
         super().__init__(network, vae, "flow", levels, (height, width), patch=patch, preview_vae=preview_vae)
         self.prompts, self.pipeline = prompts, pipeline
 
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         told = condition.embeddings
         return self.network(
-            scaled, timestep=time, encoder_hidden_states=told["text"].to(scaled), pooled_projections=told["pooled"].to(scaled),
+            scaled,
+            timestep=time,
+            encoder_hidden_states=told["text"].to(scaled),
+            pooled_projections=told["pooled"].to(scaled),
             return_dict=False,
-        )[0]  # fmt: skip
+        )[0]
 
 
 def skeleton(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
@@ -90,13 +108,19 @@ def skeleton(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
     refuse_missing(configs.name, configs.read_json("model_index.json") or {}, NEEDED)
     transformer: Any = component_on_meta(configs, "transformer", TRANSFORMER)
     clip_tokens = (configs.read_json("tokenizer/tokenizer_config.json") or {}).get("model_max_length", 77)
-    prompts = blank_prompts(text=(clip_tokens + T5_TOKENS, transformer.config.joint_attention_dim),
-                            pooled=(transformer.config.pooled_projection_dim,))  # fmt: skip
+    prompts = blank_prompts(
+        text=(clip_tokens + T5_TOKENS, transformer.config.joint_attention_dim),
+        pooled=(transformer.config.pooled_projection_dim,),
+    )
     vae: Any = component_on_meta(configs, "vae", "AutoencoderKL")
     return StableDiffusion3Denoiser(
-        transformer, vae, scheduler_of(configs), options.resolution, prompts,
+        transformer,
+        vae,
+        scheduler_of(configs),
+        options.resolution,
+        prompts,
         preview_vae=preview_decoder(options, meta=True, channels=vae.config.latent_channels),
-    )  # fmt: skip
+    )
 
 
 def load(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
@@ -129,9 +153,14 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusion3Denoi
         return {"text": text, "pooled": pooled}
 
     return StableDiffusion3Denoiser(
-        pipeline.transformer, pipeline.vae, pipeline.scheduler, options.resolution, pipeline_prompts(pipeline, options, encode),
-        preview_vae=preview_decoder(options), pipeline=pipeline,
-    )  # fmt: skip
+        pipeline.transformer,
+        pipeline.vae,
+        pipeline.scheduler,
+        options.resolution,
+        pipeline_prompts(pipeline, options, encode),
+        preview_vae=preview_decoder(options),
+        pipeline=pipeline,
+    )
 
 
 def _refuse(options: ModelOptions) -> None:

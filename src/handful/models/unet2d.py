@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from handful.denoiser import Condition, NetworkDenoiser, Prediction
+from handful.core.denoiser import Condition, NetworkDenoiser, Prediction
+from handful.core.noise import Schedule
 from handful.errors import RequestError, first_line
 from handful.models.labels import label_condition, set_labels
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import on_meta, remedy
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
-from handful.noise import Schedule
 
 UNUSED = ("negative_prompt", "embedded_guidance", "without", "preview_decoder", "config", "variant", "trust_pickle")
 
@@ -30,18 +30,30 @@ class UNet2DDenoiser(NetworkDenoiser):
     """
 
     def __init__(
-        self, network: nn.Module, prediction: Prediction, levels: Schedule, *,
-        classes: Sequence[str] = (), null_class: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        network: nn.Module,
+        prediction: Prediction,
+        levels: Schedule,
+        *,
+        classes: Sequence[str] = (),
+        null_class: int | None = None,
+    ) -> None:
         config: Any = network.config
         side = config.sample_size
         if side is None:
-            raise RequestError("model", "sample_size", "the UNet's config does not say its resolution",
-                               "Write sample_size into its config.json.")  # fmt: skip
+            raise RequestError(
+                "model",
+                "sample_size",
+                "the UNet's config does not say its resolution",
+                "Write sample_size into its config.json.",
+            )
         if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-            raise RequestError("model", f"out_channels {config.out_channels}", "the UNet predicts neither the image alone nor "
-                               "image and variance", "Use a UNet2DModel with as many output as input channels, or twice "
-                               "as many.")  # fmt: skip
+            raise RequestError(
+                "model",
+                f"out_channels {config.out_channels}",
+                "the UNet predicts neither the image alone nor image and variance",
+                "Use a UNet2DModel with as many output as input channels, or twice as many.",
+            )
         height, width = (side, side) if isinstance(side, int) else side
         super().__init__(network, prediction, (config.in_channels, height, width), levels)
         set_labels(self, config.num_class_embeds or 0, classes, null_class)
@@ -88,13 +100,16 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
         # cast afterwards, diffusers would warn of modules to keep in float32 even where it names none
         loaded: Any = UNet2DModel.from_pretrained(where, output_loading_info=True, torch_dtype=options.dtype, **words)
     except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
-        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})",
-                           remedy(source)) from error  # fmt: skip
+        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})", remedy(source)) from error
     network, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        raise RequestError("model", str(where), f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
-                           "Copy config.json and weights from the same checkpoint.")  # fmt: skip
+        raise RequestError(
+            "model",
+            str(where),
+            f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
+            "Copy config.json and weights from the same checkpoint.",
+        )
     return _denoiser(network, source, options)
 
 
@@ -105,19 +120,35 @@ def _inside(source: Source) -> str:
 def _denoiser(network: nn.Module, source: Source, options: ModelOptions) -> UNet2DDenoiser:
     told = source.read_json("scheduler/scheduler_config.json") or source.read_json("scheduler_config.json")
     if told is None:
-        raise RequestError("model", source.name, "there is no scheduler_config.json, so its noise levels are unknown",
-                           "Copy the pipeline's scheduler/ folder beside unet/.")  # fmt: skip
+        raise RequestError(
+            "model",
+            source.name,
+            "there is no scheduler_config.json, so its noise levels are unknown",
+            "Copy the pipeline's scheduler/ folder beside unet/.",
+        )
     levels, prediction = schedule_of(told)
     notes = source.read_json("handful.json") or {}
     said = notes.get("classes", []), notes.get("null_class")
     if not isinstance(said[0], list) or not all(isinstance(name, str) for name in said[0]):
-        raise RequestError("classes", said[0], f"the handful.json of '{source.name}' does not hold a list of names there",
-                           'Write {"classes": ["name of label 0", ...]}.')  # fmt: skip
+        raise RequestError(
+            "classes",
+            said[0],
+            f"the handful.json of '{source.name}' does not hold a list of names there",
+            'Write {"classes": ["name of label 0", ...]}.',
+        )
     if said[1] is not None and type(said[1]) is not int:  # JSON's true is an int to isinstance
-        raise RequestError("null_class", said[1], f"the handful.json of '{source.name}' does not hold a label there",
-                           "Write a whole number, or leave it out.")  # fmt: skip
-    denoiser = UNet2DDenoiser(network, prediction, levels,
-                              null_class=said[1] if options.null_class is None else options.null_class,
-                              classes=said[0] if options.classes is None else options.classes)  # fmt: skip
+        raise RequestError(
+            "null_class",
+            said[1],
+            f"the handful.json of '{source.name}' does not hold a label there",
+            "Write a whole number, or leave it out.",
+        )
+    denoiser = UNet2DDenoiser(
+        network,
+        prediction,
+        levels,
+        null_class=said[1] if options.null_class is None else options.null_class,
+        classes=said[0] if options.classes is None else options.classes,
+    )
     refuse_resolution(denoiser.shape[1:], options)
     return denoiser

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from handful.sweep.request import MethodRequest, SweepRequest, UtilityRequest, read_sweep, sweep_from
 
 if TYPE_CHECKING:
-    from handful.progress import Progress
+    from handful.runs.progress import Progress
     from handful.sweep.choice import Choice as Choice
     from handful.sweep.job import SweepJob as SweepJob
     from handful.sweep.job import prepare_sweep as prepare_sweep
@@ -29,9 +29,15 @@ if TYPE_CHECKING:
     from handful.sweep.run import run_sweep as run_sweep
 
 _HOME = {
-    "Choice": "choice", "Mean": "results", "Setting": "plan", "SweepJob": "job", "SweepResult": "run",
-    "prepare_sweep": "job", "read_results": "results", "run_sweep": "run",
-}  # fmt: skip
+    "Choice": "choice",
+    "Mean": "results",
+    "Setting": "plan",
+    "SweepJob": "job",
+    "SweepResult": "run",
+    "prepare_sweep": "job",
+    "read_results": "results",
+    "run_sweep": "run",
+}
 
 __all__ = [
     "Choice",
@@ -52,16 +58,21 @@ __all__ = [
 
 
 def sweep(
-    request: SweepRequest | Mapping[str, Any] | str | Path, out: str | Path, *, progress: Progress | None = None,
-    only: Sequence[str] | None = None, order: Iterable[int] | None = None, allow_version_change: bool = False,
+    request: SweepRequest | Mapping[str, Any] | str | Path,
+    out: str | Path,
+    *,
+    progress: Progress | None = None,
+    only: Sequence[str] | None = None,
+    order: Iterable[int] | None = None,
+    allow_version_change: bool = False,
     cache: Path | None = None,
-) -> SweepResult:  # fmt: skip
+) -> SweepResult:
     """Generates and measures all sets of a sweep, or goes on where an interrupted one stopped.
 
     Args:
         request: What is asked for, plain data as in its YAML file, or that file.
         out: The sweep's directory; new, empty, or with a sweep that this one goes on with.
-        progress: Told of every set (`handful.progress`); None tells nobody.
+        progress: Told of every set (`handful.runs.progress`); None tells nobody.
         only: Names of methods to work on; None: all.
         order, cache: See `handful.sweep.run.run_sweep`.
         allow_version_change: See `handful.sweep.job.prepare_sweep`.

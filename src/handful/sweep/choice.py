@@ -84,11 +84,12 @@ class Choice:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {
-            "objective": self.objective, "best": self.best and self.best.as_dict(),
+            "objective": self.objective,
+            "best": self.best and self.best.as_dict(),
             "over_methods": self.over_methods and self.over_methods.as_dict(),
             "methods": {name: pick.as_dict() for name, pick in self.methods.items()},
             "passed_over": [{**_named(setting), "why": why} for setting, why in self.passed_over.items()],
-        }  # fmt: skip
+        }
 
 
 def choose(rows: Sequence[Row], request: SweepRequest) -> Choice:

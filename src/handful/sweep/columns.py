@@ -17,26 +17,58 @@ OTHERS = (
     "frechet_ratio",
     "robust_frechet_ratio",
 )
-# A gain over the baseline of the same seed: the difference, positive where it is better (as in `handful.gains`).
+# A gain over the baseline of the same seed: the difference, positive where it is better (as in `handful.judge.gains`).
 GAINED = (
-    "precision", "recall", "coverage", "f1", "frechet", "judge_accuracy", "robust_precision", "robust_recall",
-    "robust_coverage", "robust_f1", "robust_frechet", "robust_judge_accuracy", "utility",
-)  # fmt: skip
+    "precision",
+    "recall",
+    "coverage",
+    "f1",
+    "frechet",
+    "judge_accuracy",
+    "robust_precision",
+    "robust_recall",
+    "robust_coverage",
+    "robust_f1",
+    "robust_frechet",
+    "robust_judge_accuracy",
+    "utility",
+)
 GAINS = tuple(f"gain_{name}" for name in GAINED)
 NUMBERS = (*AS_IS, *ROBUST, *OTHERS, *GAINS)
-LOWER_IS_BETTER = frozenset((
-    "frechet", "robust_frechet", "frechet_ratio", "robust_frechet_ratio", "copied", "utility_spread", "seconds", "cost_ratio",
-    "flops_ratio",
-))  # fmt: skip
+LOWER_IS_BETTER = frozenset(
+    (
+        "frechet",
+        "robust_frechet",
+        "frechet_ratio",
+        "robust_frechet_ratio",
+        "copied",
+        "utility_spread",
+        "seconds",
+        "cost_ratio",
+        "flops_ratio",
+    )
+)
 VALIDATION, TEST = "validation", "test"
 SPLITS = (VALIDATION, TEST)
 
 HEADINGS = {
-    "precision": "precision", "recall": "recall", "coverage": "coverage", "f1": "F1", "frechet": "Frechet",
-    "judge_accuracy": "acc.", "robust_precision": "rob.prec", "robust_recall": "rob.rec", "robust_coverage": "rob.cov",
-    "robust_f1": "rob.F1", "robust_frechet": "rob.Frechet", "robust_judge_accuracy": "rob.acc", "copied": "copied",
-    "utility": "utility", "cost_ratio": "x time", "flops_ratio": "x FLOPs",
-}  # fmt: skip
+    "precision": "precision",
+    "recall": "recall",
+    "coverage": "coverage",
+    "f1": "F1",
+    "frechet": "Frechet",
+    "judge_accuracy": "acc.",
+    "robust_precision": "rob.prec",
+    "robust_recall": "rob.rec",
+    "robust_coverage": "rob.cov",
+    "robust_f1": "rob.F1",
+    "robust_frechet": "rob.Frechet",
+    "robust_judge_accuracy": "rob.acc",
+    "copied": "copied",
+    "utility": "utility",
+    "cost_ratio": "x time",
+    "flops_ratio": "x FLOPs",
+}
 
 
 def improvement(column: str, value: float, other: float) -> float:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from handful.data.shared_exemplars import features_file
 from handful.errors import RequestError
-from handful.feature_extractor import FeatureExtractor
-from handful.features import load_extractor
+from handful.features.extractor import FeatureExtractor
+from handful.features.registry import load_extractor
 from handful.generate.job import prepare
-from handful.generate.owned import OwnedDirectory
-from handful.generate.provenance import DECIDING
-from handful.generate.recipe_file import PROVENANCE
-from handful.shared_exemplars import features_file
+from handful.recipe.file import PROVENANCE
+from handful.runs.job_directory import OwnedDirectory
+from handful.runs.provenance import DECIDING
 from handful.sweep.plan import PlannedSet, chosen_methods, completed, planned_sets
 from handful.sweep.real import Folder, look_into, refuse_shared, split_places
 from handful.sweep.request import SweepRequest
@@ -87,8 +87,7 @@ def prepare_sweep(
     directory = sweep_directory(out)
     stored = directory.stored()
     records = read_records(directory, sets)
-    pending = [each for each in sets
-               if each.setting.method in wanted and not records.get(each.name, {}).get("measured")]  # fmt: skip
+    pending = [each for each in sets if each.setting.method in wanted and not records.get(each.name, {}).get("measured")]
     trials = {name: (each, directory.path / each.name) for name, each in _trials(pending).items()}
     tried: dict[str, _Tried] = {}
     classes = request.recipe.classes or (tuple(stored[PROVENANCE].get("classes") or ()) if stored else ())
@@ -97,17 +96,29 @@ def prepare_sweep(
         tried[name] = _tried(*trial, allow_version_change)
         classes = tried[name].classes
     real, exemplars, test = _folders(request, classes or None, directory.path)
-    job = SweepJob(request, directory, sets, records, pending, real, exemplars, test, stored=stored,
-                   allow_version_change=allow_version_change)  # fmt: skip
+    job = SweepJob(
+        request,
+        directory,
+        sets,
+        records,
+        pending,
+        real,
+        exemplars,
+        test,
+        stored=stored,
+        allow_version_change=allow_version_change,
+    )
     if exemplars is not None:
         _check_pool(exemplars, sets)
         job.notes += refuse_shared(real, exemplars)
     halves = split_places(real, request.validation, request.neighbours)
     known: dict[str, Any] = {
-        "classes": list(classes), "exemplars_sha256": _exemplars_digest(request, exemplars), "real_sha256": real.digest,
+        "classes": list(classes),
+        "exemplars_sha256": _exemplars_digest(request, exemplars),
+        "real_sha256": real.digest,
         "test_sha256": test and test.digest,
         "real_images": {split: sum(map(len, places.values())) for split, places in halves.items()},
-    }  # fmt: skip
+    }
     if stored is not None:
         check_same_sweep(directory, stored, request, known, sets, records)
     if trials:
@@ -163,8 +174,9 @@ def _known_of(job: SweepJob, tried: Sequence[_Tried]) -> dict[str, Any]:
     job.notes += [f"{name} guides and judges too: take an unrelated judge" for name in same]
     return {
         **{name: first[name] for name in (*DECIDING, "python", "device", "threads", "model_sha256")},
-        "judge_sha256": job.judge.digest, "features_sha256": guides,
-    }  # fmt: skip
+        "judge_sha256": job.judge.digest,
+        "features_sha256": guides,
+    }
 
 
 def _folders(request: SweepRequest, classes: Sequence[str] | None, out: Path) -> tuple[Folder, Folder | None, Folder | None]:
@@ -172,8 +184,9 @@ def _folders(request: SweepRequest, classes: Sequence[str] | None, out: Path) ->
     pool, test = request.recipe.exemplars.path, request.utility and request.utility.test
     for name, root in (("real", request.real), ("recipe.exemplars.path", pool), ("utility.test", test)):
         if root is not None and Path(root).resolve() in (out.resolve(), *out.resolve().parents):
-            raise RequestError("out", out, f"it lies in {name} '{root}', and would be taken for a class of it",
-                               "Choose an --out beside it.")  # fmt: skip
+            raise RequestError(
+                "out", out, f"it lies in {name} '{root}', and would be taken for a class of it", "Choose an --out beside it."
+            )
     real = look_into(request.real, classes, "real")
     return (
         real,
@@ -196,15 +209,23 @@ def _check_pool(pool: Folder, sets: Sequence[PlannedSet]) -> None:
     few = [f"'{name}' has {len(files)}" for name, files in pool.files.items() if len(files) < most]
     if few:
         more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        raise RequestError("k", most, f"there are fewer exemplars in '{pool.root}': {', '.join(few[:5])}{more}",
-                           "Ask for fewer, or add images.")  # fmt: skip
+        raise RequestError(
+            "k",
+            most,
+            f"there are fewer exemplars in '{pool.root}': {', '.join(few[:5])}{more}",
+            "Ask for fewer, or add images.",
+        )
 
 
 def _check_judge(job: SweepJob, request: SweepRequest) -> None:
     assert job.judge is not None
     if request.objective in _BY_CLASSIFIER and not job.judge.is_classifier:
-        raise RequestError("objective", request.objective, f"the judge {request.judge} is no classifier",
-                           "Choose another column, or a classifier to judge.")  # fmt: skip
+        raise RequestError(
+            "objective",
+            request.objective,
+            f"the judge {request.judge} is no classifier",
+            "Choose another column, or a classifier to judge.",
+        )
 
 
 def _check_versions(job: SweepJob, stored: dict[str, Any], known: dict[str, Any]) -> None:

@@ -11,9 +11,19 @@ from matplotlib.transforms import Bbox
 
 # Where a label may stand, in points from its own: (across, up, how it is aligned to that). The first that is free is taken.
 _PLACES = (
-    (7, 5, "left"), (-7, 5, "right"), (7, -12, "left"), (-7, -12, "right"), (0, 11, "center"), (0, -18, "center"),
-    (14, -3, "left"), (-14, -3, "right"), (10, 16, "left"), (-10, 16, "right"), (10, -23, "left"), (-10, -23, "right"),
-)  # fmt: skip
+    (7, 5, "left"),
+    (-7, 5, "right"),
+    (7, -12, "left"),
+    (-7, -12, "right"),
+    (0, 11, "center"),
+    (0, -18, "center"),
+    (14, -3, "left"),
+    (-14, -3, "right"),
+    (10, 16, "left"),
+    (-10, 16, "right"),
+    (10, -23, "left"),
+    (-10, -23, "right"),
+)
 _HALF_MARKER = 5.0  # points
 
 
@@ -43,8 +53,17 @@ def place_labels(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[tuple[flo
     for label in labels:
         tried = []
         for place, (across, up, aligned) in enumerate(_PLACES):
-            text = axes.annotate(label.text, (label.x, label.y), (across, up), textcoords="offset points", fontsize=7,
-                                 color=label.colour, ha=aligned, zorder=6, annotation_clip=False)  # fmt: skip
+            text = axes.annotate(
+                label.text,
+                (label.x, label.y),
+                (across, up),
+                textcoords="offset points",
+                fontsize=7,
+                color=label.colour,
+                ha=aligned,
+                zorder=6,
+                annotation_clip=False,
+            )
             box = text.get_window_extent(renderer)
             hidden = sum(_shared(box, other) for other in taken) + _outside(box, axes.bbox)
             tried.append((hidden, place, text, box))

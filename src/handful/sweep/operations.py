@@ -1,10 +1,10 @@
-"""What the sets of a sweep cost in operations, counted before anything runs (`handful.cost`)."""
+"""What the sets of a sweep cost in operations, counted before anything runs (`handful.cost.estimate`)."""
 
 from __future__ import annotations
 
-from handful.cost import Cost, cost_of
+from handful.cost.estimate import Cost, cost_of
 from handful.errors import HandfulError
-from handful.generate.recipe import Recipe
+from handful.recipe.schema import Recipe
 from handful.sweep.plan import PlannedSet
 from handful.sweep.request import SweepRequest
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from handful.generate.owned import OwnedDirectory
-from handful.generate.recipe_file import recipe_yaml
+from handful.recipe.file import recipe_yaml
+from handful.runs.job_directory import OwnedDirectory
 from handful.sweep.choice import Choice, Pick, choose
 from handful.sweep.columns import TEST, VALIDATION
 from handful.sweep.pictures import over_k_png, pareto_png
@@ -38,8 +38,10 @@ def chosen_yaml(choice: Choice, sets: Sequence[PlannedSet]) -> str:
 
 
 def _reasons(best: Pick, objective: str) -> list[str]:
-    lines = [f"Chosen by handful sweep: {best.setting}, for its mean {objective} over {len(best.validation.seeds)} seed(s).",
-             f"  validation half (chosen by): {_shown(best, VALIDATION, objective)}"]  # fmt: skip
+    lines = [
+        f"Chosen by handful sweep: {best.setting}, for its mean {objective} over {len(best.validation.seeds)} seed(s).",
+        f"  validation half (chosen by): {_shown(best, VALIDATION, objective)}",
+    ]
     if best.test is not None:
         lines.append(f"  test half (had no say):      {_shown(best, TEST, objective)}")
     return [*lines, "", "  handful generate chosen.yaml --out out"]

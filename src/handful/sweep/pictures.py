@@ -32,8 +32,13 @@ _MOST_LABELS = 80  # points of a panel that are labelled; more labels hide each 
 _DPI = 150
 _LEGEND_COLUMNS = 6
 _DASHES: tuple[Dash, ...] = ("--", ":", "-.")  # of the best methods without exemplars, which stand beside those over k
-_OVER_K = {"coverage": "coverage", "f1": "F1", "robust_coverage": "coverage, after transforms",
-           "robust_f1": "F1, after transforms", "utility": "downstream accuracy"}  # fmt: skip
+_OVER_K = {
+    "coverage": "coverage",
+    "f1": "F1",
+    "robust_coverage": "coverage, after transforms",
+    "robust_f1": "F1, after transforms",
+    "utility": "downstream accuracy",
+}
 
 
 def pareto_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
@@ -46,10 +51,14 @@ def pareto_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
         A PNG; None where no setting has both numbers.
     """
     found = means(rows, TEST)
-    panels = [(title, pair) for title, pair in (
-        ("as generated", ("precision", "coverage")),
-        ("after mild transforms of real and generated", ("robust_precision", "robust_coverage")),
-    ) if any(_known(mean, *pair) for mean in found.values())]  # fmt: skip
+    panels = [
+        (title, pair)
+        for title, pair in (
+            ("as generated", ("precision", "coverage")),
+            ("after mild transforms of real and generated", ("robust_precision", "robust_coverage")),
+        )
+        if any(_known(mean, *pair) for mean in found.values())
+    ]
     if not panels:
         return None
     figure, canvas = _figure(5.6 * len(panels) + 1.2, 5.0 + 0.2 * -(-len(request.methods) // _LEGEND_COLUMNS))
@@ -57,14 +66,18 @@ def pareto_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
     costs = [cost for mean in found.values() if (cost := mean.mean["cost_ratio"])]
     norm = LogNorm(min([*costs, 0.99]), max([*costs, 2.0]))
     fill = ScalarMappable(norm, "viridis_r")
-    labels = [_panel(panel, found, pair, title, fill, request, choose(rows, request))
-              for panel, (title, pair) in zip(axes, panels, strict=True)]  # fmt: skip
+    labels = [
+        _panel(panel, found, pair, title, fill, request, choose(rows, request))
+        for panel, (title, pair) in zip(axes, panels, strict=True)
+    ]
     bar = figure.colorbar(fill, ax=list(axes), pad=0.015, fraction=0.05 / len(panels), aspect=30)
     _plain_ticks(bar.ax.yaxis, norm.vmin, norm.vmax)
     bar.set_label(f"sampling time, x {request.baseline}", fontsize=9)
     _legend(figure, request, [setting.method for setting in found])
-    figure.suptitle(f"{_what(found)}; beside points: scales (or k); ringed: chosen of the method by {request.objective}, bold: "
-                    "of all", fontsize=9)  # fmt: skip
+    figure.suptitle(
+        f"{_what(found)}; beside points: scales (or k); ringed: chosen of the method by {request.objective}, bold: of all",
+        fontsize=9,
+    )
     canvas.draw()
     for panel, written in zip(axes, labels, strict=True):
         if len(written) <= _MOST_LABELS:
@@ -73,9 +86,14 @@ def pareto_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
 
 
 def _panel(
-    panel: Axes, found: dict[Setting, Mean], pair: tuple[str, str], title: str, fill: ScalarMappable, request: SweepRequest,
+    panel: Axes,
+    found: dict[Setting, Mean],
+    pair: tuple[str, str],
+    title: str,
+    fill: ScalarMappable,
+    request: SweepRequest,
     choice: Choice,
-) -> list[Label]:  # fmt: skip
+) -> list[Label]:
     """Draws one panel of the Pareto picture; what is to be written beside its points is left to do."""
     shown = {setting: mean for setting, mean in found.items() if _known(mean, *pair)}
     picked = {pick.setting for pick in choice.methods.values()}
@@ -87,14 +105,38 @@ def _panel(
         panel.plot(across, up, color=colour, linewidth=1.2, alpha=0.7, zorder=2)
         for setting, x, y in zip(line, across, up, strict=True):
             mean = shown[setting]
-            panel.errorbar(x, y, mean.spread[pair[1]] or 0.0, mean.spread[pair[0]] or 0.0, color=colour, elinewidth=0.7,
-                           alpha=0.35, zorder=1)  # fmt: skip
+            panel.errorbar(
+                x,
+                y,
+                mean.spread[pair[1]] or 0.0,
+                mean.spread[pair[0]] or 0.0,
+                color=colour,
+                elinewidth=0.7,
+                alpha=0.35,
+                zorder=1,
+            )
             cost = mean.mean["cost_ratio"]
-            panel.plot(x, y, marker=marker, markersize=13 if marker == "*" else 8, color=colour, markeredgewidth=1.3,
-                       markerfacecolor=fill.to_rgba(np.array([cost]))[0] if cost else "white", zorder=3)  # fmt: skip
+            panel.plot(
+                x,
+                y,
+                marker=marker,
+                markersize=13 if marker == "*" else 8,
+                color=colour,
+                markeredgewidth=1.3,
+                markerfacecolor=fill.to_rgba(np.array([cost]))[0] if cost else "white",
+                zorder=3,
+            )
             if setting == best or (setting in picked and len(line) > 1):
-                panel.plot(x, y, marker="o", markersize=17, color=colour, markerfacecolor="none",
-                           markeredgewidth=2.4 if setting == best else 1.0, zorder=4)  # fmt: skip
+                panel.plot(
+                    x,
+                    y,
+                    marker="o",
+                    markersize=17,
+                    color=colour,
+                    markerfacecolor="none",
+                    markeredgewidth=2.4 if setting == best else 1.0,
+                    zorder=4,
+                )
             written.append(Label(x, y, _label(setting, line, by_scale), colour))
     panel.set_title(title, fontsize=10)
     panel.set_xlabel("precision" if pair[0] == "precision" else "precision, after transforms")
@@ -116,16 +158,24 @@ def over_k_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
         A PNG; None where no method has several k.
     """
     found = means(rows, TEST)
-    best = {method: {k: found[setting] for k, setting in by_k.items() if setting in found}
-            for method, by_k in best_at_each_k(rows, request).items()}  # fmt: skip
+    best = {
+        method: {k: found[setting] for k, setting in by_k.items() if setting in found}
+        for method, by_k in best_at_each_k(rows, request).items()
+    }
     growing = [method for method, by_k in best.items() if len(by_k) > 1]
-    columns = {column: name for column, name in _OVER_K.items()
-               if any(_known(mean, f"gain_{column}") for method in growing for mean in best[method].values())}  # fmt: skip
+    columns = {
+        column: name
+        for column, name in _OVER_K.items()
+        if any(_known(mean, f"gain_{column}") for method in growing for mean in best[method].values())
+    }
     if not growing or not columns:
         return None
     methods = choose(rows, request).methods
-    unguided = [mean.setting.method for mean in ranked([pick.validation for pick in methods.values()], request.objective)
-                if 0 in best.get(mean.setting.method, {}) and mean.setting.method != request.baseline]  # fmt: skip
+    unguided = [
+        mean.setting.method
+        for mean in ranked([pick.validation for pick in methods.values()], request.objective)
+        if 0 in best.get(mean.setting.method, {}) and mean.setting.method != request.baseline
+    ]
     levels = dict(zip(unguided, _DASHES, strict=False))
     across = min(3, len(columns))
     figure, _ = _figure(4.4 * across, 3.7 * -(-len(columns) // across) + 0.6)
@@ -139,10 +189,16 @@ def over_k_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
             points = [(k, mean) for k, mean in best[method].items() if _known(mean, gain)]
             apart = 1 + 0.03 * (place - (len(growing) - 1) / 2)  # so that bars do not hide each other
             panel.errorbar(
-                [k * apart for k, _ in points], [mean.mean[gain] for _, mean in points],
-                [mean.spread[gain] or 0.0 for _, mean in points], color=colour, marker=marker, markersize=6, linewidth=1.5,
-                elinewidth=1, capsize=3,
-            )  # fmt: skip
+                [k * apart for k, _ in points],
+                [mean.mean[gain] for _, mean in points],
+                [mean.spread[gain] or 0.0 for _, mean in points],
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linewidth=1.5,
+                elinewidth=1,
+                capsize=3,
+            )
         for method, dashes in levels.items():
             level = best[method][0].mean.get(gain)
             if level is not None:
@@ -157,8 +213,9 @@ def over_k_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
     for panel in panels[len(columns) :]:
         panel.set_visible(False)
     _legend(figure, request, [request.baseline, *growing, *levels], dashes=levels)
-    figure.suptitle(f"{_what(found)}; gains over {request.baseline}, at each k the scale that {request.objective} chose",
-                    fontsize=9)  # fmt: skip
+    figure.suptitle(
+        f"{_what(found)}; gains over {request.baseline}, at each k the scale that {request.objective} chose", fontsize=9
+    )
     return _png(figure)
 
 
@@ -200,11 +257,19 @@ def _legend(figure: Figure, request: SweepRequest, methods: Sequence[str], dashe
     styles, dashes = _styles(request), dashes or {}
     shown = [name for name in styles if name in set(methods)]
     handles = [
-        Line2D([], [], color=styles[name][0], label=name, linewidth=1.4, linestyle=dashes.get(name, "-"),
-               marker=None if name in dashes else styles[name][1], markersize=10 if styles[name][1] == "*" else 7,
-               markerfacecolor="white")
+        Line2D(
+            [],
+            [],
+            color=styles[name][0],
+            label=name,
+            linewidth=1.4,
+            linestyle=dashes.get(name, "-"),
+            marker=None if name in dashes else styles[name][1],
+            markersize=10 if styles[name][1] == "*" else 7,
+            markerfacecolor="white",
+        )
         for name in shown
-    ]  # fmt: skip
+    ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(_LEGEND_COLUMNS, len(handles)), fontsize=9, frameon=False
     )
@@ -212,8 +277,11 @@ def _legend(figure: Figure, request: SweepRequest, methods: Sequence[str], dashe
 
 def _plain_ticks(axis: Any, low: float | None, high: float | None) -> None:
     """Ticks of a cost ratio's logarithmic axis, as people write them."""
-    ticks = [tick for tick in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64)
-             if (low or 0) <= tick * 1.0001 and tick <= (high or 64) * 1.0001]  # fmt: skip
+    ticks = [
+        tick
+        for tick in (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+        if (low or 0) <= tick * 1.0001 and tick <= (high or 64) * 1.0001
+    ]
     axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
     axis.set_ticklabels([f"{tick:g}" for tick in ticks])

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from handful.data.images import image_folder
+from handful.data.shared_exemplars import ExemplarFeatures, features_file
 from handful.errors import RequestError
-from handful.generate.guidance_requests import ByExemplarsRequest, GuidanceRequest
-from handful.generate.inverting import read_inversion
-from handful.generate.recipe import ExemplarsRequest, Recipe, SamplerRequest, did_you_mean
-from handful.generate.settle import complete
-from handful.images import image_folder
-from handful.shared_exemplars import ExemplarFeatures, features_file
+from handful.guidance.requests import ByExemplarsRequest, GuidanceRequest
+from handful.recipe.inverting import read_inversion
+from handful.recipe.resolve import complete
+from handful.recipe.schema import ExemplarsRequest, Recipe, SamplerRequest, did_you_mean
 from handful.sweep.request import MethodRequest, SweepRequest, check_request
 
 
@@ -125,13 +125,18 @@ def _numbers(request: SweepRequest, name: str) -> tuple[int, ...]:
     if guided is None:
         return (0,)
     if request.recipe.exemplars.path is None:
-        raise RequestError("recipe.exemplars.path", None, f"{guided} guidance (methods.{name}) needs exemplars",
-                           "Give a folder with a folder of images per class.")  # fmt: skip
+        raise RequestError(
+            "recipe.exemplars.path",
+            None,
+            f"{guided} guidance (methods.{name}) needs exemplars",
+            "Give a folder with a folder of images per class.",
+        )
     if request.k is None:
         raise RequestError("k", None, f"how many exemplars guide methods.{name} is not said", "State k, such as k: [32].")
     if name == request.baseline and len(request.k) > 1:
-        raise RequestError("baseline", name, "it has several k, so it is not one setting",
-                           f"State methods.{name}.k, or name another method.")  # fmt: skip
+        raise RequestError(
+            "baseline", name, "it has several k, so it is not one setting", f"State methods.{name}.k, or name another method."
+        )
     return request.k
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from handful.data.images import LabelledImages, image_folder, open_file, read_folder
 from handful.errors import RequestError
-from handful.images import LabelledImages, image_folder, open_file, read_folder
 from handful.sweep.columns import TEST, VALIDATION
 from handful.sweep.request import SweepRequest
 
@@ -70,9 +70,13 @@ def refuse_shared(real: Folder, exemplars: Folder) -> list[str]:
     pool = set(exemplars.contents.values())
     same = [file for file, content in real.contents.items() if content in pool]
     if len(same) >= _SAME * len(real.contents):
-        raise RequestError("real", real.root, f"{len(same)} of its {len(real.contents)} images are among the exemplars' "
-                           f"('{exemplars.root}'), and sets must not be judged by what guided them",
-                           "Give other real images, or move these out of one of the folders.")  # fmt: skip
+        raise RequestError(
+            "real",
+            real.root,
+            f"{len(same)} of its {len(real.contents)} images are among the exemplars' "
+            f"('{exemplars.root}'), and sets must not be judged by what guided them",
+            "Give other real images, or move these out of one of the folders.",
+        )
     return [f"{len(same)} of the real images are also in the exemplars' folder"] if same else []
 
 
@@ -87,8 +91,12 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
     """
     single = [name for name, of_class in real.files.items() if len(of_class) < 2]
     if single:
-        raise RequestError("real", single[0], "this class has one image, which can't both choose and report",
-                           "Give 2 or more real images of each class; 50 tell something.")  # fmt: skip
+        raise RequestError(
+            "real",
+            single[0],
+            "this class has one image, which can't both choose and report",
+            "Give 2 or more real images of each class; 50 tell something.",
+        )
     halves: dict[str, dict[str, list[int]]] = {VALIDATION: {}, TEST: {}}
     for name, of_class in real.files.items():
         # RandomState is what numpy promises never to change
@@ -98,8 +106,12 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
         halves[TEST][name] = sorted(order[count:].tolist())
     for split, places in halves.items():
         if (count := sum(map(len, places.values()))) <= neighbours:
-            raise RequestError("real", real.root, f"its {split} half has {count} images, and {neighbours} neighbours need more",
-                               "Add real images, or lower neighbours.")  # fmt: skip
+            raise RequestError(
+                "real",
+                real.root,
+                f"its {split} half has {count} images, and {neighbours} neighbours need more",
+                "Add real images, or lower neighbours.",
+            )
     return halves
 
 
@@ -138,8 +150,12 @@ def read_real(request: SweepRequest, real: Folder, test: Folder | None, *, chann
     kept = [place for place, file in enumerate(others.files) if test.contents[file] not in chosen_by]
     left = _at(others, kept)
     if missing := [name for name in classes if name not in left.labels]:
-        raise RequestError("utility.test", test.root, f"all its images of class '{missing[0]}' are what settings are chosen by",
-                           "Give other images to test on, or leave it out.")  # fmt: skip
+        raise RequestError(
+            "utility.test",
+            test.root,
+            f"all its images of class '{missing[0]}' are what settings are chosen by",
+            "Give other images to test on, or leave it out.",
+        )
     return RealImages(halves, {VALIDATION: halves[VALIDATION], TEST: left})
 
 

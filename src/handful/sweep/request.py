@@ -15,9 +15,9 @@ from pydantic import Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from handful.errors import RequestError
-from handful.generate.guidance_requests import METHODS, GuidanceRequest, Positive, Request, Weight
-from handful.generate.recipe import PARTS, Parts, Recipe, SamplerRequest, did_you_mean, first_of, told
-from handful.generate.recipe_file import anchored, anchored_extractor, overridden, plain_mapping, read_mapping
+from handful.guidance.requests import METHODS, GuidanceRequest, Positive, Request, Weight
+from handful.recipe.file import anchored, anchored_extractor, overridden, plain_mapping, read_mapping
+from handful.recipe.schema import PARTS, Parts, Recipe, SamplerRequest, did_you_mean, first_of, told
 from handful.sweep.columns import NUMBERS, ROBUST
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a method; it names a folder
@@ -45,7 +45,7 @@ class MethodRequest(Request):
 
 
 class UtilityRequest(Request):
-    """How downstream accuracy is measured; see `handful.utility`.
+    """How downstream accuracy is measured; see `handful.judge.utility`.
 
     Attributes:
         test: Real images to test on, a folder per class; None: those of `real`.
@@ -123,8 +123,12 @@ def sweep_from(data: Mapping[str, Any], base: str | Path | None = None) -> Sweep
     except ValidationError as error:
         raise first_of([_told(fault) for fault in error.errors(include_url=False)]) from None
     except TypeError as error:  # a date, a set: YAML knows more types than a request does
-        raise RequestError("sweep", plain, f"it holds a value that no field takes ({error})",
-                           "Put quotes around dates and other special values.") from None  # fmt: skip
+        raise RequestError(
+            "sweep",
+            plain,
+            f"it holds a value that no field takes ({error})",
+            "Put quotes around dates and other special values.",
+        ) from None
     _check_recipe(request.recipe)
     check_request(request)
     return request
@@ -206,11 +210,15 @@ def _check_methods(request: SweepRequest) -> None:
     for name, method in request.methods.items():
         field = f"methods.{name}"
         if not _NAME.fullmatch(name):
-            raise RequestError("methods", name, "a method's name becomes a folder's",
-                               "Use letters, digits, and . _ + - within the name.")  # fmt: skip
+            raise RequestError(
+                "methods", name, "a method's name becomes a folder's", "Use letters, digits, and . _ + - within the name."
+            )
         if (method.scales or method.term) and method.term >= len(method.guidance):
-            shown, problem = (method.scales, "there is no term to scale") if not method.guidance else (
-                method.term, f"it has {len(method.guidance)} terms, counted from 0")  # fmt: skip
+            shown, problem = (
+                (method.scales, "there is no term to scale")
+                if not method.guidance
+                else (method.term, f"it has {len(method.guidance)} terms, counted from 0")
+            )
             raise RequestError(f"{field}.{'term' if method.guidance else 'scales'}", shown, problem, "Correct it.")
         _refuse_twice(f"{field}.scales", method.scales)
         _refuse_twice(f"{field}.k", method.k)
@@ -219,12 +227,17 @@ def _check_methods(request: SweepRequest) -> None:
     _refuse_twice("k", request.k)
     _refuse_twice("seeds", request.seeds)
     if request.baseline not in request.methods:
-        raise RequestError("baseline", request.baseline, "there is no such method",
-                           did_you_mean(request.baseline, request.methods, "Methods"))  # fmt: skip
+        raise RequestError(
+            "baseline", request.baseline, "there is no such method", did_you_mean(request.baseline, request.methods, "Methods")
+        )
     baseline = request.methods[request.baseline]
     if len(baseline.scales or ()) > 1 or len(baseline.k or ()) > 1:
-        raise RequestError("baseline", request.baseline, "it has several scales or k, so it is not one setting",
-                           "Give it one, or name another method: `none: {guidance: []}` is usual.")  # fmt: skip
+        raise RequestError(
+            "baseline",
+            request.baseline,
+            "it has several scales or k, so it is not one setting",
+            "Give it one, or name another method: `none: {guidance: []}` is usual.",
+        )
 
 
 def _refuse_twice(field: str, values: tuple[Any, ...] | None) -> None:

@@ -36,12 +36,21 @@ def rows_of(sets: Sequence[PlannedSet], records: Mapping[str, Record], baseline:
         record, base = records[each.name], against.get(each.seed)
         for split in SPLITS:
             found = record["measured"][split]
-            rows.append({
-                "method": each.setting.method, "scale": each.setting.scale, "k": each.setting.k, "seed": each.seed,
-                "split": split, "images": record["images"], **found, "seconds": record["seconds"],
-                "cost_ratio": _ratio(record["seconds"], base["seconds"] if base else None),
-                "flops_ratio": record["flops_ratio"], **against_baseline(found, base["measured"][split] if base else {}),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "method": each.setting.method,
+                    "scale": each.setting.scale,
+                    "k": each.setting.k,
+                    "seed": each.seed,
+                    "split": split,
+                    "images": record["images"],
+                    **found,
+                    "seconds": record["seconds"],
+                    "cost_ratio": _ratio(record["seconds"], base["seconds"] if base else None),
+                    "flops_ratio": record["flops_ratio"],
+                    **against_baseline(found, base["measured"][split] if base else {}),
+                }
+            )
     return rows
 
 
@@ -50,8 +59,10 @@ def against_baseline(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> Row
 
     None where either was not measured.
     """
-    found: Row = {name: _ratio(row.get(name.removesuffix("_ratio")), baseline.get(name.removesuffix("_ratio")))
-                  for name in ("frechet_ratio", "robust_frechet_ratio")}  # fmt: skip
+    found: Row = {
+        name: _ratio(row.get(name.removesuffix("_ratio")), baseline.get(name.removesuffix("_ratio")))
+        for name in ("frechet_ratio", "robust_frechet_ratio")
+    }
     for column in GAINED:
         value, other = row.get(column), baseline.get(column)
         found[f"gain_{column}"] = None if value is None or other is None else improvement(column, value, other)
@@ -62,10 +73,17 @@ def parquet_of(rows: Sequence[Row]) -> bytes:
     """The rows as a parquet file's bytes, the same for the same rows; numbers that were not measured are null."""
     known = {name for row in rows for name in row}
     numbers = [name for name in NUMBERS if name in known] + sorted(known - {*KEYS, *NUMBERS})
-    schema = pa.schema([
-        ("method", pa.string()), ("scale", pa.float64()), ("k", pa.int64()), ("seed", pa.int64()), ("split", pa.string()),
-        ("images", pa.int64()), *((name, pa.float64()) for name in numbers),
-    ])  # fmt: skip
+    schema = pa.schema(
+        [
+            ("method", pa.string()),
+            ("scale", pa.float64()),
+            ("k", pa.int64()),
+            ("seed", pa.int64()),
+            ("split", pa.string()),
+            ("images", pa.int64()),
+            *((name, pa.float64()) for name in numbers),
+        ]
+    )
     stream = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows), schema), stream)
     return stream.getvalue()

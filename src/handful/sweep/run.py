@@ -9,13 +9,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from handful.data.exemplars import Exemplars
+from handful.data.images import image_folder, read_folder
 from handful.errors import HandfulError, RequestError, RunError, first_line
-from handful.exemplars import Exemplars
 from handful.generate import generate
-from handful.generate.directory import full_disk_told
-from handful.images import image_folder, read_folder
-from handful.measure import Referee, Training, train_on
-from handful.progress import Progress
+from handful.judge.measure import Referee, Training, train_on
+from handful.runs.progress import Progress
+from handful.runs.run_directory import full_disk_told
 from handful.sweep.choice import Choice, choose
 from handful.sweep.columns import TEST
 from handful.sweep.job import SweepJob
@@ -90,8 +90,9 @@ def run_sweep(
     result = SweepResult(directory.path, request, [], len(job.sets), notes=list(job.notes))
     with full_disk_told(directory.path), directory.locked():
         if directory.stored() != job.stored:
-            raise RequestError("out", directory.path, "another process has begun or gone on there meanwhile",
-                               "Repeat the same command.")  # fmt: skip
+            raise RequestError(
+                "out", directory.path, "another process has begun or gone on there meanwhile", "Repeat the same command."
+            )
         records = read_records(directory, job.sets)
         result.resumed = sum(bool(record.get("measured")) for record in records.values())
         directory.publish(MARK, sweep_yaml(request, job.provenance))
@@ -138,10 +139,11 @@ class _Work:
         if not set(job.classes) <= set(classes):
             classes = sorted(image_folder(job.real.root, field="real"))
         self.referees = {
-            split: Referee(half, job.judge, k=request.neighbours, audit=request.audit, classes=classes,
-                           test=self.real.tests[split])
+            split: Referee(
+                half, job.judge, k=request.neighbours, audit=request.audit, classes=classes, test=self.real.tests[split]
+            )
             for split, half in self.real.halves.items()
-        }  # fmt: skip
+        }
         self.operations = Operations(request)
         self._generating = 0.5  # share of a set's time that sampling takes; known after the first
         self._warm_up()
@@ -156,15 +158,21 @@ class _Work:
         began = perf_counter()
         out = directory.path / planned.name
         inside = _Inside(progress, self._generating, str(planned))
-        summary = generate(planned.recipe, out, progress=inside, cache=self.cache,
-                           allow_version_change=self.job.allow_version_change)  # fmt: skip
+        summary = generate(
+            planned.recipe, out, progress=inside, cache=self.cache, allow_version_change=self.job.allow_version_change
+        )
         generated = perf_counter()
         if summary.failures:
             raise RunError(summary.failures[0])
         # of a run that went on, so many seconds as the whole would have taken at its rate
         seconds = summary.images / summary.images_per_second if summary.images_per_second else (record or {}).get("seconds")
-        record = {"recipe": planned.recipe.as_dict(), "images": summary.images, "seconds": seconds,
-                  "flops_ratio": self.operations.ratio(planned), "measured": None}  # fmt: skip
+        record = {
+            "recipe": planned.recipe.as_dict(),
+            "images": summary.images,
+            "seconds": seconds,
+            "flops_ratio": self.operations.ratio(planned),
+            "measured": None,
+        }
         directory.publish(record_file(planned), record_bytes(record))
         record["measured"] = self.measured(planned, out)
         directory.publish(record_file(planned), record_bytes(record))

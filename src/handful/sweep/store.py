@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from handful.errors import RequestError
-from handful.generate.directory import differences
-from handful.generate.owned import OwnedDirectory
-from handful.generate.provenance import DECIDING
-from handful.generate.recipe_file import PROVENANCE
+from handful.recipe.file import PROVENANCE
+from handful.runs.job_directory import OwnedDirectory
+from handful.runs.provenance import DECIDING
+from handful.runs.run_directory import differences
 from handful.sweep.columns import SPLITS
 from handful.sweep.plan import PlannedSet
 from handful.sweep.request import SweepRequest
@@ -70,9 +70,13 @@ def sweep_yaml(request: SweepRequest, provenance: Mapping[str, Any]) -> bytes:
 
 
 def check_same_sweep(
-    directory: OwnedDirectory, stored: Mapping[str, Any], request: SweepRequest, provenance: Mapping[str, Any],
-    sets: Sequence[PlannedSet], records: Mapping[str, Record],
-) -> None:  # fmt: skip
+    directory: OwnedDirectory,
+    stored: Mapping[str, Any],
+    request: SweepRequest,
+    provenance: Mapping[str, Any],
+    sets: Sequence[PlannedSet],
+    records: Mapping[str, Record],
+) -> None:
     """Compares what lies there with what is asked for now.
 
     Args:
@@ -83,19 +87,24 @@ def check_same_sweep(
         RequestError: If rows that lie there would be others now; naming each difference.
     """
     before = stored[PROVENANCE]
-    unlike = [f"{key}: {before.get(key)} there, {provenance[key]} now"
-              for key in _CONTENTS if key in provenance and before.get(key) != provenance[key]]  # fmt: skip
+    unlike = [
+        f"{key}: {before.get(key)} there, {provenance[key]} now"
+        for key in _CONTENTS
+        if key in provenance and before.get(key) != provenance[key]
+    ]
     guides, now = before.get("features_sha256") or {}, provenance.get("features_sha256") or {}
-    unlike += [f"features {name}: {guides[name]} there, {now[name]} now"
-               for name in now if guides.get(name, now[name]) != now[name]]  # fmt: skip
+    unlike += [
+        f"features {name}: {guides[name]} there, {now[name]} now" for name in now if guides.get(name, now[name]) != now[name]
+    ]
     moved = {key for key in ("exemplars_sha256", "real_sha256", "test_sha256") if before.get(key) == provenance.get(key)}
     there, here = ({key: data.get(key) for key in _DECIDING} for data in (dict(stored), request.as_dict()))
     unlike = differences(_unmoved(there, moved), _unmoved(here, moved)) + unlike
     by_sets: dict[str, list[str]] = {}
     for planned in sets:
         if (record := records.get(planned.name)) is not None:
-            of_set = differences(_unmoved({"recipe": record["recipe"]}, moved),
-                                 _unmoved({"recipe": planned.recipe.as_dict()}, moved))  # fmt: skip
+            of_set = differences(
+                _unmoved({"recipe": record["recipe"]}, moved), _unmoved({"recipe": planned.recipe.as_dict()}, moved)
+            )
             for each in of_set:
                 by_sets.setdefault(each, []).append(planned.name)
     for each, names in by_sets.items():
@@ -111,8 +120,11 @@ def check_same_sweep(
 def changed_versions(stored: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
     """Versions of what decides bytes that are not what they were, in words."""
     before = stored[PROVENANCE]
-    return [f"{name} {before.get(name)} then, {provenance[name]} now"
-            for name in DECIDING if name in provenance and before.get(name) != provenance[name]]  # fmt: skip
+    return [
+        f"{name} {before.get(name)} then, {provenance[name]} now"
+        for name in DECIDING
+        if name in provenance and before.get(name) != provenance[name]
+    ]
 
 
 def _unmoved(data: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from handful.report.tables import Table
 from handful.sweep.choice import Choice, Lead, Pick
 from handful.sweep.columns import HEADINGS, TEST, VALIDATION
 from handful.sweep.job import SweepJob
 from handful.sweep.operations import Operations
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Mean, Row, means
-from handful.tables import Table
 
 _NOTES = (
     "*: the method's best setting, **: the best of all, both by the objective on the validation half.  rob.: after mild",
@@ -23,9 +23,11 @@ _NOTES = (
 def plan_table(job: SweepJob) -> Table:
     """What a sweep would do: sets, images and operations by method."""
     request, operations = job.request, Operations(job.request)
-    table = Table(f"{len(job.sets)} sets, {len(job.pending)} to make; {request.recipe.per_class} images of each of "
-                  f"{len(job.classes)} classes",
-                  ["method", "scales", "k", "seeds", "sets", "to make", "images", "x plain", "TFLOPs"])  # fmt: skip
+    table = Table(
+        f"{len(job.sets)} sets, {len(job.pending)} to make; {request.recipe.per_class} images of each of "
+        f"{len(job.classes)} classes",
+        ["method", "scales", "k", "seeds", "sets", "to make", "images", "x plain", "TFLOPs"],
+    )
     pending, total = {each.name for each in job.pending}, 0.0
     for name in dict.fromkeys(each.setting.method for each in job.sets):
         sets = [each for each in job.sets if each.setting.method == name]
@@ -35,11 +37,19 @@ def plan_table(job: SweepJob) -> Table:
         flops = None if None in counted else sum(each or 0.0 for each in counted) * images
         ratios = sorted({ratio for each in sets if (ratio := operations.ratio(each)) is not None})
         shown = "-" if not ratios else "-".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
-        table.rows.append([
-            name, _listed(sorted({each.setting.scale for each in sets})), _listed(sorted({each.setting.k for each in sets})),
-            str(len({each.seed for each in sets})), str(len(sets)), str(len(todo)), str(len(todo) * images), shown,
-            "-" if flops is None else f"{flops / 1e12:.4g}",
-        ])  # fmt: skip
+        table.rows.append(
+            [
+                name,
+                _listed(sorted({each.setting.scale for each in sets})),
+                _listed(sorted({each.setting.k for each in sets})),
+                str(len({each.seed for each in sets})),
+                str(len(sets)),
+                str(len(todo)),
+                str(len(todo) * images),
+                shown,
+                "-" if flops is None else f"{flops / 1e12:.4g}",
+            ]
+        )
         total += flops or 0.0
     table.notes = [
         f"{total / 1e12:.4g} TFLOPs in all, without measuring; x plain: over plain sampling's, a range where k differ in it",
@@ -53,15 +63,27 @@ def plan_as_dict(job: SweepJob) -> dict[str, Any]:
     operations, pending = Operations(job.request), {each.name for each in job.pending}
     images = job.request.recipe.per_class * len(job.classes)
     return {
-        "out": str(job.directory.path), "sets": len(job.sets), "to_make": len(pending), "classes": job.classes,
-        "real_images": job.provenance.get("real_images"), "notes": job.notes,
+        "out": str(job.directory.path),
+        "sets": len(job.sets),
+        "to_make": len(pending),
+        "classes": job.classes,
+        "real_images": job.provenance.get("real_images"),
+        "notes": job.notes,
         "plan": [
-            {"method": each.setting.method, "scale": each.setting.scale, "k": each.setting.k, "seed": each.seed,
-             "directory": each.name, "images": images, "to_make": each.name in pending,
-             "flops_per_image": operations.per_image(each), "flops_ratio": operations.ratio(each)}
+            {
+                "method": each.setting.method,
+                "scale": each.setting.scale,
+                "k": each.setting.k,
+                "seed": each.seed,
+                "directory": each.name,
+                "images": images,
+                "to_make": each.name in pending,
+                "flops_per_image": operations.per_image(each),
+                "flops_ratio": operations.ratio(each),
+            }
             for each in job.sets
         ],
-    }  # fmt: skip
+    }
 
 
 def results_table(rows: Sequence[Row], request: SweepRequest, choice: Choice) -> Table:
@@ -69,9 +91,11 @@ def results_table(rows: Sequence[Row], request: SweepRequest, choice: Choice) ->
     found = means(rows, TEST)
     columns = [column for column in HEADINGS if any(mean.mean.get(column) is not None for mean in found.values())]
     seeds = max((len(mean.seeds) for mean in found.values()), default=0)
-    table = Table(f"test half of the real images, judged by {request.judge}; mean of {seeds} seed{'s' * (seeds != 1)}"
-                  + (" ± standard deviation" if seeds > 1 else ""),
-                  ["setting", *(HEADINGS[column] for column in columns)])  # fmt: skip
+    table = Table(
+        f"test half of the real images, judged by {request.judge}; mean of {seeds} seed{'s' * (seeds != 1)}"
+        + (" ± standard deviation" if seeds > 1 else ""),
+        ["setting", *(HEADINGS[column] for column in columns)],
+    )
     picked = {pick.setting for pick in choice.methods.values()}
     for setting, mean in found.items():
         mark = "**" if choice.best and choice.best.setting == setting else "* " if setting in picked else "  "
@@ -83,8 +107,10 @@ def results_table(rows: Sequence[Row], request: SweepRequest, choice: Choice) ->
 
 def choice_table(choice: Choice) -> Table:
     """What was chosen, of each method and of all, and how far it is ahead."""
-    table = Table(f"chosen by {choice.objective}: on the validation half, then as the test half has it",
-                  ["", "setting", "validation", "test", "next best", "ahead by", ""])  # fmt: skip
+    table = Table(
+        f"chosen by {choice.objective}: on the validation half, then as the test half has it",
+        ["", "setting", "validation", "test", "next best", "ahead by", ""],
+    )
     for name, pick in choice.methods.items():
         table.rows.append([name, *_cells(pick, choice.objective)])
     if choice.best is not None:
@@ -124,8 +150,10 @@ def _ahead(lead: Lead) -> list[str]:
 
 def _halves(job: SweepJob) -> str:
     counts = job.provenance.get("real_images") or {}
-    return (f"real images: {counts.get(VALIDATION, '?')} to choose by, {counts.get(TEST, '?')} to report on; judged by "
-            f"{job.request.judge}, objective {job.request.objective}")  # fmt: skip
+    return (
+        f"real images: {counts.get(VALIDATION, '?')} to choose by, {counts.get(TEST, '?')} to report on; judged by "
+        f"{job.request.judge}, objective {job.request.objective}"
+    )
 
 
 def _listed(values: Sequence[float]) -> str:

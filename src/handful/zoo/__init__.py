@@ -34,6 +34,6 @@ def zoo_path(name: str) -> Path:
 
 
 def exemplars_path(name: str) -> Path:
-    """The file of packaged exemplars, one of `EXEMPLARS`; see `handful.shared_exemplars`."""
+    """The file of packaged exemplars, one of `EXEMPLARS`; see `handful.data.shared_exemplars`."""
     model, file = EXEMPLARS[name]
     return zoo_path(model) / file

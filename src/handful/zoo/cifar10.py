@@ -1,6 +1,6 @@
 """The packaged CIFAR-10: two off-the-shelf classifiers, a self-supervised judge, and of the real images features alone.
 
-No image of the data set is in the package. The exemplars are `cifar10/exemplars.safetensors` (`handful.shared_exemplars`),
+No image of the data set is in the package. The exemplars are `cifar10/exemplars.safetensors` (`handful.data.shared_exemplars`),
 what each judge saw of real test images is `cifar10/real-JUDGE.safetensors`. How they were made: `tools/package_cifar10.py`.
 """
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from handful.errors import RequestError
-from handful.sealed import unseal
+from handful.files.sealed import unseal
 from handful.zoo import zoo_path
 from handful.zoo.cifar_resnet import CifarResNet
 from handful.zoo.cifar_vit import CifarViT
@@ -57,7 +57,7 @@ class RealFeatures:
     Attributes:
         judge: The extractor's digest.
         labels: The images' class names.
-        features: By view, `UNTOUCHED` and the transforms of `handful.audit`, (n, D) float32.
+        features: By view, `UNTOUCHED` and the transforms of `handful.judge.audit`, (n, D) float32.
         probes: By transform, what it makes of `probe()`: if it makes something else today, its view is out of date.
         source: Where the images come from.
     """

@@ -21,12 +21,7 @@ def _plain_trunk(width: int) -> nn.Sequential:
         return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
     return nn.Sequential(
-        *block(1, width),
-        *block(width, 2 * width),
-        nn.AvgPool2d(2),
-        *block(2 * width, 2 * width),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
+        *block(1, width), *block(width, 2 * width), nn.AvgPool2d(2), *block(2 * width, 2 * width), nn.AvgPool2d(2), nn.Flatten()
     )
 
 

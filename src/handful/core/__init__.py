@@ -1,0 +1,1 @@
+"""The one primitive: levels of noise, the denoiser, the samplers."""

@@ -1,0 +1,369 @@
+"""Exemplars: the handful of real images, by class, and their features, kept on disk.
+
+Which images are drawn depends on the seed and on each file's own class and name: k = 4 draws a subset of what k = 8
+draws (Chamfer guidance is compared over k on nested sets), and another class or image leaves the others' order alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import re
+import unicodedata
+import warnings as warning
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from handful.data.images import image_folder, open_file, read_all, read_image, write_atomically
+from handful.errors import RequestError, RunError
+
+# Part of every content hash: raise it whenever `read_image` turns the same file into other pixels.
+_READING = 1
+_warned: set[Path] = set()
+
+
+class Extractor(Protocol):
+    """What `exemplar_features` needs of a feature extractor."""
+
+    @property
+    def digest(self) -> str:
+        """Identifies weights and preprocessing."""
+        ...
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """Images (n, C, H, W) in [-1, 1] -> features (n, D)."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplars:
+    """A few real images of each class.
+
+    Attributes:
+        images: for each class (k, C, H, W), float32 in [-1, 1]; the classes may differ in k.
+        files: for each class the file of each image; none where the images were given as tensors.
+        hashes: for each class the content hash of each image: SHA-256 of the file's bytes, and of the size and channels
+            that it was read at (of the pixels themselves, where the images were given as tensors).
+        warnings: what is odd but usable, in words: images that occur twice.
+    """
+
+    images: dict[str, Tensor]
+    files: dict[str, tuple[Path, ...]]
+    hashes: dict[str, tuple[str, ...]]
+    warnings: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_folder(
+        cls,
+        root: str | Path,
+        *,
+        channels: int,
+        size: tuple[int, int],
+        k: int | None = None,
+        seed: int = 0,
+        classes: Sequence[str] | None = None,
+        minimum: int = 2,
+        workers: int | None = None,
+    ) -> Exemplars:
+        """Draw exemplars from a folder of classes (see `handful.data.images.image_folder`).
+
+        Args:
+            root: the folder.
+            channels, size: what the model takes; size is (height, width). See `handful.data.images.read_image`.
+            k: how many of each class; None takes all. The draw of k is the first k of the draw of more.
+            seed: another seed, another draw.
+            classes: those that the model knows; the folder may hold fewer, but no others. None: any.
+            minimum: fewest images a class may have. One alone says nothing of diversity, so 1 must be asked for.
+            workers: threads to read with.
+
+        Raises:
+            RequestError: the folder is unusable, a class is unknown or has too few images, or images are unreadable.
+        """
+        if k is not None and k < minimum:
+            raise RequestError("k", k, f"at least {minimum} exemplars of each class are needed", f"Raise k to {minimum}.")
+        by_class = image_folder(root, field="exemplars")
+        _refuse_unknown(root, list(by_class), classes)
+        _refuse_few(root, {name: len(found) for name, found in by_class.items()}, k, minimum)
+        drawn = {name: sorted(found, key=lambda file: _draw(seed, file))[:k] for name, found in by_class.items()}
+        flat = [(name, file) for name, of_class in drawn.items() for file in of_class]
+
+        def read(index: int) -> tuple[Tensor, str]:
+            return read_hashed(flat[index][1], channels, size)
+
+        read_files = read_all(read, range(len(flat)), field="exemplars", root=root, workers=workers)
+        images: dict[str, list[Tensor]] = {name: [] for name in drawn}
+        hashes: dict[str, list[str]] = {name: [] for name in drawn}
+        for (name, _), (image, content) in zip(flat, read_files, strict=True):
+            images[name].append(image)
+            hashes[name].append(content)
+        return cls(
+            {name: torch.stack(of_class) for name, of_class in images.items()},
+            {name: tuple(of_class) for name, of_class in drawn.items()},
+            {name: tuple(of_class) for name, of_class in hashes.items()},
+            _repetitions(hashes, {name: [file.name for file in of_class] for name, of_class in drawn.items()}),
+        )
+
+    @classmethod
+    def from_tensors(cls, images: Mapping[str, Tensor]) -> Exemplars:
+        """Exemplars from images at hand: for each class (k, C, H, W) with values in [-1, 1], k at least 1.
+
+        Raises:
+            RequestError: there is no class, or a class's tensor is of another kind.
+        """
+        if not images:
+            raise RequestError("exemplars", dict(images), "there is no class", "Give at least one class.")
+        shape = next(iter(images.values())).shape[1:]
+        for name, given in images.items():
+            if given.ndim != 4 or len(given) == 0 or given.shape[1] not in (1, 3) or given.shape[1:] != shape:
+                remedy = "Give (k, 1 or 3, height, width) for each class, k at least 1, all images alike."
+                raise RequestError(f"exemplars[{name!r}]", tuple(given.shape), "this is not a set of images", remedy)
+            if not given.dtype.is_floating_point or not bool((given.abs() <= 1 + 1e-4).all()):
+                remedy = "Bytes become images by handful.data.images.from_uint8."
+                raise RequestError(f"exemplars[{name!r}]", given.dtype, "the values are not all in [-1, 1]", remedy)
+        # Cloned, so that what the hashes say stays true whatever the caller does next.
+        kept = {
+            name: given.detach().to("cpu", torch.float32, copy=True).clamp(-1, 1).contiguous() for name, given in images.items()
+        }
+        hashes = {name: [_pixel_hash(image) for image in of_class] for name, of_class in kept.items()}
+        numbers = {name: [f"image {index}" for index in range(len(of_class))] for name, of_class in kept.items()}
+        return cls(
+            kept,
+            dict.fromkeys(kept, ()),
+            {name: tuple(of_class) for name, of_class in hashes.items()},
+            _repetitions(hashes, numbers),
+        )
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names, in order."""
+        return list(self.images)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images each class has."""
+        return {name: len(of_class) for name, of_class in self.images.items()}
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        channels, height, width = next(iter(self.images.values())).shape[1:]
+        return channels, height, width
+
+    @property
+    def digest(self) -> str:
+        """64 hexadecimal digits for classes, images, size and channels, whatever the paths and the classes' order."""
+        state = hashlib.sha256()
+        for name in sorted(self.hashes):
+            state.update(repr((name, self.hashes[name])).encode("utf-8", "backslashreplace"))
+        return state.hexdigest()
+
+    def select(self, k: int) -> Exemplars:
+        """The first k images of each class: what a draw of k with the same seed gives.
+
+        Raises:
+            RequestError: a class has fewer.
+        """
+        fewest = min(self.counts.values())
+        if not 1 <= k <= fewest:
+            raise RequestError("k", k, f"the smallest class has {fewest} exemplars", f"Take 1 to {fewest}.")
+        files = {name: of_class[:k] for name, of_class in self.files.items()}
+        hashes = {name: of_class[:k] for name, of_class in self.hashes.items()}
+        images = {name: of_class[:k] for name, of_class in self.images.items()}
+        return Exemplars(images, files, hashes, _repetitions(hashes, {name: self.called(name)[:k] for name in files}))
+
+    def only(self, classes: Sequence[str]) -> Exemplars:
+        """Those of some classes, in the order given."""
+        told = [text for text in self.warnings if any(text.startswith(f"class '{name}':") for name in classes)]
+        return Exemplars(
+            {name: self.images[name] for name in classes},
+            {name: self.files[name] for name in classes},
+            {name: self.hashes[name] for name in classes},
+            told,
+        )
+
+    def called(self, name: str) -> list[str]:
+        """What each image of a class is called: its file's name, or its number where it was given as a tensor."""
+        return [file.name for file in self.files[name]] or [f"image {place}" for place in range(len(self.images[name]))]
+
+    def seen_by(self, extractor: Extractor, reduce: int, cache: Path | None) -> dict[str, Tensor]:
+        """By class the features (k, D) that an extractor gives at 1/reduce of the resolution; see `exemplar_features`."""
+        return exemplar_features(self.shrunk(reduce), extractor, cache)
+
+    def shrunk(self, reduce: int) -> Exemplars:
+        """The same images at 1/reduce of their resolution, by averaging squares; each content hash says so.
+
+        Raises:
+            RequestError: the resolution does not divide.
+        """
+        if reduce == 1:
+            return self
+        if self.shape[1] % reduce or self.shape[2] % reduce:
+            raise RequestError(
+                "reduce",
+                reduce,
+                f"{self.shape[1]} x {self.shape[2]} images do not divide by it",
+                "Use 1, or a common divisor of both sides.",
+            )
+        images = {name: avg_pool2d(of_class, reduce) for name, of_class in self.images.items()}
+        hashes = {
+            name: tuple(hashlib.sha256(f"{each}/{reduce}".encode()).hexdigest() for each in of_class)
+            for name, of_class in self.hashes.items()
+        }
+        return Exemplars(images, self.files, hashes, self.warnings)
+
+
+def read_hashed(file: Path, channels: int, size: tuple[int, int]) -> tuple[Tensor, str]:
+    """An image (`handful.data.images.read_image`) and its content hash, which size and channels are part of.
+
+    Raises:
+        RequestError: As `read_image`.
+    """
+    with open_file(file) as stream:
+        data = stream.read()
+    image = read_image(data, channels=channels, size=size, name=file)
+    target = f"handful {_READING} {channels} {size[0]} {size[1]} ".encode()
+    return image, hashlib.sha256(target + hashlib.sha256(data).digest()).hexdigest()
+
+
+def _draw(seed: int, file: Path) -> str:
+    """A file's place in the draw: a hash as its lottery number. NFC, since macOS spells accents its own way."""
+    name = unicodedata.normalize("NFC", f"{seed}/{file.parent.name}/{file.name}")
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _pixel_hash(image: Tensor) -> str:
+    return hashlib.sha256(f"pixels {tuple(image.shape)} ".encode() + image.numpy().tobytes()).hexdigest()
+
+
+def _refuse_unknown(root: str | Path, found: list[str], known: Sequence[str] | None) -> None:
+    unknown = [name for name in found if known is not None and name not in known]
+    if unknown and known is not None:
+        listed = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        close = difflib.get_close_matches(unknown[0], known, n=1)
+        hint = f"Did you mean '{close[0]}'?" if close else f"The {len(known)} known ones begin with '{known[0]}'."
+        problem = f"the model does not know class {listed}"
+        raise RequestError("exemplars", Path(root), problem, f"{hint} Rename the folder or remove it.")
+
+
+def _refuse_few(root: str | Path, counts: dict[str, int], k: int | None, minimum: int) -> None:
+    needed = minimum if k is None else k
+    few = {name: count for name, count in counts.items() if count < needed}
+    if not few:
+        return
+    listed = ", ".join(f"'{name}' has {count}" for name, count in list(few.items())[:5])
+    more = f" and {len(few) - 5} more classes have too few" if len(few) > 5 else ""
+    fewest = min(few.values())
+    if fewest >= minimum:
+        remedy = f"Lower k to {fewest}, or add images."
+    elif fewest == 1 and minimum == 2:
+        remedy = "Add images: at least 2 are needed, or ask for one alone (--k 1)."
+    else:
+        remedy = f"Add images: at least {minimum} are needed."
+    problem = f"class {listed}{more}; {needed} exemplars of each are needed"
+    raise RequestError("exemplars", Path(root), problem, remedy)
+
+
+def _repetitions(hashes: Mapping[str, Sequence[str]], shown: Mapping[str, Sequence[str]]) -> list[str]:
+    """A sentence for each image that occurs more than once in its class."""
+    told = []
+    for name, of_class in hashes.items():
+        places: dict[str, list[str]] = {}
+        for content, label in zip(of_class, shown[name], strict=True):
+            places.setdefault(content, []).append(label)
+        same = [" = ".join(labels) for labels in places.values() if len(labels) > 1]
+        told += [f"class '{name}': the same image more than once: {labels}" for labels in same]
+    return told
+
+
+def default_cache() -> Path:
+    """Where handful keeps what can be computed again: $HANDFUL_CACHE, $XDG_CACHE_HOME/handful or ~/.cache/handful."""
+    if own := os.environ.get("HANDFUL_CACHE"):
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification: a relative path is to be ignored.
+    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "handful"
+
+
+def exemplar_features(exemplars: Exemplars, extractor: Extractor, cache: Path | None, *, batch: int = 32) -> dict[str, Tensor]:
+    """The features of all exemplars, from the cache where it holds them.
+
+    A file a class, `cache/features/EXTRACTOR/CONTENT.safetensors`, named by the extractor's digest and by the images'
+    content hashes (which include size and channels). A damaged file is computed again; a folder that cannot be written
+    is done without, with one warning.
+
+    Args:
+        exemplars: the images.
+        extractor: called without gradients, on the device of its own weights where it has some.
+        cache: such as `default_cache()`; None keeps nothing.
+        batch: images to a call.
+
+    Returns:
+        For each class (k, D), float32 on the CPU, in the order of the images.
+
+    Raises:
+        RunError: the extractor gives something else than finite (n, D).
+    """
+    return {name: _class_features(exemplars, name, extractor, cache, batch) for name in exemplars.classes}
+
+
+def _class_features(exemplars: Exemplars, name: str, extractor: Extractor, cache: Path | None, batch: int) -> Tensor:
+    identity = "\n".join((extractor.digest, *exemplars.hashes[name]))
+    key = hashlib.sha256(identity.encode()).hexdigest()
+    # A digest is hexadecimal by custom only: what a path cannot hold is replaced, and the key tells such digests apart.
+    prefix = re.sub(r"[^\w-]", "_", extractor.digest)[:16] or "_"
+    file = None if cache is None else Path(cache) / "features" / prefix / f"{key}.safetensors"
+    if file is not None:
+        kept = _load(file, key, len(exemplars.images[name]))
+        if kept is not None:
+            return kept
+    features = _extract(exemplars.images[name], extractor, batch)
+    if cache is not None and file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, save({"features": features}, {"key": key, "sha256": _checksum(features)}))
+        except OSError as error:
+            if Path(cache) not in _warned:
+                _warned.add(Path(cache))
+                text = f"The cache {cache} cannot be written ({error.strerror or error}): features are computed each time."
+                warning.warn(text, RuntimeWarning, stacklevel=4)
+    return features
+
+
+def _load(file: Path, key: str, count: int) -> Tensor | None:
+    """What a cache file holds, or None unless it is whole and ours."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            metadata = stored.metadata() or {}
+            features = stored.get_tensor("features").clone()  # its memory is the file's, which may be replaced
+    except (OSError, SafetensorError, ValueError, KeyError):
+        return None
+    whole = features.ndim == 2 and len(features) == count and features.dtype == torch.float32
+    # safetensors checks lengths but not contents: a flipped bit would steer every image of the class.
+    return features if whole and metadata == {"key": key, "sha256": _checksum(features)} else None
+
+
+def _checksum(features: Tensor) -> str:
+    return hashlib.sha256(features.numpy().tobytes()).hexdigest()
+
+
+@torch.no_grad()
+def _extract(images: Tensor, extractor: Extractor, batch: int) -> Tensor:
+    weights = [*extractor.parameters(), *extractor.buffers()] if isinstance(extractor, nn.Module) else []
+    device = weights[0].device if weights else images.device
+    parts = []
+    for chunk in images.split(batch):
+        part = extractor(chunk.to(device))
+        if part.ndim != 2 or len(part) != len(chunk) or not bool(torch.isfinite(part).all()):
+            what = f"{tuple(part.shape)}" + ("" if bool(torch.isfinite(part).all()) else " with NaN or infinite values")
+            raise RunError(f"The feature extractor gave {what} for {len(chunk)} images, not finite (n, D) features.")
+        parts.append(part.float().cpu())
+    return torch.cat(parts)

@@ -1,0 +1,416 @@
+"""Image files in and out, and folders of images by class.
+
+Everywhere else in handful an image is a float tensor in [-1, 1], (C, H, W) with C = 1 (gray) or 3 (RGB). Files become
+such tensors here and nowhere else, so that exemplars, real test images and generated images are all read alike.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import secrets
+import stat
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from handful.errors import RequestError, RunError
+
+MAX_PIXELS = 64 * 2**20
+# fmt: off
+# Pillow reads HEIC only with a plugin. It is listed all the same: a refusal beats ten photos silently left out.
+EXTENSIONS = {
+    ".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff",
+    ".pbm", ".pgm", ".ppm", ".pnm", ".avif", ".jp2", ".j2k", ".qoi", ".heic", ".heif",
+}
+# Named one by one, because Pillow also "reads" EPS (by running Ghostscript) and takes any bytes at all for a TGA.
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "HEIF")
+# fmt: on
+_CONVERT = "Save it as PNG or JPEG."
+_REPLACE = "Replace the file or remove it."
+
+T = TypeVar("T")
+
+
+def read_image(
+    path_or_bytes: str | Path | bytes,
+    *,
+    channels: int,
+    size: tuple[int, int] | None = None,
+    max_pixels: int = MAX_PIXELS,
+    name: str | Path | None = None,
+) -> Tensor:
+    """Read one image file of any common kind.
+
+    The content decides the format, not the extension. EXIF orientation is applied. Transparency is composited on white.
+    16-bit gray keeps its precision, 65535 being white (so do 32-bit integers, within 0 to 65535); floats must lie in
+    [0, 1]; 16-bit colour comes as its high bytes. Colour profiles are ignored, CMYK's too. Of an animation or a
+    multi-page file the first frame is taken. Colour becomes gray by luma (ITU-R 601), unrounded; gray is repeated.
+
+    With a `size`, the centre is cropped to its aspect ratio and resized (bicubic, antialiased, clamped). An image that
+    has the size already is untouched: the byte v reads exactly v / 127.5 - 1.
+
+    Args:
+        path_or_bytes: the file, or its content.
+        channels: 1 or 3.
+        size: (height, width) in pixels; None keeps the file's own.
+        max_pixels: larger images are refused by their header, before anything is decoded or allocated.
+        name: what errors call the image, where its bytes are given.
+
+    Returns:
+        (channels, height, width), float32 in [-1, 1].
+
+    Raises:
+        RequestError: the file is missing, empty, not an image, damaged, cut short, too large, or of an unknown mode.
+    """
+    if channels not in (1, 3):
+        raise RequestError("channels", channels, "an image has 1 channel (gray) or 3 (RGB)", "Take 1 or 3.")
+    if size is not None and (len(size) != 2 or min(size) < 1):
+        raise RequestError("size", size, "this is not a height and a width", "Give two positive whole numbers.")
+    if isinstance(path_or_bytes, (bytes, bytearray)):
+        shown: object = name if name is not None else path_or_bytes
+        if not path_or_bytes:
+            raise RequestError("image", shown, "it is empty (0 bytes)", _REPLACE)
+        return _read(io.BytesIO(path_or_bytes), shown, channels, size, max_pixels)
+    with open_file(Path(path_or_bytes)) as stream:
+        return _read(stream, name or Path(path_or_bytes), channels, size, max_pixels)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a file for reading; RequestError where it is missing, empty, no regular file, or may not be read."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise RequestError("image", path, f"this is {kind}", "Give an image file.")
+        if status.st_size == 0:
+            raise RequestError("image", path, "it is empty (0 bytes)", _REPLACE)
+        return path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        raise RequestError("image", path, "there is no such file", "Check the path.") from None
+    except PermissionError:
+        raise RequestError("image", path, "you may not read this file", "Change its permissions.") from None
+
+
+def _read(stream: BinaryIO, name: object, channels: int, size: tuple[int, int] | None, max_pixels: int) -> Tensor:
+    try:
+        image = _decode(stream, name, max_pixels)
+        if size is not None:
+            image = _centre_crop(image, size)  # while it is still bytes: a photo of 48 MPixels is 0.6 GB as floats
+        pixels, white = _pixels(image, name)
+    except (RequestError, MemoryError):
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every kind there is on damaged files
+        raise RequestError("image", name, f"it is damaged or cut short ({error})", _REPLACE) from error
+    if channels == 1 and len(pixels) == 3:
+        # 601's weights as integers that sum to 2^16: exact in float32, so an RGB file of a gray image gives its gray.
+        pixels = (19595 * pixels[:1] + 38470 * pixels[1:2] + 7471 * pixels[2:]) / 65536
+    pixels = (pixels / (white / 2) - 1).clamp(-1, 1)
+    if size is not None and pixels.shape[1:] != torch.Size(size):
+        pixels = interpolate(pixels[None], size=size, mode="bicubic", antialias=True)[0].clamp(-1, 1)
+    return pixels.expand(channels, -1, -1).contiguous()
+
+
+def _decode(stream: BinaryIO, name: object, max_pixels: int) -> Image.Image:
+    """The first frame, decoded and upright."""
+    remedy = "Make it smaller, or raise max_pixels if you trust it."
+    Image.init()
+    try:
+        image = Image.open(stream, formats=[known for known in FORMATS if known in Image.OPEN])
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise RequestError("image", name, f"it claims to be too large ({error})", remedy) from None
+    except Image.UnidentifiedImageError:
+        raise RequestError("image", name, "it is not an image of a known format", _CONVERT) from None
+    if image.width * image.height > max_pixels:
+        problem = f"it claims {image.width} x {image.height} pixels, more than {max_pixels:,} in all"
+        raise RequestError("image", name, problem, remedy)
+    image.load()
+    try:  # after loading: some formats turn upright by themselves, and then drop the tag
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged metadata spoil no pixels
+        return image
+
+
+def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    height, width = size
+    crop_height = max(1, min(image.height, round(image.width * height / width)))
+    crop_width = max(1, min(image.width, round(image.height * width / height)))
+    top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
+    return image.crop((left, top, left + crop_width, top + crop_height))
+
+
+def _pixels(image: Image.Image, name: object) -> tuple[Tensor, float]:
+    """The image's numbers, (1 or 3, H, W) float32 from 0 (black), and the number that is white."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        values, white = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= white):  # so written, NaN fails too
+            extremes = f"{values.min()} to {values.max()}"
+            problem = f"its values run from {extremes}, not within 0 (black) to {white:.0f} (white)"
+            raise RequestError("image", name, problem, "Rescale it and save it as 8- or 16-bit PNG.")
+        return torch.from_numpy(values.astype(np.float32))[None], white
+    if image.has_transparency_data:
+        rgba = _planes(image.convert("RGBA"))
+        colour, opacity = rgba[:3], rgba[3:]
+        return (colour * opacity + 255 * (255 - opacity)) / 255, 255.0
+    if image.mode in ("1", "L"):
+        return _planes(image.convert("L")), 255.0
+    if image.mode == "LAB":  # Pillow has no plain conversion
+        raise RequestError("image", name, "its colour mode LAB is not supported", _CONVERT)
+    return _planes(image.convert("RGB")), 255.0
+
+
+def _planes(image: Image.Image) -> Tensor:
+    values = np.asarray(image)
+    return torch.from_numpy(np.atleast_3d(values).astype(np.float32)).permute(2, 0, 1)
+
+
+def from_uint8(images: Tensor) -> Tensor:
+    """Bytes to images: uint8 of any shape -> float32 in [-1, 1], v / 127.5 - 1."""
+    if images.dtype != torch.uint8:
+        raise RequestError("images", images.dtype, "these are not bytes", "Give a uint8 tensor.")
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images to bytes, rounded to the nearest: float of any shape in [-1, 1] -> uint8. What lies outside is clamped.
+
+    Raises:
+        RequestError: not floats (bytes would be taken for values far outside the range).
+        RunError: a value is NaN or infinite.
+    """
+    if not images.dtype.is_floating_point:
+        raise RequestError("images", images.dtype, "images are floats in [-1, 1]", "Convert them with from_uint8.")
+    if not torch.isfinite(images).all():
+        raise RunError("An image holds NaN or infinite values: the sampling diverged. Lower the guidance scale.")
+    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def encode_png(image: Tensor) -> bytes:
+    """One image, (C, H, W) in [-1, 1] with C = 1 or 3, as an 8-bit PNG.
+
+    The bytes depend on the pixels alone (and on Pillow's version); `read_image` gives back exactly what was written.
+
+    Raises:
+        RequestError: not such a tensor.
+        RunError: a value is NaN or infinite.
+    """
+    if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
+        raise RequestError("image", tuple(image.shape), "this is no image", "Give one (1 or 3, height, width) tensor.")
+    values = to_uint8(image).cpu().permute(1, 2, 0).numpy()
+    encoded = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values)).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def write_png(path: str | Path, image: Tensor) -> None:
+    """Write one image as PNG (`encode_png`), atomically.
+
+    Raises:
+        RequestError, RunError: see `encode_png`. Nothing is written.
+        OSError: the disk is full, the folder is missing or may not be written. No part of a file is left behind.
+    """
+    write_atomically(Path(path), encode_png(image))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, even after a crash; on an OSError nothing is left behind."""
+    # Hidden, so that no listing takes it for an image; not named after the file, whose name may be as long as can be.
+    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
+    try:
+        with temporary.open("xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to hear of
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sort key under which "2" comes before "10"; equal numbers ("01", "1") fall back to the plain text."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts if part], name
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """The image files that lie directly in a folder, in natural order of their names.
+
+    Known by extension, in either case. Hidden files, `metadata.*` and system files (Thumbs.db, .DS_Store) are no
+    images; subfolders are not entered. Broken links are listed, so that reading them complains.
+    """
+
+    def is_image(path: Path) -> bool:
+        shown = not path.name.startswith(".") and path.stem.lower() != "metadata"
+        return shown and path.suffix.lower() in EXTENSIONS and not path.is_dir()
+
+    return sorted(filter(is_image, Path(folder).iterdir()), key=lambda path: natural_order(path.name))
+
+
+def image_folder(root: str | Path, *, classes: Sequence[str] | None = None, field: str = "folder") -> dict[str, list[Path]]:
+    """For each class its image files, from a folder that holds a folder per class (Hugging Face's `imagefolder`).
+
+    A run directory of handful may be given as it is: its `images` are taken. Hidden folders, `__MACOSX` and links back
+    to the root or above are no classes; images beside the class folders are left alone.
+
+    Args:
+        root: the folder; `~` is understood.
+        classes: only these, in this order. None: all, in natural order ("2" before "10").
+        field: what errors call the folder.
+
+    Raises:
+        RequestError: the folder is missing, no folder, empty, flat, may not be read, or a class is empty or missing.
+    """
+    root = Path(root).expanduser()
+    per_class = "Put 2 or more images into a folder per class."
+    try:
+        if not root.exists():
+            raise RequestError(field, root, "there is no such folder", "Check the path.")
+        if not root.is_dir():
+            raise RequestError(field, root, "this is a file", f"Give the folder. {per_class}")
+        if (root / "images").is_dir() and (root / "recipe.yaml").is_file():
+            root = root / "images"
+        folders = {path.name: path for path in root.iterdir() if _is_class(path, root)}
+        if not folders:
+            flat = len(list_images(root))
+            problem = f"its {flat} images lie in no class folder" if flat else "the folder is empty"
+            raise RequestError(field, root, problem, per_class)
+        if classes is None:
+            classes = sorted(folders, key=natural_order)
+        missing = [name for name in classes if name not in folders]
+        if missing:
+            remedy = f"The folder holds {_some(sorted(folders, key=natural_order))}."
+            raise RequestError(field, root, f"there is no folder for class {_some(missing)}", remedy)
+        files = {name: list_images(folders[name]) for name in classes}
+        empty = [name for name in classes if not files[name]]
+        if empty:
+            inner = [path for path in folders[empty[0]].iterdir() if _is_class(path, root)]
+            remedy = f"If its folders are the classes, give '{inner[0].parent}'." if inner else per_class
+            raise RequestError(field, root, f"there is no image in class {_some(empty)}", remedy)
+    except PermissionError as error:
+        raise RequestError(field, error.filename or root, "you may not read this", "Change its permissions.") from None
+    return files
+
+
+def _is_class(path: Path, root: Path) -> bool:
+    if path.name.startswith(".") or path.name == "__MACOSX" or not path.is_dir():
+        return False
+    top = root.resolve()
+    return not (path.is_symlink() and path.resolve() in (top, *top.parents))
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    quoted = [repr(name) for name in names]
+    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images with their class names: `images` (n, C, H, W) in [-1, 1], and a label and a file for each."""
+
+    images: Tensor
+    labels: list[str]
+    files: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def classes(self) -> list[str]:
+        """The class names, in order."""
+        return list(dict.fromkeys(self.labels))
+
+    def by_class(self) -> dict[str, Tensor]:
+        """Each class's images (n, C, H, W), in the order of `classes`."""
+        return {name: self.images[[label == name for label in self.labels]] for name in self.classes}
+
+
+def read_folder(
+    root: str | Path,
+    *,
+    channels: int,
+    size: tuple[int, int] | None = None,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+    field: str = "folder",
+) -> LabelledImages:
+    """Read all images of a folder of classes, in the order of `image_folder`, whatever the number of workers.
+
+    Args:
+        root, classes, field: as for `image_folder`.
+        channels, size: as for `read_image`. Without a size all images must have the same.
+        limit: at most so many images of each class, the first ones by name.
+        workers: threads; None: as many as there are processors, 8 at most.
+
+    Raises:
+        RequestError: as `image_folder` and `read_image` do; all unusable files are reported together.
+    """
+    if limit is not None and limit < 1:
+        raise RequestError("limit", limit, "at least one image of each class is needed", "Give 1 or more, or None.")
+    by_class = image_folder(root, classes=classes, field=field)
+    labels = [name for name, files in by_class.items() for _ in files[:limit]]
+    files = [file for of_class in by_class.values() for file in of_class[:limit]]
+    # Filled in place: a folder of gigabytes must not be held twice.
+    images = torch.empty((len(files), channels, *(size or _first_size(files, channels))))
+
+    def read(index: int) -> None:
+        image = read_image(files[index], channels=channels, size=size)
+        if image.shape != images.shape[1:]:
+            have, want = (f"{shape[-2]} x {shape[-1]}" for shape in (image.shape, images.shape))
+            problem = f"it has {have} pixels where others have {want}"
+            raise RequestError("image", files[index], problem, "Give the size that all shall have.")
+        images[index] = image
+
+    read_all(read, range(len(files)), field=field, root=root, workers=workers)
+    return LabelledImages(images, labels, files)
+
+
+def _first_size(files: Sequence[Path], channels: int) -> tuple[int, int]:
+    for file in files:
+        with suppress(RequestError):  # it is reported with all the others
+            height, width = read_image(file, channels=channels).shape[1:]
+            return height, width
+    return 0, 0
+
+
+def read_all(
+    read: Callable[[int], T], indices: Sequence[int], *, field: str, root: str | Path, workers: int | None = None
+) -> list[T]:
+    """Call `read` for every index, in threads, and report all its request errors as one.
+
+    Raises:
+        RequestError: names the first five failures and counts the others.
+    """
+
+    def attempt(index: int) -> T | RequestError:
+        try:
+            return read(index)
+        except RequestError as error:
+            return error
+
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        try:
+            outcomes = list(pool.map(attempt, indices))
+        except BaseException:  # on Ctrl-C, do not read the other 50,000 first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    failures = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
+    if failures:
+        first = failures[:5]
+        told = "; ".join(f"'{error.value}': {error.problem}" for error in first)
+        more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
+        problem = f"{len(failures)} of {len(outcomes)} images cannot be used: {told}{more}"
+        raise RequestError(field, Path(root), problem, " ".join(dict.fromkeys(error.remedy for error in first)))
+    return [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]

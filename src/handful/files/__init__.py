@@ -1,0 +1,1 @@
+"""One file on the disk: sealed, hashed, whole or not at all."""

@@ -1,0 +1,1 @@
+"""Our terms inside other people's libraries."""

@@ -1,0 +1,1 @@
+"""A set against real images: numbers, audit, copies, utility."""

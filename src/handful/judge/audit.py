@@ -1,0 +1,63 @@
+"""Mild transforms that leave what a person sees as it is: a gain that does not survive them was adversarial.
+
+Guidance can please a feature extractor without changing the picture. What it gained that way is brittle: judged again after
+a mild transform of real and generated images alike, it is gone (design.md, "Gain, or adversarial gain?"). Each takes another
+kind: JPEG and noise what is faint, resampling and the low-pass what is fine.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate, pad
+
+from handful.data.images import from_uint8, to_uint8
+
+
+def jpeg(images: Tensor, quality: int = 60) -> Tensor:
+    """Saves and reads each image as JPEG; (n, 1 or 3, h, w) in [-1, 1] -> the same."""
+    out = []
+    for pixels in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, "JPEG", quality=quality)
+        read = np.asarray(Image.open(buffer))
+        out.append(torch.from_numpy(np.array(read[..., None] if read.ndim == 2 else read)).permute(2, 0, 1))
+    return from_uint8(torch.stack(out)).to(images.device)
+
+
+def resample(images: Tensor, factor: float = 0.75) -> Tensor:
+    """Shrinks by `factor` and brings back to size; (n, c, h, w) in [-1, 1] -> the same."""
+    small = [max(1, round(side * factor)) for side in images.shape[-2:]]
+    shrunk = interpolate(images, small, mode="bilinear", antialias=True, align_corners=False)
+    return interpolate(shrunk, images.shape[-2:], mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def noise(images: Tensor, deviation: float = 0.1, seed: int = 0) -> Tensor:
+    """Adds Gaussian noise; (n, c, h, w) in [-1, 1] -> the same."""
+    draw = torch.Generator().manual_seed(seed)
+    return (images + deviation * torch.randn(images.shape, generator=draw).to(images)).clamp(-1, 1)
+
+
+def lowpass(images: Tensor, deviation: float = 0.7) -> Tensor:
+    """Blurs with a Gaussian, reflecting at the borders; (n, c, h, w) in [-1, 1] -> the same.
+
+    It takes the finest patterns, which JPEG keeps and can even amplify: at 0.7 pixels a checkerboard to 1/30, lines one
+    pixel wide to 1/6. Four deviations of the Gaussian are kept, less where an image is smaller.
+    """
+    for axis in (2, 3):
+        reach = min(round(4 * deviation), images.shape[axis] - 1)  # reflection needs one pixel more than it reaches
+        offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+        weights = torch.exp(-0.5 * (offsets / deviation) ** 2)
+        shape = [1, 1, 1, 1]
+        shape[axis] = len(offsets)
+        kernel = (weights / weights.sum()).to(images).view(shape).expand(images.shape[1], 1, -1, -1)
+        border = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
+        images = conv2d(pad(images, border, mode="reflect"), kernel, groups=images.shape[1])
+    return images.clamp(-1, 1)  # against rounding alone
+
+
+TRANSFORMS = {"jpeg": jpeg, "resample": resample, "noise": noise, "lowpass": lowpass}

@@ -1,0 +1,137 @@
+"""Downstream accuracy: train a small classifier on one set of images, test it on real ones. The arbiter of synthetic data.
+
+The classifier is deliberately ordinary (a VGG-like stack trained by AdamW under a one-cycle rate), the same for every set
+that is compared: what differs is the data alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, pad
+
+from handful.errors import RequestError
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]
+
+
+class SmallClassifier(nn.Module):
+    """Convolutions in three stages, each halving the image, pooled to a 2 x 2 grid: (n, c, h, w) -> logits (n, classes)."""
+
+    def __init__(self, channels: int, classes: int, width: int = 32) -> None:
+        super().__init__()
+
+        def stage(before: int, after: int) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *stage(channels, width),
+            *stage(width, width),
+            nn.MaxPool2d(2),
+            *stage(width, 2 * width),
+            *stage(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *stage(2 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Dropout(0.2),
+        )
+        self.head = nn.Linear(16 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    *,
+    steps: int = 400,
+    batch: int = 64,
+    rate: float = 3e-3,
+    augment: bool | Augment = True,
+    flip: bool = False,
+    width: int = 32,
+    seed: int = 0,
+) -> SmallClassifier:
+    """Trains a classifier from scratch; deterministic on CPU for a seed.
+
+    Args:
+        images: (n, c, h, w) in [-1, 1].
+        labels: int64 (n,), 0 to classes - 1.
+        steps: Optimizer steps, the same for every set that is compared, whatever its size.
+        batch: Images a step.
+        rate: Highest learning rate.
+        augment: Shift images at random by up to an eighth of their side; False does not, then only the set's own diversity
+            counts. Or what makes other images of a batch, by random draws: `handful.data.augmentation.random_view`.
+        flip: Mirror images at random: for photographs, not for digits.
+        width: Channels of the first stage.
+        seed: Of weights, batches and augmentation.
+
+    Raises:
+        RequestError: If there are fewer images than classes, a label is out of range, or there are fewer than 10 steps.
+    """
+    if steps < 10:  # the one-cycle rate divides by the length of its rise, a fifth of the steps
+        raise RequestError("steps", steps, "too few to train a classifier", "Ask for 10 or more; 400 is usual.")
+    if len(images) != len(labels):
+        raise RequestError("labels", len(labels), f"so many labels for {len(images)} images", "Give one label an image.")
+    if len(images) < classes or int(labels.min()) < 0 or int(labels.max()) >= classes:
+        found = f"labels {int(labels.min())} to {int(labels.max())}" if len(labels) else "no labels"
+        problem = f"a classifier of {classes} classes needs images of them"
+        raise RequestError("labels", f"{len(images)} images, {found}", problem, "Give at least one image a class.")
+    draw, change = torch.Generator().manual_seed(seed), _shifted if augment is True else augment
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # weights and dropout have no generator of their own
+        network = SmallClassifier(images.shape[1], classes, width).to(images.device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
+        for _ in range(steps):
+            pick = torch.randint(len(images), (batch,), generator=draw).to(images.device)
+            batch_images = _mirrored(images[pick], draw) if flip else images[pick]
+            batch_images = change(batch_images, draw) if change else batch_images
+            loss = cross_entropy(network(batch_images), labels[pick], label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return network.eval()
+
+
+def _shifted(images: Tensor, draw: torch.Generator) -> Tensor:
+    reach = max(1, images.shape[-1] // 8)
+    padded = pad(images, (reach,) * 4, mode="replicate")
+    dy, dx = torch.randint(2 * reach + 1, (2,), generator=draw).tolist()  # one shift a batch: enough, and no gather
+    return padded[..., dy : dy + images.shape[-2], dx : dx + images.shape[-1]]
+
+
+def _mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
+    mirror = torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5
+    return torch.where(mirror.to(images.device), images.flip(-1), images)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Share of images (n, c, h, w) in [-1, 1] whose largest logit is their label (n,)."""
+    hits = [network(x).argmax(1) == y for x, y in zip(images.split(512), labels.split(512), strict=True)]
+    return float(torch.cat(hits).double().mean())
+
+
+def downstream_accuracy(
+    images: Tensor,
+    labels: Tensor,
+    test_images: Tensor,
+    test_labels: Tensor,
+    *,
+    steps: int = 400,
+    augment: bool = True,
+    flip: bool = False,
+    width: int = 32,
+    seed: int = 0,
+) -> float:
+    """Accuracy on real test images of a classifier trained on `images` alone. Arguments as for `train_classifier`."""
+    classes = int(test_labels.max()) + 1
+    network = train_classifier(images, labels, classes, steps=steps, augment=augment, flip=flip, width=width, seed=seed)
+    return accuracy(network, test_images, test_labels)

@@ -1,0 +1,1 @@
+"""What is asked for: schema, file, what the model decides, the plan."""

@@ -1,0 +1,129 @@
+"""The exemplars that a recipe gives: listed before the model is known, drawn after, from a folder or a file of features."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from handful.data.exemplars import Exemplars
+from handful.data.images import image_folder
+from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
+from handful.errors import RequestError
+from handful.features.extractor import FeatureExtractor
+from handful.guidance.requests import ByExemplarsRequest, GuidanceRequest
+from handful.guidance.terms import named, view_of
+from handful.recipe.schema import Recipe, did_you_mean
+
+Given = Exemplars | ExemplarFeatures
+
+
+def has_images(recipe: Recipe) -> bool:
+    """Whether there are exemplars, and as images: a file of features holds none."""
+    return recipe.exemplars.path is not None and features_file(recipe.exemplars.path) is None
+
+
+def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | None]:
+    """The exemplars' class names, from the folder's listing alone, or from the file of features.
+
+    Returns:
+        The recipe, with the seed of the draw that a file of features was made by; and the classes, None without exemplars.
+
+    Raises:
+        RequestError: They can't be found, a class is missing, or there are too few.
+    """
+    asked = recipe.exemplars
+    if asked.path is None:
+        return recipe, None
+    if (file := features_file(asked.path)) is not None:
+        stored = ExemplarFeatures.load(file)
+        if "seed" in asked.model_fields_set and asked.seed != stored.seed:
+            problem = f"the draw in '{asked.path}' was made with seed {stored.seed}, and features can't be drawn anew"
+            raise RequestError("exemplars.seed", asked.seed, problem, "Leave it out, or give the folder of images.")
+        recipe = recipe.model_copy(update={"exemplars": asked.model_copy(update={"seed": stored.seed})})
+        counts = stored.counts
+    else:
+        root = Path(asked.path).expanduser().resolve()
+        if root in (resolved := out.resolve(), *resolved.parents):
+            raise RequestError(
+                "out",
+                out,
+                f"it lies in the folder of exemplars '{asked.path}', and would be taken for a class of it",
+                "Choose an --out beside it.",
+            )
+        counts = {name: len(files) for name, files in image_folder(asked.path, field="exemplars").items()}
+    for name in recipe.classes or ():
+        if name not in counts:
+            raise RequestError(
+                "classes", name, "there are no exemplars of this class", did_you_mean(name, counts, "The exemplars' classes")
+            )
+    _refuse_few(asked.path, asked.per_class or 1, {name: counts[name] for name in recipe.classes or counts})
+    return recipe, list(counts)
+
+
+def _refuse_few(path: str, wanted: int, counts: Mapping[str, int]) -> None:
+    few = [f"'{name}' has {count}" for name, count in counts.items() if count < wanted]
+    if few:
+        listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
+        raise RequestError(
+            "exemplars.per_class",
+            wanted,
+            f"there are fewer in '{path}': {listed}",
+            f"Ask for {min(counts.values())} (--k), or add images.",
+        )
+
+
+def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: Sequence[str]) -> Given | None:
+    """Draws what the recipe asks for.
+
+    Args:
+        recipe: From `listed_exemplars`.
+        image_shape: (c, h, w) of the model's images.
+        classes: Those to generate.
+
+    Raises:
+        RequestError: A file can't be used for this model.
+    """
+    asked = recipe.exemplars
+    if asked.path is None:
+        return None
+    if (file := features_file(asked.path)) is None:
+        drawn: Given = Exemplars.from_folder(
+            asked.path,
+            channels=image_shape[0],
+            size=image_shape[1:],
+            k=asked.per_class,
+            seed=asked.seed,
+            minimum=1 if asked.per_class == 1 else 2,
+        )
+        return drawn if set(classes) == set(drawn.classes) else drawn.only(classes)
+    drawn = ExemplarFeatures.load(file)
+    if drawn.shape != image_shape:
+        ours, theirs = (f"{height} x {width} x {channels}" for channels, height, width in (image_shape, drawn.shape))
+        raise RequestError(
+            "exemplars",
+            asked.path,
+            f"its features are of images of {theirs}, the model's are {ours}",
+            f"Make it for this model: handful exemplars DIR --model {recipe.model.name} ...",
+        )
+    drawn = drawn.only(classes)
+    return drawn if asked.per_class is None else drawn.select(asked.per_class)
+
+
+def fitting(
+    exemplars: Given | None, guidance: Sequence[GuidanceRequest], extractors: Mapping[str, FeatureExtractor]
+) -> Given | None:
+    """The exemplars, of a file of features those alone that the terms look at.
+
+    Raises:
+        RequestError: The file does not hold what a term needs.
+    """
+    if not isinstance(exemplars, ExemplarFeatures):
+        return exemplars
+    views: dict[View, None] = {}
+    for index, term in enumerate(guidance):
+        if isinstance(term, ByExemplarsRequest):
+            name, reduce = view_of(term)
+            with named(index):
+                exemplars.seen_by(extractors[name], reduce)
+            views[View(extractors[name].digest, reduce)] = None
+    return exemplars.seen_only(list(views))

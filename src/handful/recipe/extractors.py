@@ -1,0 +1,263 @@
+"""What terms look with: extractors and classifiers by what a recipe says, and which of a classifier's classes is meant."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from handful.errors import RequestError
+from handful.features.clip import clip_classifier, clip_skeleton, is_clip
+from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
+from handful.features.softplus import softened
+from handful.guidance.requests import (
+    ClassifierRequest,
+    FeaturesRequest,
+    GuidanceRequest,
+    NoisyClassifierRequest,
+    PotentialRequest,
+    SmoothableRequest,
+)
+from handful.models.user_code import run_user_file
+
+_TEMPLATE = ClassifierRequest.model_fields["template"].default
+
+
+def extractor_key(request: PotentialRequest) -> str:
+    """What a term looks with, in words: the same for two terms that can share it. The key of every table of extractors."""
+    if isinstance(request, FeaturesRequest):
+        return request.features + _smoothness(request)
+    if isinstance(request, ClassifierRequest):
+        told = ""
+        if request.prompts or request.template != _TEMPLATE:
+            text = json.dumps([request.template, sorted(request.prompts.items())])
+            told = f" prompts {hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        return request.classifier + told + _smoothness(request)
+    assert isinstance(request, NoisyClassifierRequest)
+    return f"{request.classifier} noisy"
+
+
+def extractors_wanted(requests: Sequence[GuidanceRequest]) -> dict[str, PotentialRequest]:
+    """By its key, one of the terms that look with it."""
+    return {extractor_key(each): each for each in reversed(requests) if isinstance(each, PotentialRequest)}
+
+
+def load_for(request: PotentialRequest, classes: Sequence[str] = (), *, meta: bool = False) -> FeatureExtractor:
+    """Loads what a term looks with.
+
+    Args:
+        request: The term.
+        classes: The classes to generate: those of a CLIP are these.
+        meta: Without weights, on the meta device, to count its cost.
+
+    Raises:
+        RequestError: If there is no such extractor, or it is not what the term needs.
+    """
+    if isinstance(request, FeaturesRequest):
+        return _smooth((extractor_skeleton if meta else load_extractor)(request.features), request)
+    if isinstance(request, NoisyClassifierRequest):
+        extractor = _noisy(request.classifier)
+        return extractor.to("meta") if meta else extractor
+    assert isinstance(request, ClassifierRequest)
+    with _named_classifier():
+        if is_clip(request.classifier):
+            prompts = class_prompts(request, classes, refuse_others=not meta)
+            extractor = (clip_skeleton if meta else clip_classifier)(request.classifier, prompts)
+        else:
+            for name, given, unsaid in (("prompts", request.prompts, {}), ("template", request.template, _TEMPLATE)):
+                if given != unsaid:
+                    raise RequestError(
+                        name, given, f"the classifier '{request.classifier}' is told none, as CLIP is", "Leave it out."
+                    )
+            extractor = (extractor_skeleton if meta else load_extractor)(request.classifier)
+    if not extractor.is_classifier:
+        raise RequestError(
+            "classifier",
+            request.classifier,
+            "it has no logits",
+            "Name an image classifier; a FILE.py:FUNCTION says by classify= of its FeatureExtractor what gives them.",
+        )
+    return _smooth(extractor, request)
+
+
+def class_prompts(request: ClassifierRequest, classes: Sequence[str], *, refuse_others: bool = True) -> dict[str, str]:
+    """What a CLIP is told of each class to generate; in class names underscores stand for spaces.
+
+    Args:
+        request: The term.
+        classes: The classes to generate.
+        refuse_others: Refuse prompts of other classes, unless each of these has one of its own.
+
+    Raises:
+        RequestError: If a prompt can't be made, is empty, or says the same of two classes.
+    """
+    around = request.template.replace("{}", "")
+    if around == request.template or "{" in around or "}" in around:
+        raise RequestError(
+            "template",
+            request.template,
+            "it does not say where the class name goes",
+            'Write {}, and no other braces, as in "a photo of a {}".',
+        )
+    others = [name for name in request.prompts if name not in classes]
+    if refuse_others and others and not set(classes) <= set(request.prompts):
+        raise RequestError("prompts", others[0], "no such class is generated", f"Those are: {_listed(classes)}.")
+    prompts = {name: request.prompts.get(name, request.template.replace("{}", name.replace("_", " "))) for name in classes}
+    said: dict[str, str] = {}
+    for name, prompt in prompts.items():
+        if not prompt.strip():
+            raise RequestError(f"prompts.{name}", prompt, "it says nothing", "Say what such an image shows.")
+        if prompt in said:
+            raise RequestError(
+                f"prompts.{name}",
+                prompt,
+                f"'{said[prompt]}' has the same, so that CLIP can't tell them apart",
+                "Give each class a prompt of its own.",
+            )
+        said[prompt] = name
+    return prompts
+
+
+def targets_of(
+    request: ClassifierRequest | NoisyClassifierRequest,
+    names: Sequence[str],
+    count: int,
+    labels: Mapping[str, int | None],
+    model_classes: Sequence[str],
+) -> dict[str, int]:
+    """Which of the classifier's classes each class to generate is.
+
+    Args:
+        request: The term, with what it says of classes. It may say more than is generated, if it says all that is.
+        names: The classifier's class names; empty where it has none. Synonyms stand between commas, as ImageNet's do.
+        count: How many classes it has.
+        labels: The classes to generate, with the model's labels.
+        model_classes: The model's class names by label; empty where they are unknown.
+
+    Raises:
+        RequestError: If a class has no counterpart that is certain, or the classifier has nothing to say.
+    """
+    if names and len(names) != count:
+        raise RequestError(
+            "classifier",
+            request.classifier,
+            f"it names {len(names)} classes and gives {count} logits",
+            "Name each of its classes, or none.",
+        )
+    if count == 1 and request.tau1 == request.tau2:
+        raise RequestError(
+            "tau2",
+            request.tau2,
+            "of a single class log p(y | x) is 0, whatever the image shows",
+            "Use tau2 0, the logit alone, or a classifier of more classes (CLIP's are those that are generated).",
+        )
+    unknown = [name for name in request.classes if name not in labels]
+    if unknown and not set(labels) <= set(request.classes):
+        raise RequestError("classes", unknown[0], "no such class is generated", f"Those are: {_listed(labels)}.")
+    places = _places(names)
+    found: dict[str, int] = {}
+    for name, label in labels.items():
+        said = request.classes.get(name)
+        if isinstance(said, int):
+            found[name] = _within(f"classes.{name}", said, count)
+        elif said is None and request.by_label:
+            if label is None:
+                raise RequestError("by_label", True, "this model is told no labels", "Leave it out.")
+            found[name] = _within(f"by_label, class '{name}'", label, count)
+        elif said is not None or names:
+            found[name] = _place(name, name if said is None else said, names, places)
+        elif label is not None and len(model_classes) == count:
+            found[name] = label
+        else:
+            problem = f"the classifier's {count} classes have no names, and the model's are {len(model_classes) or 'unknown'}"
+            raise RequestError(
+                "classes",
+                name,
+                problem,
+                f"Say which it is: classes: {{{name}: NUMBER}}; or by_label: true, if it numbers them as the model does.",
+            )
+    return found
+
+
+def _smoothness(request: SmoothableRequest) -> str:
+    return "" if request.softplus is None else f" softplus {request.softplus!r}".removesuffix(".0")
+
+
+def _smooth(extractor: FeatureExtractor, request: SmoothableRequest) -> FeatureExtractor:
+    return extractor if request.softplus is None else softened(extractor, request.softplus)
+
+
+def _noisy(name: str) -> FeatureExtractor:
+    """A classifier of noisy states; the file's content counts into its digest."""
+    file, _, attribute = name.rpartition(":")
+    network = run_user_file(Path(file), attribute, "classifier")
+    if not isinstance(network, nn.Module) or isinstance(network, FeatureExtractor):
+        raise RequestError(
+            "classifier",
+            name,
+            "it gives no torch module of noisy states",
+            "Return a module that takes (x_t / n, time) and gives logits.",
+        )
+    extractor = FeatureExtractor(name, network, channels=None)
+    extractor.digest = hashlib.sha256(extractor.digest.encode() + Path(file).read_bytes()).hexdigest()
+    return extractor
+
+
+@contextmanager
+def _named_classifier() -> Iterator[None]:
+    """What a recipe calls the classifier, the loading of extractors calls features."""
+    try:
+        yield
+    except RequestError as error:
+        field = "classifier" if error.field == "features" else error.field
+        raise RequestError(field, error.value, error.problem, error.remedy) from error
+
+
+def _within(field: str, number: int, count: int) -> int:
+    if not 0 <= number < count:
+        raise RequestError(field, number, f"the classifier has {count} classes", f"Give 0 to {count - 1}, by classes.")
+    return number
+
+
+def _places(names: Sequence[str]) -> dict[str, list[int]]:
+    """The numbers of the classes that a text may mean: as it is written, without case, as one of several synonyms."""
+    places: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        synonyms = [name, _plain(name), *map(_plain, name.split(","))] if "," in name else [name, _plain(name)]
+        for text in dict.fromkeys(synonyms):
+            places.setdefault(text, []).append(number)
+    return places
+
+
+def _place(name: str, asked: str, names: Sequence[str], places: Mapping[str, list[int]]) -> int:
+    """The number of the class that `asked` means; `name` is the class to generate."""
+    exact = [number for number in places.get(asked, ()) if names[number] == asked]
+    found = exact if len(exact) == 1 else places.get(_plain(asked), [])
+    if len(found) == 1:
+        return found[0]
+    remedy = f"Say which it is: classes: {{{name}: NUMBER}}."
+    if found:
+        listed = ", ".join(f"{number} ({names[number]})" for number in found[:5])
+        raise RequestError("classes", asked, f"{len(found)} of the classifier's classes are called so: {listed}", remedy)
+    near = difflib.get_close_matches(_plain(asked), places, n=1)
+    hint = f"; '{near[0]}' is like it" if near else ""
+    raise RequestError(
+        "classes",
+        asked,
+        f"the classifier has no class of this name among its {len(names)}{hint}",
+        remedy.replace("NUMBER", "NUMBER or NAME")[:-1] + "; or by_label: true, if it numbers them as the model does.",
+    )
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace("_", " ")
+
+
+def _listed(names: Sequence[str] | Mapping[str, int | None]) -> str:
+    shown = list(names)[:10]
+    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -1,0 +1,134 @@
+"""What guidance by inversion (CRDI) decides of a run: its path, its start, and what the model is told.
+
+Embeddings hold for the model, the levels, the clamp and the condition that they were fitted with and for no others, so a
+recipe takes these from their file, and what it says to the contrary is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from handful.core.denoiser import Denoiser
+from handful.core.noise import Levels
+from handful.errors import RequestError
+from handful.guidance.inversion import FIT_AGAIN, Embeddings, noised_start, own_targets
+from handful.guidance.requests import GuidanceRequest, InversionRequest
+from handful.guidance.terms import named
+from handful.recipe.schema import Recipe
+
+_TOLD = "told"  # the key of `Embeddings.fitted`
+
+
+@dataclass(frozen=True)
+class Told:
+    """How the model was asked at the fit, and so must be at sampling. The defaults are `fit`'s own.
+
+    Attributes:
+        label, prompt: The condition of every target; both None where the model was told nothing.
+        null_class: The label for "no class" then; None where there was none.
+        clamp: Whether its estimate was kept inside [-1, 1].
+        spacing: The name of the path's spacing; None for levels of the caller's own.
+    """
+
+    label: int | None = None
+    prompt: str | None = None
+    null_class: int | None = None
+    clamp: bool = False
+    spacing: str | None = None
+
+    @classmethod
+    def of(cls, embeddings: Embeddings) -> Told:
+        """What `as_fitted_entry` put there; the defaults where the library's user did not."""
+        return cls(**embeddings.fitted.get(_TOLD, {}))
+
+    def as_fitted_entry(self) -> Mapping[str, Any]:
+        """An entry for `Embeddings.fitted`."""
+        return {_TOLD: asdict(self)}
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """What a recipe's inversion term brings.
+
+    Attributes:
+        index: The term's place.
+        embeddings: As read.
+        sha256: Of their file.
+        told: How the model is asked.
+    """
+
+    index: int
+    embeddings: Embeddings
+    sha256: str
+    told: Told
+
+    @cached_property
+    def levels(self) -> Levels:
+        """The path from the interval's top, where the noised targets stand."""
+        return self.embeddings.levels.last(self.embeddings.interval[1])
+
+    def start(self, seeds: Sequence[int], noise: Tensor) -> Tensor:
+        """The states (n, c, h, w) that images start from: each its own target, chosen by its seed, with noise (n, c, h, w)."""
+        own, hi = own_targets(seeds, len(self.embeddings)), self.embeddings.interval[1]
+        return noised_start(self.embeddings.x0, own, noise, self.embeddings.levels, hi)[0]
+
+    def check(self, denoiser: Denoiser, digest: str | None = None) -> None:
+        """Refuses another model than the one of the fit.
+
+        Args:
+            denoiser: It, or its outline.
+            digest: Of its weights; None where they are not read yet.
+
+        Raises:
+            RequestError: If its shape or its digest is another.
+        """
+        with named(self.index):
+            self.embeddings.check(denoiser.shape, self.embeddings.model if digest is None else digest)
+
+
+def read_inversion(guidance: Sequence[GuidanceRequest]) -> Inverted | None:
+    """Reads what the recipe's inversion term names; None where there is no such term.
+
+    Raises:
+        RequestError: If there are two, or the file is missing, damaged, or something else.
+    """
+    found = [(index, term) for index, term in enumerate(guidance) if isinstance(term, InversionRequest)]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise RequestError(
+            f"guidance[{found[1][0]}]",
+            "inversion",
+            "an image starts from the targets of one inversion alone",
+            "Leave one of them out.",
+        )
+    index, term = found[0]
+    path = Path(term.embeddings).expanduser()
+    with named(index):
+        embeddings = Embeddings.load(path)
+        return Inverted(index, embeddings, hashlib.sha256(path.read_bytes()).hexdigest(), Told.of(embeddings))
+
+
+def as_fitted(recipe: Recipe, inverted: Inverted) -> Recipe:
+    """The recipe with the sampler of the fit: its steps, spacing and clamp, and ddim where none is named.
+
+    Raises:
+        RequestError: If the recipe states others.
+    """
+    sampler, told = recipe.sampler, inverted.told
+    update = {"steps": inverted.embeddings.levels.steps, "spacing": told.spacing, "clamp": told.clamp}
+    for name, fitted in update.items():
+        given = getattr(sampler, name)
+        if name in sampler.model_fields_set and given is not None and given != fitted:
+            was = "levels of their own" if fitted is None else f"{name} {str(fitted).lower()}"
+            raise RequestError(f"sampler.{name}", given, f"the embeddings were fitted with {was}", f"Leave it out. {FIT_AGAIN}")
+    if "name" not in sampler.model_fields_set:
+        update["name"] = "ddim"
+    return recipe.model_copy(update={"sampler": sampler.model_copy(update=update)})

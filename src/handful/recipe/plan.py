@@ -1,0 +1,233 @@
+"""What will be generated: classes and their labels, cohorts, and the noise of every image.
+
+Nothing here depends on what else is generated, on the order, or on how many workers there are: an image's noise comes from
+(run seed, class name, index) alone, and a cohort is cut by its place in its class.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from handful.errors import RequestError
+from handful.recipe.schema import did_you_mean
+
+ONLY_CLASS = "images"  # what an unconditional model's one class is called where nobody named any
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Images that are guided together: the unit of work, of randomness and of resume.
+
+    Attributes:
+        class_name: Also the name of its folder.
+        label: What the model is told; None for an unconditional one.
+        index: Its place among the cohorts of its class.
+        first, count: Its images are number first to first + count - 1 of the class.
+    """
+
+    class_name: str
+    label: int | None
+    index: int
+    first: int
+    count: int
+
+    @property
+    def key(self) -> str:
+        """Its name on disk; the index comes last and has four digits or more, so two cohorts never share one."""
+        return f"{self.class_name}-{self.index:04d}"
+
+    def __str__(self) -> str:
+        return f"class '{self.class_name}', cohort {self.index}"
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which label each class name has.
+
+    Attributes:
+        of: Label by class name, in the order of generation; None for an unconditional model.
+        null_class: The label that stands for "no class"; None where there is none.
+        model_classes: Names of all classes the model knows, by label; None where they stay unknown.
+        notes: What had to be concluded, in words that the user should see.
+    """
+
+    of: dict[str, int | None]
+    null_class: int | None = None
+    model_classes: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def assign_labels(
+    wanted: Sequence[str] | None,
+    found: Sequence[str] | None,
+    *,
+    label_count: int,
+    names: Sequence[str] = (),
+    null_class: int | None = None,
+    may_have_null: bool = True,
+) -> Labels:
+    """Finds the model's label for each class name.
+
+    Names that the model knows come first; else names that are whole numbers are labels; else, with as many exemplar
+    classes as the model has classes, alphabetical order is label order (as torchvision's ImageFolder has it). Models
+    with one label more than there are names or exemplar classes, and no null class stated, have it last: so do all that
+    were trained for classifier-free guidance with diffusers' `num_class_embeds`. Every conclusion gets a note.
+
+    Args:
+        wanted: The classes asked for; None for all there are.
+        found: The classes of the exemplars; None where there are no exemplars.
+        label_count: Labels that the model takes, the null class included; 0 for an unconditional model.
+        names: The model's class names by label, without the null class; empty where unknown.
+        null_class: The label for "no class", where it is known.
+        may_have_null: Whether one of the labels may stand for "no class" without the model saying so.
+
+    Raises:
+        RequestError: If a name can't be matched, saying which names there are and how to state the mapping.
+    """
+    if wanted is not None and len(set(wanted)) < len(wanted):
+        twice = next(name for name in wanted if list(wanted).count(name) > 1)
+        raise RequestError("classes", twice, "it is named twice", "Name each class once.")
+    missing = [name for name in wanted or () if found is not None and name not in found]
+    if missing:
+        raise RequestError(
+            "classes",
+            missing[0],
+            "there are no exemplars of this class",
+            did_you_mean(missing[0], found or (), "The exemplars' classes"),
+        )
+    chosen = wanted if wanted is not None else found
+    if not label_count:
+        return Labels(dict.fromkeys(chosen if chosen is not None else (ONLY_CLASS,)))
+
+    notes: list[str] = []
+    counts = len(names) or len(found or ())
+    if may_have_null and null_class is None and counts == label_count - 1 and _could_be_all(names or found or (), label_count):
+        null_class = label_count - 1
+        notes.append(
+            f"null class: label {null_class}, the last, as the model has {label_count} labels and there are {counts} classes"
+        )
+    labels = [label for label in range(label_count) if label != null_class]
+    if names and len(names) != len(labels):
+        raise RequestError(
+            "model.classes",
+            list(names),
+            f"{len(names)} names for {len(labels)} classes",
+            "Give one name a label, in the labels' order, without the null class.",
+        )
+    by_name: Mapping[str, int] = dict(zip(names, labels, strict=False))
+    _refuse_twice(names)
+
+    if chosen is None:
+        if not names:
+            names = tuple(map(str, labels))
+            if null_class is None:
+                notes.append("null class: unknown, so every label is generated; state --null-class if one stands for none")
+        return Labels(dict(zip(names, labels, strict=True)), null_class, tuple(names), notes)
+    if by_name and all(name in by_name for name in chosen):
+        return Labels({name: by_name[name] for name in chosen}, null_class, tuple(names), notes)
+    numbers = _as_labels(chosen, labels)
+    if numbers is not None and not any(name in by_name for name in chosen):
+        notes.append(f"labels: the class names are the labels {_range(list(numbers.values()))}")
+        return Labels(dict(numbers), null_class, tuple(names) or None, notes)
+    if by_name:
+        unknown = next(name for name in chosen if name not in by_name)
+        field_name = "classes" if wanted is not None else "exemplars"
+        raise RequestError(
+            field_name,
+            unknown,
+            "the model knows no such class",
+            did_you_mean(unknown, names, "It knows") + " Rename the folder, or state other names "
+            "with model.classes (--class-names).",
+        )
+    if found is not None and len(found) == len(labels):
+        order = sorted(found)
+        by_order = dict(zip(order, labels, strict=True))
+        notes.append(
+            "labels: in alphabetical order of the exemplar classes, as the model does not name its own: "
+            + ", ".join(f"{label} = {name}" for name, label in list(by_order.items())[:10])
+            + (", ..." if len(order) > 10 else "")
+        )
+        ordered = list(chosen) if wanted is not None else order
+        return Labels({name: by_order[name] for name in ordered}, null_class, tuple(order), notes)
+    listed = ", ".join(list(chosen)[:10]) + (", ..." if len(chosen) > 10 else "")
+    problem = f"the model has {len(labels)} classes without names, so these {len(chosen)} can't be matched: {listed}"
+    raise RequestError(
+        "classes" if wanted is not None else "exemplars",
+        list(chosen),
+        problem,
+        f"State the names of all {len(labels)} in the labels' order with model.classes (--class-names), and "
+        "a label that stands for none with model.null_class (--null-class); or name the folders by label.",
+    )
+
+
+def _could_be_all(names: Sequence[str], label_count: int) -> bool:
+    """Whether these can be all labels but the last: any names can, numbers only where the last label is not among them."""
+    return not all(name.isdecimal() for name in names) or str(label_count - 1) not in names
+
+
+def _as_labels(names: Sequence[str], labels: Sequence[int]) -> dict[str, int] | None:
+    if not all(name.isascii() and name.isdecimal() for name in names):
+        return None
+    numbers = {name: int(name) for name in names}
+    distinct = len(set(numbers.values())) == len(numbers)  # "1" and "01" are no two labels
+    return numbers if distinct and set(numbers.values()) <= set(labels) else None
+
+
+def _range(labels: list[int]) -> str:
+    low, high = min(labels), max(labels)
+    whole = sorted(labels) == list(range(low, high + 1)) and len(labels) > 2
+    return f"{low} to {high}" if whole else ", ".join(map(str, sorted(labels)[:10])) + (", ..." if len(labels) > 10 else "")
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if list(names).count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise RequestError(
+            "model.classes",
+            twice[0],
+            "two of the model's classes have this name",
+            "State distinct names with model.classes (--class-names).",
+        )
+
+
+def plan_cohorts(labels: Mapping[str, int | None], per_class: int, cohort: int) -> list[Cohort]:
+    """Cuts each class into cohorts; the last of a class may be smaller."""
+    return [
+        Cohort(name, label, index, first, min(cohort, per_class - first))
+        for name, label in labels.items()
+        for index, first in enumerate(range(0, per_class, cohort))
+    ]
+
+
+def image_seed(run_seed: int, class_name: str, index: int) -> int:
+    """The seed of one image: 63 bits of BLAKE2b over what names it."""
+    named = f"{run_seed}\0{class_name}\0{index}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "big") >> 1
+
+
+class ImageNoise:
+    """Standard normal noise of a cohort, each image's from a generator of its own: first the start, then step by step.
+
+    NumPy's Philox under `RandomState`, whose streams NumPy promises never to change: torch's CPU generator uses 32 bits
+    of a seed, so that among 100,000 images one pair would be expected to share its noise.
+
+    Args:
+        seeds: One an image.
+        shape: (c, h, w) of one image's noise.
+        device: Where it is wanted. It is always drawn on the CPU, so it is the same on every device.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+        self._generators = [np.random.RandomState(np.random.Philox(key=seed)) for seed in seeds]
+        self._shape, self._device = shape, device
+
+    def __call__(self) -> Tensor:
+        """Fresh noise (n, c, h, w), float32."""
+        drawn = [generator.standard_normal(self._shape).astype(np.float32) for generator in self._generators]
+        return torch.from_numpy(np.stack(drawn)).to(self._device)

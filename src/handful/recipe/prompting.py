@@ -1,0 +1,90 @@
+"""Class names become prompts, by a template: "a photo of a {}", or "{object} in {region}" with the fields of a pattern."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterable
+
+from handful.errors import RequestError
+from handful.recipe.schema import ModelRequest, did_you_mean
+
+
+def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str]:
+    """A prompt for each class.
+
+    In a class name underscores stand for spaces. What `asked.prompts` says of a class is taken as it is; it may say more than
+    is generated, as a run's recipe.yaml does where fewer classes are asked for.
+
+    Raises:
+        RequestError: If the template or the pattern can't be filled, or a prompt is for no class.
+    """
+    classes = list(classes)
+    stray = [name for name in asked.prompts if name not in classes]
+    if stray and not set(classes) <= set(asked.prompts):
+        raise RequestError("model.prompts", stray[0], "there is no such class", did_you_mean(stray[0], classes, "Classes"))
+    fields = _fields("model.template", asked.template)
+    if not fields:
+        raise RequestError(
+            "model.template",
+            asked.template,
+            "it has no place for the class name",
+            'Write {} where the name goes, as in "a photo of a {}".',
+        )
+    pattern = None if asked.class_pattern is None else _pattern(asked.class_pattern)
+    lacking = [] if pattern is None else [field for field in fields if field not in pattern.groupindex]
+    if pattern is not None and lacking:
+        raise RequestError(
+            "model.template",
+            asked.template,
+            f"the class pattern has no field {{{lacking[0]}}}",
+            f"Its fields are: {', '.join(pattern.groupindex)}.",
+        )
+    return {name: asked.prompts[name] if name in asked.prompts else _filled(asked, fields, pattern, name) for name in classes}
+
+
+def _filled(asked: ModelRequest, fields: list[str], pattern: re.Pattern[str] | None, name: str) -> str:
+    if pattern is None:
+        if len(set(fields)) > 1:
+            raise RequestError(
+                "model.template",
+                asked.template,
+                f"it has {len(set(fields))} fields, and a class name such as '{name}' fills one",
+                "Say by model.class_pattern how the names hold them, such as '{region}--{object}'.",
+            )
+        values = dict.fromkeys(fields, name)
+    else:
+        match = pattern.fullmatch(name)
+        if match is None:
+            raise RequestError(
+                "model.class_pattern",
+                asked.class_pattern,
+                f"the class '{name}' does not fit it",
+                "Rename the class's folder, or give its prompt in model.prompts.",
+            )
+        values = match.groupdict()
+    return "".join(
+        text + ("" if field is None else values[field].replace("_", " "))
+        for text, field, _, _ in string.Formatter().parse(asked.template)
+    )
+
+
+def _fields(field: str, text: str) -> list[str]:
+    """The names in braces; "" for bare ones. Formats and attributes are no part of this."""
+    try:
+        found = [(name, form, conversion) for _, name, form, conversion in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise RequestError(field, text, f"it can't be read ({error})", "Write {{ for a brace that is meant.") from None
+    if any(form or conversion or (name and not name.isidentifier()) for name, form, conversion in found):
+        raise RequestError(field, text, "a field is a plain name in braces", "Write {} or {name}.")
+    return [name for name, _, _ in found]
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    names = _fields("model.class_pattern", text)
+    if not names or "" in names or len(set(names)) < len(names):
+        raise RequestError("model.class_pattern", text, "its fields are not named, each once", "Write '{region}--{object}'.")
+    parts = [
+        re.escape(plain) + ("" if name is None else f"(?P<{name}>.+?)") for plain, name, _, _ in string.Formatter().parse(text)
+    ]
+    return re.compile("".join(parts))

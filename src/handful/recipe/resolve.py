@@ -1,0 +1,263 @@
+"""A recipe and the model's outline settle what was left open: labels, prompts, levels, how guidance looks at images.
+
+The outline is the denoiser without its weights (`handful.models.skeleton`), so that all this is decided, or refused, before
+anything large is read; `handful cost` stops here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from handful.core.denoiser import Denoiser, NetworkDenoiser
+from handful.core.noise import Levels
+from handful.core.samplers import STOCHASTIC, Noise
+from handful.errors import RequestError
+from handful.guidance.requests import APGRequest, CADSRequest, CFGRequest, GuidanceRequest, PotentialRequest
+from handful.guidance.terms import check_terms
+from handful.models.latent import LatentDenoiser
+from handful.models.options import ModelOptions
+from handful.models.unet2d import UNet2DDenoiser
+from handful.recipe.exemplar_source import has_images
+from handful.recipe.inverting import Inverted, as_fitted
+from handful.recipe.plan import Labels, assign_labels
+from handful.recipe.prompting import prompts_of
+from handful.recipe.schema import ModelRequest, Recipe, SamplerRequest, with_defaults
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe with nothing left open but the device.
+
+    Attributes:
+        recipe: Every automatic choice replaced by what it became.
+        labels: The label of each class.
+        levels: The path of the sampler.
+    """
+
+    recipe: Recipe
+    labels: Labels
+    levels: Levels
+
+
+def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, list[str]]:
+    """What needs no model: defaults filled in, and settings that contradict each other refused.
+
+    Args:
+        inverted: From `read_inversion`: its path replaces what the recipe leaves open.
+
+    Returns:
+        The recipe, and a sentence for each choice that was made.
+
+    Raises:
+        RequestError: Naming the dotted field.
+    """
+    if inverted is not None:
+        recipe = as_fitted(recipe, inverted)
+    steps = inverted.levels.steps if inverted else recipe.sampler.steps
+    recipe, notes = with_defaults(recipe, steps)
+    check_terms(recipe.guidance or (), steps, recipe.sampler.name)
+    sampler = recipe.sampler
+    for name, owner, given in (("eta", "ddim", sampler.eta), ("variance", "ddpm", sampler.variance)):
+        if given and sampler.name != owner:
+            raise RequestError(
+                f"sampler.{name}",
+                given,
+                f"the sampler {sampler.name} has none",
+                f"Use the sampler {owner}, or leave {name} out.",
+            )
+    if sampler.recurrence > 1 and sampler.name not in STOCHASTIC:
+        raise RequestError(
+            "sampler.recurrence",
+            sampler.recurrence,
+            f"the sampler {sampler.name} can't repeat a step",
+            f"Use {' or '.join(STOCHASTIC)}, or recurrence 1.",
+        )
+    return recipe, notes
+
+
+def sampler_options(asked: SamplerRequest, noise: Noise) -> dict[str, Any]:
+    """What the recipe's sampler is told beyond the path, but for ddpm's variance; `noise` draws for those that take it."""
+    options: dict[str, Any] = {"noise": noise, "recurrence": asked.recurrence} if asked.name in STOCHASTIC else {}
+    return options | ({"eta": asked.eta} if asked.name == "ddim" else {})
+
+
+def model_options(recipe: Recipe) -> ModelOptions:
+    """How the recipe asks for its model."""
+    asked = recipe.model
+    # the names of its classes are matched to the labels by `assign_labels`, which also says what it concluded
+    given = {each.name: getattr(asked, each.name) for each in fields(ModelOptions) if each.name not in ("dtype", "classes")}
+    return ModelOptions(**given, dtype=getattr(torch, asked.dtype))
+
+
+def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None, inverted: Inverted | None = None) -> Settled:
+    """Decides what the model decides.
+
+    Args:
+        recipe: From `complete`.
+        outline: The denoiser, with or without weights; it is told its null class.
+        found: The classes of the exemplars; None where there are none.
+        inverted: As `complete` was given it. The model is told what it was told at the fit, whatever a class is called.
+
+    Raises:
+        RequestError: Naming the dotted field that this model can't do.
+    """
+    if inverted is not None:
+        inverted.check(outline)
+    elif outline.prompted and recipe.classes is None and found is None:
+        raise RequestError(
+            "classes",
+            None,
+            "this model is told prompts, and which classes to generate is not said",
+            "Name them (--classes cat,dog), or give exemplars: a folder per class.",
+        )
+    _refuse_unread(recipe, outline)
+    if outline.prompted and recipe.model.classes is not None:
+        raise RequestError(
+            "model.classes",
+            list(recipe.model.classes),
+            "this model is told prompts, not labels",
+            "Leave it out: every class's name becomes a prompt.",
+        )
+    labels = assign_labels(
+        recipe.classes,
+        found,
+        label_count=0 if inverted else outline.label_count,
+        names=outline.classes if recipe.model.classes is None else recipe.model.classes,
+        null_class=outline.null_class,
+        may_have_null=null_may_be_unsaid(outline),
+    )
+    if inverted is not None:
+        null = inverted.told.null_class if outline.null_class is None else outline.null_class
+        labels = replace(labels, null_class=null, model_classes=recipe.model.classes)
+    outline.null_class = labels.null_class
+    for index, term in enumerate(recipe.guidance or ()):
+        if isinstance(term, CFGRequest | APGRequest) and not outline.has_null:
+            remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
+            raise RequestError(f"guidance[{index}]", term.method, "this model has no null class to compare with", remedy)
+        if isinstance(term, CADSRequest) and not outline.prompted:
+            _refuse_noised_labels(recipe, index, outline)
+    pixels = type(outline).decode is Denoiser.decode
+    sampler = recipe.sampler
+    if sampler.clamp and not pixels:
+        raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
+    levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
+    shown = has_images(recipe)
+    guidance = tuple(_with_reduce(term, index, outline, shown) for index, term in enumerate(recipe.guidance or ()))
+    if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
+        raise RequestError(
+            "model.offload",
+            recipe.model.offload,
+            "an exact jacobian needs the network and the decoder at once",
+            "Use jacobian gaussian, or leave offload out.",
+        )
+    reduces = [term.reduce or 1 for term in guidance if isinstance(term, PotentialRequest)]
+    tiny = recipe.model.preview_decoder
+    if tiny and reduces and isinstance(outline, LatentDenoiser) and all(map(outline.is_linear, reduces)):
+        raise RequestError(
+            "model.preview_decoder", tiny, f"at reduce {reduces[0]} a linear map does for it", "Leave it out, or use reduce 1."
+        )
+    model = {
+        "null_class": labels.null_class,
+        "classes": labels.model_classes,
+        "prompts": _prompts(recipe, labels, inverted) if outline.prompted else {},
+        "resolution": None if pixels else outline.image_shape[1:],
+    }
+    decided = {
+        "spacing": sampler.spacing if inverted else sampler.spacing or outline.levels.spacings[0],
+        "variance": _variance(recipe, outline),
+        "clamp": pixels if sampler.clamp is None else sampler.clamp,
+    }
+    settled = recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "classes": tuple(labels.of),
+            "guidance": guidance,
+            "sampler": sampler.model_copy(update=decided),
+        }
+    )
+    return Settled(settled, labels, levels)
+
+
+def null_may_be_unsaid(outline: NetworkDenoiser) -> bool:
+    """Whether one of the labels may stand for "no class" without the model saying so."""
+    return isinstance(outline, UNet2DDenoiser) and outline.null_may_be_unsaid
+
+
+def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[str, str]:
+    if inverted is None:
+        return prompts_of(labels.of, recipe.model)
+    prompt = inverted.told.prompt or ""
+    for name, given in recipe.model.prompts.items():
+        if given != prompt:
+            raise RequestError(
+                "model.prompts",
+                {name: given},
+                f"the embeddings were fitted with the prompt {prompt!r}, and guide that one alone",
+                "Leave prompts out, or fit again with --condition.",
+            )
+    return dict.fromkeys(labels.of, prompt)
+
+
+def _refuse_unread(recipe: Recipe, outline: Denoiser) -> None:
+    """Refuses prompts for a model that is told labels, so that nothing asked for is passed over in silence."""
+    if outline.prompted:
+        return
+    for name in ("template", "class_pattern", "prompts"):
+        if (given := getattr(recipe.model, name)) != ModelRequest.model_fields[name].get_default(call_default_factory=True):
+            raise RequestError(f"model.{name}", given, "this model is told labels or nothing, not prompts", "Leave it out.")
+
+
+def _refuse_noised_labels(recipe: Recipe, index: int, outline: Denoiser) -> None:
+    """Refuses CADS where noise can't be put on what the network makes of its labels."""
+    if not outline.label_embeddings:
+        problem = "no embedding of its labels is known of this model" if outline.label_count else "this model is told nothing"
+        raise RequestError(
+            f"guidance[{index}]",
+            "cads",
+            f"{problem}, so there is nothing to put noise on",
+            "Use another guidance, or a model of classes or prompts that diffusers knows.",
+        )
+    if recipe.model.compile:
+        raise RequestError(
+            "model.compile",
+            True,
+            "cads changes the network's embedding of labels while it runs, which the compiled network would pass over",
+            "Leave compile out.",
+        )
+
+
+def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
+    asked = recipe.sampler
+    if asked.name != "ddpm":
+        return None
+    if asked.variance == "learned" and not outline.learns_variance:
+        raise RequestError("sampler.variance", "learned", "this model has not learned it", "Use small or large.")
+    return asked.variance or ("learned" if outline.learns_variance else "small")
+
+
+def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser, exemplars: bool) -> GuidanceRequest:
+    """The term with its `reduce` decided, and refused where the images or latents do not divide by it."""
+    if not isinstance(term, PotentialRequest):
+        return term
+    reduce = term.reduce or (outline.preview_factor if exemplars else 1)
+    if not exemplars and isinstance(outline, LatentDenoiser) and outline.is_linear(reduce):
+        raise RequestError(
+            f"guidance[{index}].reduce",
+            reduce,
+            "the linear map that does for the decoder there is fitted to exemplars' images",
+            "Give a folder of some (--exemplars DIR), or use reduce 1.",
+        )
+    averaged = outline.averaged(reduce) if isinstance(outline, LatentDenoiser) else reduce
+    if any(side % averaged for side in outline.shape[1:]) or any(side % reduce for side in outline.image_shape[1:]):
+        size = f"{outline.image_shape[1]} x {outline.image_shape[2]}"
+        raise RequestError(
+            f"guidance[{index}].reduce",
+            reduce,
+            f"images of {size} can't be shrunk by it",
+            "Use a divisor of their sides, and of their latents', or leave it out.",
+        )
+    return term.model_copy(update={"reduce": reduce})

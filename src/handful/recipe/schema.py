@@ -1,0 +1,329 @@
+"""What is asked for: the recipe of a data set, with every default written out.
+
+A recipe is data: it loads no model and opens no file (`recipe_file.py` reads and writes it as YAML, `job.py` checks it
+against the world). Together with the device it decides every byte of a run directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from handful.errors import RequestError
+from handful.guidance.requests import (
+    METHODS,
+    ChamferRequest,
+    ClassifierRequest,
+    ClassNames,
+    FeaturesRequest,
+    GuidanceRequest,
+    Positive,
+    PotentialRequest,
+    Request,
+    SmoothingRequest,
+    Weight,
+)
+
+Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
+
+# What `every` left open makes of a run: so many guided steps, or up to three more (docs/findings.md, section 6).
+GUIDED_STEPS = 4
+# What `features: auto` becomes, by model.
+FEATURES_BY_MODEL = {"digits": "pixels", "cifar10": "cifar10-guide"}
+AUTO_FEATURES = "dinov2"  # for every other model
+# Only what differs from the defaults below; what a user states himself always wins. In pixels, which no gradient can fool,
+# the cheap jacobian on every step is as good as the exact one (docs/findings.md).
+_IN_PIXELS = {"jacobian": "gaussian", "every": 1}
+# In a small network's features the smooth, cheap gradient is the one whose gain is real (section 9).
+DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
+    "cifar10-guide": {
+        "energy": {"softplus": 3.0, "jacobian": "gaussian", "scale": 0.3, "smoothing": SmoothingRequest(shift=2)}
+    },
+    "pixels": {"chamfer": {**_IN_PIXELS, "scale": 0.2}, "energy": {**_IN_PIXELS, "scale": 0.05}},
+}
+
+
+class ModelRequest(Request):
+    """Which pretrained model, what it is told, and how it is run.
+
+    Attributes:
+        name: A name of the zoo (`digits`), a directory, a hub name, a single file, or `FILE.py:FUNCTION`.
+        null_class: The label that stands for "no class"; None takes what the model says.
+        classes: Names of the model's classes, by label; None takes what the model says.
+        resolution: [height, width] of the images; None takes the model's own.
+        template: How a class name becomes a prompt, for models that are told prompts: `a photo of a {}`, or with fields
+            that class_pattern finds in the name, `{object} in {region}`.
+        class_pattern: How a class name holds the template's fields, such as `{region}--{object}`.
+        prompts: Prompts of single classes, over the template.
+        negative_prompt: What stands for "no prompt", which cfg compares with.
+        embedded_guidance: What a guidance-distilled model (Flux) is told as its scale.
+        without: Components of a pipeline not to load, such as text_encoder_3.
+        preview_decoder: A tiny autoencoder that guidance decodes with where `reduce` is below the latents' factor.
+        config: For a single file: the directory or hub name with the pipeline's configs.
+        revision, variant: Of a hub name; of the weight files.
+        trust_pickle: Run the code in a pickled network.
+        device: `auto` (a CUDA device where there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+        dtype: The precision of the networks. The sample itself is kept in float32.
+        attention: An attention back end of diffusers (`set_attention_backend`); None takes its default.
+        compile: Compile the denoising network by torch.compile.
+        offload: Keep the parts of a pipeline on the CPU until they are needed: whole (`model`) or in pieces (`sequential`).
+        vae_slicing, vae_tiling: Decode image by image, or tile by tile.
+    """
+
+    name: Annotated[str, Field(min_length=1)]
+    null_class: Annotated[int, Field(ge=0)] | None = None
+    classes: ClassNames | None = None
+    resolution: tuple[Positive, Positive] | None = None
+    template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
+    class_pattern: Annotated[str, Field(min_length=1)] | None = None
+    prompts: dict[str, str] = Field(default_factory=dict)
+    negative_prompt: str = ""
+    embedded_guidance: Weight = 3.5
+    without: tuple[str, ...] = ()
+    preview_decoder: Annotated[str, Field(min_length=1)] | None = None
+    config: Annotated[str, Field(min_length=1)] | None = None
+    revision: str | None = None
+    variant: str | None = None
+    trust_pickle: bool = False
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    compile: bool = False
+    offload: Literal["none", "model", "sequential"] = "none"
+    vae_slicing: bool = False
+    vae_tiling: bool = False
+
+
+class ExemplarsRequest(Request):
+    """Which real images guide.
+
+    Attributes:
+        path: A folder with a folder of images per class; None guides without exemplars.
+        per_class: k, how many of each class are drawn; None takes all.
+        seed: Of the draw.
+    """
+
+    path: Annotated[str, Field(min_length=1)] | None = None
+    per_class: Positive | None = None
+    seed: int = 0
+
+
+class SamplerRequest(Request):
+    """How noise becomes images.
+
+    Attributes:
+        name: See `handful.core.samplers`.
+        steps: Denoiser steps.
+        spacing: How the levels are spaced; None takes the schedule's own default.
+        eta: Share of the ancestral noise, ddim only.
+        variance: Of the reverse steps, ddpm only: small, large or learned; None: learned where the model learned it.
+        recurrence: So many times each step is made, ddim and ddpm only.
+        clamp: Keep every denoised estimate inside the images' range [-1, 1]; None: where the model works on pixels.
+    """
+
+    name: Sampler = "dpmpp_2m"
+    steps: Positive = 18
+    spacing: str | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    variance: Literal["small", "large", "learned"] | None = None
+    recurrence: Positive = 1
+    clamp: bool | None = None
+
+
+class Recipe(Request):
+    """A data set to generate.
+
+    Attributes:
+        format: Of the recipe itself, for later versions.
+        model: Which pretrained model.
+        exemplars: Which real images guide.
+        classes: Names of the classes to generate; None: those of the exemplars, else all that the model knows.
+        per_class: Images to generate of each class.
+        cohort: How many images are guided together; a class's last cohort may be smaller.
+        seed: Of all noise.
+        sampler: How noise becomes images.
+        guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
+        chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
+    """
+
+    format: Literal[1] = 1
+    model: ModelRequest
+    exemplars: ExemplarsRequest = ExemplarsRequest()
+    classes: ClassNames | None = None
+    per_class: Positive = 64
+    cohort: Positive = 64
+    seed: int = 0
+    sampler: SamplerRequest = SamplerRequest()
+    guidance: tuple[GuidanceRequest, ...] | None = None
+    chunk: Positive | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, lists, numbers and texts, in the order of the fields."""
+        return self.model_dump(mode="json")
+
+
+Parts = Mapping[tuple[str, ...], type[Request]]
+
+# By the keys that lead there (without places in a list), what takes the keys below.
+PARTS: Parts = {
+    (): Recipe,
+    ("model",): ModelRequest,
+    ("exemplars",): ExemplarsRequest,
+    ("sampler",): SamplerRequest,
+    **{("guidance", method): part for method, part in METHODS.items()},
+}
+
+
+def recipe_from(data: Mapping[str, Any]) -> Recipe:
+    """Checks plain data, such as YAML gives, and makes a recipe of it. No type is guessed: `steps: "18"` is refused.
+
+    Raises:
+        RequestError: Naming the dotted field, its value and what to do; several faults are told together.
+    """
+    try:
+        # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
+        return Recipe.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise first_of([told(fault) for fault in error.errors(include_url=False)]) from None
+    except TypeError as error:  # a date, a set: YAML knows more types than a recipe does
+        raise RequestError(
+            "recipe",
+            dict(data),
+            f"it holds a value that no field takes ({error})",
+            "Put quotes around dates and other special values.",
+        ) from None
+
+
+def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, list[str]]:
+    """Replaces what is automatic and needs no model to decide: guidance, and each term's `features: auto`.
+
+    Args:
+        steps: Of the run, where they are not `sampler.steps`.
+
+    Returns:
+        The recipe, and a sentence for each choice that was made.
+    """
+    notes: list[str] = []
+    guidance = recipe.guidance
+    if guidance is None:
+        guidance = (ChamferRequest(),) if recipe.exemplars.path else ()
+        notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
+    chosen = []
+    for index, term in enumerate(guidance):
+        if isinstance(term, PotentialRequest):
+            automatic = getattr(term, "features", None) == "auto"
+            term = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
+            if isinstance(term, ClassifierRequest) and term.softplus is None and term.scale:
+                notes.append(
+                    f"guidance[{index}].softplus: none; a classifier with ReLUs guides better with one, 3 is a good "
+                    "first try, and handful calibrate finds the best"
+                )
+            if automatic and isinstance(term, FeaturesRequest):
+                notes.append(f"guidance[{index}].features: auto became {term.features}")
+        chosen.append(term)
+    return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
+
+
+Term = TypeVar("Term", bound=PotentialRequest)
+
+
+def for_model(term: Term, model: str, steps: int) -> Term:
+    """Fills in what the term leaves open but `reduce`: features by the model, the rest by the features and the steps."""
+    if isinstance(term, FeaturesRequest):
+        features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
+        own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
+        update = {key: value for key, value in own.items() if key not in term.model_fields_set}
+        term = term.model_copy(update={**update, "features": features})
+    every = term.every or max(1, steps // GUIDED_STEPS)
+    can_hold = term.rule == "shift" and term.normalize in ("rms", "rms-image")
+    hold = (every > 1 and can_hold) if term.hold is None else term.hold
+    return term.model_copy(update={"every": every, "hold": hold})
+
+
+def first_of(faults: Sequence[tuple[str, object, str, str]]) -> RequestError:
+    """Several faults, from `told`, as one error."""
+    first, *others = faults
+    also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
+    more = f" And {len(others) - 5} more." if len(others) > 5 else ""
+    return RequestError(first[0], first[1], first[2], first[3] + also + more)
+
+
+def told(fault: ErrorDetails, parts: Parts = PARTS) -> tuple[str, object, str, str]:
+    """A fault of pydantic's in our words: field, value, problem, remedy.
+
+    Args:
+        parts: Of the model that was validated.
+    """
+    # behind a term's place stands the union's tag, which is no key of the recipe
+    loc = fault["loc"]
+    place = [part for i, part in enumerate(loc) if not (part in METHODS and i and isinstance(loc[i - 1], int))]
+    field, value, kind = dotted(place), fault["input"], fault["type"]
+    if kind == "extra_forbidden":
+        part = tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int))
+        keys = list(parts[part].model_fields) if part in parts else []
+        return field, value, "there is no such key", did_you_mean(str(place[-1]), keys, "Keys here")
+    if kind == "missing":
+        remedy = "State it."
+        if field.startswith("model"):
+            remedy = "Name a model of the zoo, such as digits, or a model's directory (--model)."
+        elif field.endswith(".embeddings"):
+            remedy = "Name the file that handful invert wrote (--embeddings FILE)."
+        elif field.endswith(".classifier"):
+            remedy = "Name a classifier (--classifier NAME): a directory or hub name of transformers, FILE.py:FUNCTION, clip."
+            if "noisy-classifier" in loc:
+                remedy = "Name a function that returns it (--classifier FILE.py:FUNCTION)."
+        return field, None, "it is missing", remedy
+    if kind.startswith("union_tag"):
+        given = value.get("method") if isinstance(value, Mapping) else value
+        return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
+    if kind == "model_type" or kind == "model_attributes_type":
+        part = parts.get(tuple(str(p) for p in fault["loc"] if not isinstance(p, int)))
+        keys = ", ".join(part.model_fields) if part else ""
+        return field, value, "this takes several keys, not one value", f"Write keys below it: {keys}."
+    if kind == "literal_error":
+        choices = _choices(fault, parts)
+        return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
+    problem = fault["msg"].replace("Input should", "it should").replace("valid array", "list").replace("valid string", "text")
+    remedy = "Correct it."
+    if isinstance(value, str) and ("_type" in kind or "_parsing" in kind):
+        remedy = "Write a plain number, without quotes." if kind.startswith(("int", "float")) else "Write it without quotes."
+    elif kind == "finite_number":
+        problem, remedy = "it is not finite", "Write null where there shall be no limit."
+    elif kind == "string_type":
+        remedy = "Put quotes around it."
+    elif kind == "string_pattern_mismatch":
+        problem, remedy = "there is no such device", "Choose auto, cpu, cuda, cuda:N or mps."
+        if field.endswith(".classifier"):
+            problem, remedy = "it is no FILE.py:FUNCTION", "Name a function that returns a module of noisy states and the time."
+    elif kind.startswith(("greater_than", "less_than")):
+        remedy = "Choose a number in that range."
+    elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list", "list": "a list"}
+        remedy = f"Give {wanted[kind.partition('_')[0]]}."
+    return field, value, problem, remedy
+
+
+def _choices(fault: ErrorDetails, parts: Parts) -> list[str]:
+    part = parts.get(tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int)), Recipe)
+    return [str(choice) for choice in get_args(part.model_fields[str(fault["loc"][-1])].annotation)]
+
+
+def dotted(place: Iterable[str | int]) -> str:
+    """("guidance", 0, "scale") -> "guidance[0].scale"."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "recipe"
+
+
+def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:
+    """A remedy for a name that does not exist: the nearest one that does, and all of them while they are few."""
+    known = list(known)
+    near = difflib.get_close_matches(given, known, n=1)
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return (f"Did you mean '{near[0]}'? " if near else "") + f"{kind}: {listed or 'none'}."

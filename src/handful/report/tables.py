@@ -1,0 +1,230 @@
+"""Results as tables for a terminal or a log."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from handful.judge.gains import DRAWS, LEVEL, RULE
+
+if TYPE_CHECKING:
+    from handful.cost.estimate import Cost
+    from handful.judge.evaluate import Evaluation
+
+# The metrics of an evaluation, as tables call them.
+EVALUATED = {
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "f1": "F1",
+    "frechet": "Frechet",
+    "vendi": "Vendi",
+    "judge_accuracy": "accuracy",
+}
+WIDTH = 118  # of notes
+
+# The parts of a `Cost` in words.
+COST_PARTS = {
+    "denoiser": "denoiser",
+    "denoiser backward": "denoiser, back",
+    "preview": "decoding for guidance",
+    "preview backward": "decoding for guidance, back",
+    "features": "feature extractors",
+    "features backward": "feature extractors, back",
+    "other": "distances of features",
+    "decode": "decoding the images",
+}
+
+
+@dataclass
+class Table:
+    """Text cells under headings; the first column is left-aligned."""
+
+    title: str
+    headings: Sequence[str]
+    rows: list[Sequence[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def print_table(table: Table) -> None:
+    """Prints to stdout, never cut off: a log is as wide as the table."""
+    cells = [list(table.headings), *map(list, table.rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(table.headings))]
+    print(table.title)
+    for row in cells:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join([row[0].ljust(len(first)), *others]).rstrip())
+    for note in table.notes:
+        print(note)
+
+
+def evaluation_table(found: Evaluation) -> Table:
+    """Pooled, after each transform, mean over classes, each class; beneath pooled and mean what real images get."""
+    summary = found.summary
+    table = Table(
+        f"judge {found.judge}, k = {summary.k}, {summary.dimensions} features", ["", "real", "generated", *EVALUATED.values()]
+    )
+
+    def add(name: str, scores: Any, **others: float | None) -> None:
+        cells = [_number(others.get(metric, getattr(scores, metric, None))) for metric in EVALUATED]
+        table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
+
+    for name, group in (("pooled", summary.pooled), ("mean over classes", summary.mean_over_classes)):
+        pooled = group is summary.pooled
+        add(name, group.generated, judge_accuracy=found.judge_accuracy if pooled else None)
+        for transform, seen in found.transformed.items() if pooled else ():
+            add(f"  after {transform}", seen.prdc, frechet=seen.frechet, judge_accuracy=seen.judge_accuracy)
+        if pooled and found.transformed:
+            table.rows.append(["  after them, mean", *["-"] * 2, *(_number(found.robust(m)) for m in EVALUATED)])
+        if group.ceiling is not None:
+            add("  real against real", group.ceiling)
+    for name, group in summary.per_class.items():
+        add(name, group.generated)
+    groups = {"pooled": summary.pooled, "mean over classes": summary.mean_over_classes, **summary.per_class}
+    table.notes += [f"{name}: {group.generated.note}" for name, group in groups.items() if group.generated.note]
+    if summary.pooled.ceiling is not None:
+        table.notes.append("real against real: one half of the real images against the other; fewer images score lower")
+    if found.judge_accuracy is not None:
+        table.notes.append("accuracy: share of the generated images that the judge names as asked")
+    if found.copied is not None:
+        table.notes.append(
+            f"copied: {found.copied:.3f} of the generated images are nearer to an exemplar of their class than"
+            " 99 % of the real images are (in pixels)"
+        )
+    table.notes = _wrapped(table.notes)
+    return table
+
+
+def gains_tables(found: Evaluation) -> list[Table]:
+    """A table a baseline: what is gained in each metric, and what of it survives the transforms."""
+    tables = []
+    for name, comparison in found.gains.items():
+        audited = bool(found.transformed)
+        interval = f"{LEVEL * 100:.0f} % interval"
+        headings = ["", "value", "baseline", "gain", interval]
+        headings += ["surviving", interval, "share", "verdict"] if audited else []
+        sizes = f"{comparison.images} images beside {comparison.baseline_images}"
+        table = Table(f"gain over {name}, judge {found.judge}: {sizes}", headings)
+        weakest: dict[str, list[str]] = {}
+        for metric, gain in comparison.metrics.items():
+            if gain.gain is None:
+                continue
+            cells = [_number(gain.value), _number(gain.baseline), _signed(gain.gain), _range(gain.interval)]
+            if audited:
+                share = "-" if gain.robust_gain is None else f"{gain.robust_gain:.2f}"
+                cells += [_signed(gain.surviving), _range(gain.surviving_interval), share, gain.verdict or "-"]
+            table.rows.append([EVALUATED.get(metric, metric), *cells])
+            if gain.after and gain.verdict not in (None, "no gain"):
+                least = min(gain.after, key=lambda transform: gain.after[transform])
+                weakest.setdefault(least, []).append(f"{EVALUATED.get(metric, metric)} {_signed(gain.after[least])}")
+        table.notes = _wrapped([f"least is left after {least}: {', '.join(those)}" for least, those in weakest.items()])
+        tables.append(table)
+    if tables:
+        tables[-1].notes += _wrapped(
+            [
+                "gain: positive is better, for the Frechet distance and copies too (lower by so much).  interval: the spread of"
+                f" {DRAWS} bootstrap draws of both sets' images within their classes, the real ones kept; not for recall and"
+                " Vendi, which images drawn twice would falsify, so they have no verdict.",
+                *(
+                    ["surviving: the mean gain after the transforms.  share: of the gain, where there is one.", RULE]
+                    if found.transformed
+                    else []
+                ),
+            ]
+        )
+    return tables
+
+
+def demo_table(means: Sequence[Mapping[str, Any]]) -> Table:
+    """A line a method: mean, and spread over the seeds."""
+    columns = {
+        "precision": "precision",
+        "coverage": "coverage",
+        "f1": "F1",
+        "recall": "recall",
+        "frechet": "frechet",
+        "robust_precision": "rob.prec",
+        "robust_coverage": "rob.cov",
+        "copied": "copied",
+        "utility": "utility",
+        "seconds": "seconds",
+    }
+    seeds = max(mean["seeds"] for mean in means)
+    table = Table(
+        f"digits, judged by a classifier that guided nothing; mean of {seeds} seed{'s' * (seeds > 1)}"
+        + (" ± standard deviation" if seeds > 1 else ""),
+        ["method", *columns.values()],
+    )
+    for mean in means:
+        name = mean["method"] + (f" w={mean['scale']:g}" if mean["method"] == "cfg" else "")
+        name += f" k={mean['k']}" if mean["k"] else ""
+        table.rows.append([name, *(_spread(mean[column], mean[f"{column}_spread"]) for column in columns)])
+    table.notes = [
+        "rob.: after mild transforms of real and generated images alike.  copied: share nearer to an exemplar than 99 % of",
+        "held-out real digits are (against 32 exemplars where none guided).  utility: accuracy on held-out real digits of a",
+        "small classifier trained on the set alone.  seconds: of sampling.",
+    ]
+    return table
+
+
+def cost_tables(found: Cost) -> list[Table]:
+    """What sampling costs in three ways; where the recipe's operations go; what comes once a class."""
+    height, width = found.resolution
+    chunk = "" if found.chunk is None or found.chunk >= found.cohort else f", {found.chunk} images at once"
+    ways = Table(
+        f"{found.model}, {height} x {width}, {found.sampler}, {found.steps} steps, cohort of {found.cohort}{chunk}",
+        ["", "TFLOPs/image", "x plain", "x CFG", "denoiser calls", "parameters", "peak memory"],
+    )
+    plain, cfg = found.plain, found.cfg
+    for name, way in (
+        ("plain", plain),
+        ("CFG" if found.null_condition else "CFG (if it had a null)", cfg),
+        ("recipe", found.recipe),
+    ):
+        ratios = (f"{way.flops_per_image / other.flops_per_image:.2f}" for other in (plain, cfg))
+        ways.rows.append(
+            [
+                name,
+                f"{way.flops_per_image / 1e12:.4g}",
+                *ratios,
+                f"{way.evaluations:g}",
+                f"{way.parameters / 1e6:,.1f} M",
+                f"{way.peak_bytes / 1e9:,.3g} GB",
+            ]
+        )
+    ways.notes = [
+        *(f"{method}: acts at {steps} of {found.plain.evaluations:g} evaluations" for method, steps in found.guided),
+        "A multiply-add is 2 FLOPs; matrix products, convolutions and attention are counted, the rest is not. Weights are",
+        "frozen, so going back is a gradient towards the input. Peak memory is an estimate for the whole cohort at once: the",
+        "weights and the tensors alive, without the allocator's gaps, kernels' workspace and the text encoders. Where it is",
+        "too much, state a chunk: guidance by an exact jacobian then repeats forward passes.",
+    ]
+    parts = Table("the recipe by part", ["", "TFLOPs/image", "share"])
+    for part, flops in found.recipe.parts.items():
+        parts.rows.append([COST_PARTS[part], f"{flops / 1e12:.4g}", f"{flops / found.recipe.flops_per_image:.1%}"])
+    once = Table("once a class, not in the above", ["", "TFLOPs"])
+    once.rows = [[name.replace("_", " "), f"{flops / 1e12:.4g}"] for name, flops in found.once_per_class.items()]
+    return [ways, parts, *([once] if once.rows else [])]
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}" if abs(value) < 100 else f"{value:+.1f}"
+
+
+def _range(ends: tuple[float, float] | None) -> str:
+    return "-" if ends is None else " .. ".join(_signed(end) for end in ends)
+
+
+def _wrapped(notes: Sequence[str]) -> list[str]:
+    return [line for note in notes for line in textwrap.wrap(note, WIDTH, break_long_words=False)]
+
+
+def _spread(value: float, spread: float | None) -> str:
+    return _number(value) + ("" if spread is None else f" ±{_number(spread)}")

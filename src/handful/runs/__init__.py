@@ -1,0 +1,1 @@
+"""What any job needs that may be interrupted: its directory, resume, provenance, manifest, progress."""

@@ -1,0 +1,135 @@
+"""A directory that one kind of job of handful owns: what lies there, one process at a time, files whole or not at all.
+
+DIR/recipe.yaml or sweep.yaml   the mark: what was asked for, with its provenance
+DIR/.handful/lock               held by the one process that works here
+DIR/.handful/tmp/               everything unfinished; emptied at every start and end
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from handful.errors import RequestError
+from handful.recipe.file import PROVENANCE, parse_yaml
+
+OURS = ".handful"
+_ELSEWHERE = "Choose a new or empty directory with --out; nothing here has been touched."
+
+
+class OwnedDirectory:
+    """A directory that handful writes into.
+
+    Args:
+        path: It need not exist. Nothing is created before `locked`.
+        mark: The file that says what was asked for.
+        job: What writes here, in a word: "run".
+        request: What the mark holds, in a word: "recipe".
+        doing: What another process is doing there, in a word: "generating".
+    """
+
+    def __init__(self, path: str | Path, mark: str, *, job: str, request: str, doing: str) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self._mark, self._job, self._request, self._doing = mark, job, request, doing
+        self._own = self.path / OURS
+        self._temporary = self._own / "tmp"
+
+    def stored(self) -> dict[str, Any] | None:
+        """What the job that has begun here was asked for, with its provenance; None where none has.
+
+        Raises:
+            RequestError: The directory holds something else, is a file, or can't be written.
+        """
+        if not self.path.exists():
+            parent = next(parent for parent in self.path.parents if parent.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                raise RequestError("out", self.path, f"it can't be created in '{parent}'", "Choose another --out.")
+            return None
+        if not self.path.is_dir():
+            raise RequestError("out", self.path, "this is a file", "Choose another --out.")
+        try:
+            present = sorted(os.listdir(self.path))
+        except PermissionError:
+            raise RequestError("out", self.path, "you may not read it", "Choose another --out.") from None
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise RequestError("out", self.path, "you may not write into it", "Choose another --out.")
+        if OURS in present and self._mark in present:
+            text = (self.path / self._mark).read_text(encoding="utf-8", errors="replace")
+            data = parse_yaml(text, "out", self.path / self._mark)
+            if not isinstance(data, dict) or not isinstance(data.get(PROVENANCE), dict):
+                problem = f"it is no {self._request} that a {self._job} has written"
+                raise RequestError("out", self.path / self._mark, problem, _ELSEWHERE)
+            return data
+        foreign = [name for name in present if name != OURS]
+        if foreign:
+            listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+            problem = f"it holds something that is no {self._job} of handful: {listed}"
+            raise RequestError("out", self.path, problem, _ELSEWHERE)
+        return None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Creates the directory where needed and keeps other processes out; leaves no temporary files behind.
+
+        Raises:
+            RequestError: Another process works here.
+        """
+        self._own.mkdir(parents=True, exist_ok=True)
+        with (self._own / "lock").open("a") as handle:
+            with suppress(ImportError):  # Windows has no fcntl; there nobody is kept out
+                import fcntl
+
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise RequestError(
+                        "out",
+                        self.path,
+                        f"another process is {self._doing} into it",
+                        "Wait until it has finished, or choose another --out.",
+                    ) from None
+                except OSError as error:  # some network file systems lock nothing
+                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                        raise
+            self._clear()
+            try:
+                self._temporary.mkdir()
+                yield
+            finally:
+                self._clear()
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def publish(self, name: str, content: bytes) -> None:
+        """Writes a file of the job, whole or not at all, and on the disk when this returns. Same bytes are left alone.
+
+        Args:
+            name: Relative to the directory; missing folders are made.
+        """
+        target = self.path / name
+        with suppress(OSError):
+            if target.read_bytes() == content:
+                return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._temporary / target.name
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, target)
+        with suppress(OSError):  # the rename itself; not every file system can
+            folder = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+    def free_bytes(self) -> int:
+        """Free space where the directory is or will be."""
+        return shutil.disk_usage(next(path for path in (self.path, *self.path.parents) if path.exists())).free

@@ -1,0 +1,111 @@
+"""The demo on CIFAR-10: its judge by features alone, its rows, and that it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from handful.judge.audit import TRANSFORMS
+from handful.cli import app
+from handful.console import answer
+from handful.demo.digits import means
+from handful.demo.cifar10 import COLUMNS, FeaturesJudge, demo, entries, table
+from handful.errors import RequestError, RunError
+from handful.judge.evaluate import Judge
+from handful.features.registry import load_extractor
+from handful.judge.gains import AS_IS
+from handful.data.images import write_png
+from handful.zoo.cifar10 import CLASSES, UNTOUCHED, RealFeatures
+
+
+def pictures(each: int, seed: int) -> tuple[torch.Tensor, list[str]]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(10 * each, 3, 32, 32, generator=draw) * 2 - 1, [name for name in CLASSES for _ in range(each)]
+
+
+@pytest.mark.slow
+def test_a_judge_by_features_finds_what_a_judge_by_images_finds():
+    extractor = load_extractor("cifar10-judge")
+    real, labels = pictures(2, seed=0)
+    by_images = Judge(real, labels, extractor, ceiling=False, classes=CLASSES)
+    seen = by_images.see(real, labels)
+    features = {(UNTOUCHED if view == AS_IS else view): torch.as_tensor(held) for view, held in seen.features.items()}
+    by_features = FeaturesJudge(RealFeatures(extractor.digest, labels, features, {}, ""), extractor)
+    assert set(by_features.transforms) == set(TRANSFORMS)
+    made = pictures(2, seed=1)
+    assert by_features(*made).row() == by_images(*made).row()
+    assert by_features(*made).to_dict() == by_images(*made).to_dict()
+
+
+def test_features_of_another_judge_are_refused():
+    real = RealFeatures("f00d", list(CLASSES), {UNTOUCHED: torch.zeros(10, 64)}, {}, "")
+    with pytest.raises(RunError, match="not cifar10-judge's"):
+        FeaturesJudge(real, load_extractor("cifar10-judge"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, demo(out, per_class=8, steps=2)
+
+
+@pytest.mark.slow
+def test_every_method_has_one_finite_row_and_goes_on_without_repeating(small):
+    out, rows = small
+    assert [(r["method"], r["scale"], r["k"]) for r in rows] == [(e.method, e.scale, e.k) for e in entries(steps=2)]
+    numbers = [[row[column] for column in COLUMNS if column != "utility"] for row in rows]
+    assert np.isfinite(np.array(numbers, dtype=float)).all()
+    assert all(row["utility"] is None for row in rows), "no real images, no test"
+    (out / "results.json").write_text(json.dumps(rows[:-1]))
+    again = demo(out, per_class=8, steps=2)
+    assert again[:-1] == rows[:-1]
+    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in (again[-1], rows[-1])]
+    assert timeless[0] == timeless[1]
+
+
+@pytest.mark.slow
+def test_the_sheet_and_the_table_show_every_class_and_method(small):
+    out, rows = small
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.height > 10 * 64
+        assert sheet.width > 8 * 64
+    shown = table(means(rows, tuple(COLUMNS)))
+    assert [row[0] for row in shown.rows] == ["none", "cfg w=2.5", "chamfer k=32", "energy k=32", "energy+cfg k=32"]
+    assert "utility" not in shown.headings
+
+
+def test_the_methods_run_the_defaults_that_generate_has():
+    chamfer = next(entry for entry in entries() if entry.method == "chamfer")
+    assert [term.features for term in chamfer.guidance] == ["cifar10-guide"]  # type: ignore[union-attr]
+    assert chamfer.k == 32
+    energy = next(entry for entry in entries() if entry.method == "energy")
+    assert [(term.features, term.softplus, term.jacobian) for term in energy.guidance] == [  # type: ignore[union-attr]
+        ("cifar10-guide", 3.0, "gaussian")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"seeds": 0}, "seeds"), ({"per_class": 4}, "per_class"), ({"real": "nowhere"}, "--real"), ({"real": "two"}, "--real")],
+)
+def test_settings_without_sense_are_refused_before_anything_is_written(tmp_path, monkeypatch, options, field):
+    monkeypatch.chdir(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "two" / name).mkdir(parents=True)
+        write_png(tmp_path / "two" / name / "0.png", torch.zeros(3, 32, 32))
+    with pytest.raises(RequestError) as caught:
+        demo(tmp_path / "out", **options)
+    assert caught.value.field == field
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_what_no_demo_has(tmp_path, capsys):
+    assert answer(app, ["demo", "--model", "cifar100", "--out", str(tmp_path / "out")]) == 2
+    assert "Choose digits or cifar10" in capsys.readouterr().err
+    assert answer(app, ["demo", "--real", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,81 @@
+"""The demo: its rows, its pictures, and that it goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from handful.demo.digits import COLUMNS, demo, entries, means
+from handful.errors import RequestError
+from handful.guidance.requests import ChamferRequest
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return out, demo(out, seeds=1, per_class=8)
+
+
+@pytest.mark.slow
+def test_every_method_and_k_has_one_finite_row(small):
+    out, rows = small
+    assert [(r["method"], r["scale"], r["k"]) for r in rows] == [(e.method, e.scale, e.k) for e in entries()]
+    numbers = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
+    assert numbers.isfinite().all()
+    assert json.loads((out / "results.json").read_text()) == rows
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_goes_on_and_repeats_nothing(small):
+    out, rows = small
+    (out / "results.json").write_text(json.dumps(rows[:-1]))
+    again = demo(out, seeds=1, per_class=8)
+    assert again[:-1] == rows[:-1], "rows that were there stay as they were"
+    timeless = [{key: value for key, value in r.items() if key != "seconds"} for r in (again[-1], rows[-1])]
+    assert timeless[0] == timeless[1], "the last one is measured again on the same images"
+
+
+@pytest.mark.slow
+def test_the_contact_sheet_shows_exemplars_above_generated_digits(small):
+    out, _ = small
+    with Image.open(out / "contact_sheet.png") as sheet:
+        assert sheet.width > 8 * 64
+        assert sheet.height > 10 * 2 * 64
+
+
+@pytest.mark.slow
+def test_a_demo_of_other_settings_is_refused(small):
+    out, _ = small
+    with pytest.raises(RequestError, match="other settings"):
+        demo(out, seeds=1, per_class=16)
+
+
+def test_a_directory_with_something_else_is_refused_and_kept(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(RequestError, match="holds no demo"):
+        demo(tmp_path, seeds=1)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize(("options", "field"), [({"seeds": 0}, "seeds"), ({"per_class": 4}, "per_class")])
+def test_settings_without_sense_are_refused_before_anything_is_written(tmp_path, options, field):
+    with pytest.raises(RequestError, match=field):
+        demo(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_runs_the_defaults_that_generate_has():
+    plain = next(e.guidance[0] for e in entries() if e.method == "chamfer")
+    assert isinstance(plain, ChamferRequest)
+    assert plain.margin == 0, "chamfer is the paper's formula"
+
+
+def test_means_and_spreads_are_those_of_the_seeds():
+    base = {"method": "none", "scale": 0.0, "k": 0, **dict.fromkeys(COLUMNS, 0.5)}
+    (mean,) = means([{**base, "seed": 0, "coverage": 0.2}, {**base, "seed": 1, "coverage": 0.4}])
+    assert mean["coverage"] == pytest.approx(0.3)
+    assert mean["coverage_spread"] == pytest.approx(0.2 / 2**0.5), "standard deviation of a sample of two"
+    assert means([{**base, "seed": 0}])[0]["coverage_spread"] is None

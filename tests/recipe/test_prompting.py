@@ -1,0 +1,67 @@
+"""Class names become prompts."""
+
+from typing import Any
+
+import pytest
+
+from handful.errors import RequestError
+from handful.recipe.prompting import prompts_of
+from handful.recipe.schema import ModelRequest
+
+
+def asked(**words: Any) -> ModelRequest:
+    return ModelRequest(name="m", **words)
+
+
+def test_the_template_takes_the_class_name_with_spaces_for_underscores():
+    assert prompts_of(["cat", "golden_retriever"], asked()) == {
+        "cat": "a photo of a cat",
+        "golden_retriever": "a photo of a golden retriever",
+    }
+
+
+def test_a_field_of_any_name_takes_the_whole_class_name():
+    assert prompts_of(["bag"], asked(template="{object}, studio light")) == {"bag": "bag, studio light"}
+
+
+def test_fields_of_a_pattern_fill_the_template():
+    found = prompts_of(
+        ["Africa--hand_soap", "West-Asia--bag"], asked(template="{object} in {region}", class_pattern="{region}--{object}")
+    )
+    assert found == {"Africa--hand_soap": "hand soap in Africa", "West-Asia--bag": "bag in West-Asia"}
+
+
+def test_a_class_may_have_a_prompt_of_its_own():
+    found = prompts_of(["crane", "dog"], asked(prompts={"crane": "a crane, the bird"}))
+    assert found == {"crane": "a crane, the bird", "dog": "a photo of a dog"}
+
+
+def test_braces_that_are_meant_stay():
+    assert prompts_of(["x"], asked(template="{{set}} of {}")) == {"x": "{set} of x"}
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "said"),
+    [
+        ({"template": "a photo"}, "model.template", "Write {}"),
+        ({"template": "a {"}, "model.template", "can't be read"),
+        ({"template": "a {0.__class__}"}, "model.template", "plain name"),
+        ({"template": "a {:>9}"}, "model.template", "plain name"),
+        ({"template": "{object} in {region}"}, "model.template", "class_pattern"),
+        ({"template": "{object} in {place}", "class_pattern": "{region}--{object}"}, "model.template", "region, object"),
+        ({"class_pattern": "{region}--{object}"}, "model.template", "region, object"),
+        ({"class_pattern": "{}"}, "model.class_pattern", "named"),
+        ({"class_pattern": "{a}--{b}", "template": "{a}"}, "model.class_pattern", "'cat' does not fit"),
+        ({"prompts": {"kat": "a cat"}}, "model.prompts", "Did you mean 'cat'?"),
+    ],
+)
+def test_what_cannot_be_filled_is_refused_by_name(words: dict[str, Any], field: str, said: str):
+    with pytest.raises(RequestError) as caught:
+        prompts_of(["cat"], asked(**words))
+    assert caught.value.field == field
+    assert said in str(caught.value)
+
+
+def test_prompts_may_say_more_than_is_generated_and_an_empty_one_is_meant():
+    said = asked(prompts={"cat": "", "dog": "a dog"})
+    assert prompts_of(["cat"], said) == {"cat": ""}
