@@ -7,6 +7,7 @@
     stable_diffusion.py  Stable Diffusion 1.5, 2.1 and SDXL
     stable_diffusion3.py Stable Diffusion 3 and 3.5
     flux.py              Flux
+    mnist_vit.py         the zoo's mnist
 
 Each of them offers `skeleton(source, options)`, the denoiser on the meta device from its configs alone, so that a wrong
 request is refused before anything large is read, and `load(source, options)`, the same with its weights.
@@ -46,7 +47,7 @@ def load(name_or_path: str | Path, options: ModelOptions | None = None, **words:
     """Loads a pretrained model as a `Denoiser`.
 
     Args:
-        name_or_path: A name of the zoo (`digits`), a directory that diffusers wrote, a hub name, a single file
+        name_or_path: A name of the zoo (`mnist`), a directory that diffusers wrote, a hub name, a single file
             (guided-diffusion's `.pt`, a pipeline's `.safetensors`, NVIDIA's `.pkl`), or `FILE.py:FUNCTION`, which runs that
             file and takes the `Denoiser` that the function returns.
         options: What else is said of it.
@@ -118,6 +119,8 @@ def family_of(source: Source) -> str:
     """
     if source.file is not None:
         return FILES.get(source.file.suffix, "stable_diffusion")
+    if source.name in ZOO and (own := (source.read_json("handful.json") or {}).get("family")):
+        return own
     index = source.read_json("model_index.json")
     kind = "" if index is None else str(index.get("_class_name"))
     if kind in PIPELINES:

@@ -34,7 +34,7 @@ Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 # What `every` left open makes of a run: so many guided steps, or up to three more (docs/findings.md, section 6).
 GUIDED_STEPS = 4
 # What `features: auto` becomes, by model.
-FEATURES_BY_MODEL = {"digits": "pixels", "cifar10": "cifar10-guide"}
+FEATURES_BY_MODEL = {"digits": "pixels", "mnist": "pixels", "cifar10": "cifar10-guide"}
 AUTO_FEATURES = "dinov2"  # for every other model
 # Only what differs from the defaults below; what a user states himself always wins. In pixels, which no gradient can fool,
 # the cheap jacobian on every step is as good as the exact one (docs/findings.md).

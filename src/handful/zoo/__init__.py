@@ -1,6 +1,6 @@
 """The zoo: models that travel inside the package, so that everything can be tried without a download.
 
-Importing this module loads no torch; data and classifiers are in `handful.zoo.digits` and `handful.zoo.cifar10`.
+Importing this module loads no torch; data and classifiers are in `handful.zoo.digits`, `.cifar10` and `.mnist`.
 """
 
 from importlib.resources import files
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from handful.errors import RequestError
 
-ZOO = ("digits", "cifar10")
+ZOO = ("digits", "cifar10", "mnist")
 """The names of the packaged models."""
 
 EXEMPLARS = {"cifar10-exemplars": ("cifar10", "exemplars.safetensors")}
@@ -16,7 +16,8 @@ EXEMPLARS = {"cifar10-exemplars": ("cifar10", "exemplars.safetensors")}
 
 
 def zoo_path(name: str) -> Path:
-    """The folder of a packaged model, laid out as diffusers saves a pipeline (`unet/`, `scheduler/`) plus `handful.json`.
+    """The folder of a packaged model, as diffusers saves a pipeline (`unet/`, `scheduler/`) plus `handful.json`; `mnist`
+    has weights of its own kind.
 
     Args:
         name: one of `ZOO`.

@@ -33,21 +33,22 @@ class DigitsSplit(NamedTuple):
     test_labels: Tensor  # (697,)
 
 
-def split_indices(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Splits by class: of each class, in a random order, the first 110 train and the others are held out.
+def split_indices(labels: np.ndarray, per_class: int = TRAIN_PER_CLASS) -> tuple[np.ndarray, np.ndarray]:
+    """Splits by class: of each class, in a random order, the first `per_class` train and the others are held out.
 
     `RandomState` is what numpy promises never to change, so the split is the same under every version.
 
     Args:
         labels: (n,), the class of each image.
+        per_class: How many of each class train.
 
     Returns:
         Indices to train on and indices held out, each in ascending order.
     """
     random = np.random.RandomState(SPLIT_SEED)
     orders = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
-    train = np.sort(np.concatenate([order[:TRAIN_PER_CLASS] for order in orders]))
-    held_out = np.sort(np.concatenate([order[TRAIN_PER_CLASS:] for order in orders]))
+    train = np.sort(np.concatenate([order[:per_class] for order in orders]))
+    held_out = np.sort(np.concatenate([order[per_class:] for order in orders]))
     return train, held_out
 
 
