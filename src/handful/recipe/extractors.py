@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from handful.errors import RequestError
+from handful.features.class_numbers import number_of, places_of
 from handful.features.clip import clip_classifier, clip_skeleton, is_clip
 from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
 from handful.features.softplus import softened
@@ -159,7 +159,7 @@ def targets_of(
     unknown = [name for name in request.classes if name not in labels]
     if unknown and not set(labels) <= set(request.classes):
         raise RequestError("classes", unknown[0], "no such class is generated", f"Those are: {_listed(labels)}.")
-    places = _places(names)
+    places = places_of(names)
     found: dict[str, int] = {}
     for name, label in labels.items():
         said = request.classes.get(name)
@@ -170,7 +170,7 @@ def targets_of(
                 raise RequestError("by_label", True, "this model is told no labels", "Leave it out.")
             found[name] = _within(f"by_label, class '{name}'", label, count)
         elif said is not None or names:
-            found[name] = _place(name, name if said is None else said, names, places)
+            found[name] = number_of(name, name if said is None else said, names, places)
         elif label is not None and len(model_classes) == count:
             found[name] = label
         else:
@@ -222,40 +222,6 @@ def _within(field: str, number: int, count: int) -> int:
     if not 0 <= number < count:
         raise RequestError(field, number, f"the classifier has {count} classes", f"Give 0 to {count - 1}, by classes.")
     return number
-
-
-def _places(names: Sequence[str]) -> dict[str, list[int]]:
-    """The numbers of the classes that a text may mean: as it is written, without case, as one of several synonyms."""
-    places: dict[str, list[int]] = {}
-    for number, name in enumerate(names):
-        synonyms = [name, _plain(name), *map(_plain, name.split(","))] if "," in name else [name, _plain(name)]
-        for text in dict.fromkeys(synonyms):
-            places.setdefault(text, []).append(number)
-    return places
-
-
-def _place(name: str, asked: str, names: Sequence[str], places: Mapping[str, list[int]]) -> int:
-    """The number of the class that `asked` means; `name` is the class to generate."""
-    exact = [number for number in places.get(asked, ()) if names[number] == asked]
-    found = exact if len(exact) == 1 else places.get(_plain(asked), [])
-    if len(found) == 1:
-        return found[0]
-    remedy = f"Say which it is: classes: {{{name}: NUMBER}}."
-    if found:
-        listed = ", ".join(f"{number} ({names[number]})" for number in found[:5])
-        raise RequestError("classes", asked, f"{len(found)} of the classifier's classes are called so: {listed}", remedy)
-    near = difflib.get_close_matches(_plain(asked), places, n=1)
-    hint = f"; '{near[0]}' is like it" if near else ""
-    raise RequestError(
-        "classes",
-        asked,
-        f"the classifier has no class of this name among its {len(names)}{hint}",
-        remedy.replace("NUMBER", "NUMBER or NAME")[:-1] + "; or by_label: true, if it numbers them as the model does.",
-    )
-
-
-def _plain(name: str) -> str:
-    return name.strip().casefold().replace("_", " ")
 
 
 def _listed(names: Sequence[str] | Mapping[str, int | None]) -> str:

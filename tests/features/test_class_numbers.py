@@ -1,0 +1,47 @@
+"""Which of a judge's classes a folder is: by name, by number, as the user says; never by the alphabet."""
+
+from __future__ import annotations
+
+import pytest
+
+from handful.errors import RequestError
+from handful.features.class_numbers import class_numbers
+
+CIFAR = ("airplane", "automobile", "bird", "cat")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "count", "said", "wanted"),
+    [
+        ([str(n) for n in (0, 1, 10, 11, 2)], (), 12, {}, {"0": 0, "1": 1, "10": 10, "11": 11, "2": 2}),
+        (["cat", "Bird"], CIFAR, 4, {}, {"cat": 3, "Bird": 2}),
+        (["1", "03"], CIFAR, 4, {}, {"1": 1, "03": 3}),  # numbers of named classes
+        (["plane", "car", "cat"], CIFAR, 4, {"plane": "airplane", "car": 1}, {"plane": 0, "car": 1, "cat": 3}),
+        (["1", "0"], ("0", "1"), 2, {}, {"1": 1, "0": 0}),
+        (["1", "2"], ("2", "1", "0"), 3, {}, {"1": 1, "2": 0}),  # a name comes before a number
+        (["great_white"], ("tench, Tinca tinca", "great white, shark"), 2, {}, {"great_white": 1}),
+    ],
+)
+def test_classes_are_found_by_what_is_said_by_name_and_by_number(labels, names, count, said, wanted):
+    assert class_numbers(labels, names, count, said) == (wanted, "")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "count", "why"),
+    [
+        (["airplane", "car"], CIFAR, 4, "no class that is called car, and its classes are airplane, automobile"),
+        (["bird", "cat"], (), 2, "it states no names for its 2 classes"),  # the alphabet says nothing
+        (["1", "4"], (), 4, "called 1, 4"),  # counted from 1, or of another judge
+        (["cat"], CIFAR, 5, "names 4 classes and gives 5 logits"),
+    ],
+)
+def test_where_nothing_is_certain_there_is_no_answer_and_the_reason(labels, names, count, why):
+    found, text = class_numbers(labels, names, count)
+    assert found is None
+    assert why in text
+
+
+@pytest.mark.parametrize("said", [{"dog": "cat"}, {"car": "auto"}, {"car": 4}, {"car": "4"}])
+def test_what_the_user_says_must_be_there(said):
+    with pytest.raises(RequestError, match=r"^judge_class: "):
+        class_numbers(["car"], CIFAR, 4, said)
