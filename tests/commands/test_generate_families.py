@@ -11,10 +11,8 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +23,7 @@ from diffusers import AutoencoderTiny, DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
 from support import adm, pictures
 from support.edm import Preconditioned
+from support.killed import killed as kill
 from support.pipelines import tiny_sdxl, tiny_stable_diffusion
 from support.pipelines_dit import tiny_dit
 from support.pipelines_flow import tiny_flux, tiny_sd3
@@ -223,22 +222,15 @@ def test_a_killed_run_through_the_linear_preview_ends_with_the_same_bytes(disk, 
         "--k",
         3,
         "--per-class",
-        60,
+        16,
         "--cohort",
         2,
         "--steps",
-        12,
+        6,
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert handful(*asked, "--out", whole) == 0
-    process = command(*asked, "--out", killed)
-    until = time.monotonic() + 120
-    while len(list(killed.glob(".handful/cohorts/*.parquet"))) < 2 and process.poll() is None:
-        assert time.monotonic() < until, "no cohort came"
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it had ended before it was killed"
+    kill([*asked, "--out", killed], lambda: len(list(killed.glob(".handful/cohorts/*.parquet"))) >= 2)
     assert not (killed / "manifest.parquet").exists()
     assert handful(*asked, "--out", killed) == 0
     assert contents(killed) == contents(whole)

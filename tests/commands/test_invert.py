@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +11,7 @@ import pytest
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from support.killed import killed
 from support.pictures import save
 
 from handful import cli, console
@@ -158,27 +154,19 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(targets: Path, tmp_path: Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["difference", "adam"])
-def test_a_fit_that_was_killed_ends_with_the_same_bytes(targets: Path, tmp_path: Path, method: str):
-    arguments = ["--model", "digits", "--method", method, "--epochs", "10", "--quiet"]
+def test_a_fit_that_was_killed_ends_with_the_same_bytes(
+    targets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+):
+    arguments = ["--model", "digits", "--method", method, "--epochs", "6", "--quiet"]
     assert handful("invert", targets, "--out", tmp_path / "one", *arguments) == 0
     other = tmp_path / "other"
-    command = [sys.executable, "-m", "handful.cli", "invert", str(targets), "--out", str(other), *arguments]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    partial, until = tmp_path / "other.partial", time.monotonic() + 120
-    try:
-        while not partial.exists() and time.monotonic() < until:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    partial = tmp_path / "other.partial"
+    killed(["invert", targets, "--out", other, *arguments], partial.exists)
     assert not other.exists(), "it was killed too late to prove anything"
-    began = Embeddings.load(tmp_path / "one").segments * 10
-    result = subprocess.run(
-        [*command[:-1], "--json"], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"of {began} are there)" in result.stderr
+    began = Embeddings.load(tmp_path / "one").segments * 6
+    capsys.readouterr()
+    assert handful("invert", targets, "--out", other, *arguments[:-1], "--json") == 0
+    assert f"of {began} are there)" in capsys.readouterr().err
     assert other.read_bytes() == (tmp_path / "one").read_bytes()
     assert not partial.exists()
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from support.killed import killed
 from support.pipelines import tiny_stable_diffusion
 from support.pipelines_dit import tiny_dit
 from support.runs import contents
@@ -175,16 +171,8 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes_also_after_the_file_has_
     handful.generate(recipe, tmp_path / "undisturbed")
     request, out = tmp_path / "r.yaml", tmp_path / "killed"
     request.write_text(yaml.safe_dump(recipe.as_dict() | {"sampler": {}}))
-    command = [sys.executable, "-m", "handful.cli", "generate", str(request), "--out", str(out), "--quiet"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    marker, until = out / ".handful" / "cohorts" / "images-0000.parquet", time.monotonic() + 60
-    try:
-        while not marker.exists() and time.monotonic() < until:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    marker = out / ".handful" / "cohorts" / "images-0000.parquet"
+    killed(["generate", request, "--out", out, "--quiet"], marker.exists)
     assert not (out / "manifest.parquet").exists(), "it was killed too late to prove anything"
     moved = tmp_path / "moved.safetensors"
     shutil.copy(sge, moved)

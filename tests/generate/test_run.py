@@ -7,10 +7,7 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from support.killed import killed
 from support.runs import contents, digits_recipe, tiny_recipe
 
 import handful
@@ -104,24 +102,13 @@ def test_every_sampler_runs_and_repeats_its_bytes(tiny_model: Callable[..., str]
     assert contents(tmp_path / "one") == contents(tmp_path / "other")
 
 
-@pytest.mark.slow
 def test_a_run_killed_in_the_middle_ends_with_the_bytes_of_an_undisturbed_one(digits_folder: Path, tmp_path: Path):
     recipe = digits_recipe(digits_folder, classes=list("0123"), cohort=2, sampler={"steps": 18})
     handful.generate(recipe, tmp_path / "undisturbed")
     request = tmp_path / "r.yaml"
     request.write_text(yaml.safe_dump(recipe.as_dict()))
     out, marker = tmp_path / "killed", tmp_path / "killed" / ".handful" / "cohorts" / "0-0000.parquet"
-    command = [sys.executable, "-m", "handful.cli", "generate", str(request), "--out", str(out), "--quiet"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        until = time.monotonic() + 60
-        while not marker.exists() and time.monotonic() < until:
-            assert process.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert marker.exists()
+    killed(["generate", request, "--out", out, "--quiet"], marker.exists)
     assert not (out / "manifest.parquet").exists(), "it was killed too late to prove anything"
     summary = handful.generate(recipe, out)
     assert summary.cohorts_resumed >= 1

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import yaml
 from PIL import Image
+from support.killed import killed
 from support.runs import contents
 from support.sweeps import CLASSES, digits_data, digits_sweep, timeless
 
 import handful.sweep.run as sweep_run
+from handful import cli, console
 from handful.data.exemplars import Exemplars
 from handful.data.images import read_folder
 from handful.data.shared_exemplars import ExemplarFeatures
@@ -195,15 +192,10 @@ def test_a_set_that_was_generated_but_not_measured_keeps_its_seconds(digits, tmp
 def test_a_killed_sweep_ends_with_the_same_rows(small, digits, tmp_path):
     data = digits_data(digits)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(data))
-    command = [sys.executable, "-m", "handful.cli", "sweep", str(tmp_path / "sweep.yaml"), "--out", str(tmp_path / "out"), "-q"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    waited = time.monotonic() + 120
-    while not list((tmp_path / "out").rglob("seed-0.json")) and time.monotonic() < waited and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = ["sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "out", "-q"]
+    killed(command, lambda: list((tmp_path / "out").rglob("seed-0.json")))
     assert (tmp_path / "out/sweep.yaml").is_file()
-    assert subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False, capture_output=True).returncode == 0
+    assert console.answer(cli.app, [str(each) for each in command]) == 0
     assert timeless(read_results(tmp_path / "out/results.parquet")) == timeless(small[1].rows)
 
 
