@@ -23,6 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from handful.core.images import any_range, check_images
+from handful.core.memory import in_smaller_parts
 from handful.data.images import image_folder, open_file, read_all, read_image, write_atomically
 from handful.errors import RequestError, RunError
 
@@ -126,8 +128,9 @@ class Exemplars:
             if given.ndim != 4 or len(given) == 0 or given.shape[1] not in (1, 3) or given.shape[1:] != shape:
                 remedy = "Give (k, 1 or 3, height, width) for each class, k at least 1, all images alike."
                 raise RequestError(f"exemplars[{name!r}]", tuple(given.shape), "this is not a set of images", remedy)
-            if not given.dtype.is_floating_point or not bool((given.abs() <= 1 + 1e-4).all()):
-                remedy = "Bytes become images by handful.data.images.from_uint8."
+            check_images(given, f"exemplars[{name!r}]")
+            if not bool((given.abs() <= 1 + 1e-4).all()):
+                remedy = "Clamp them to [-1, 1]."
                 raise RequestError(f"exemplars[{name!r}]", given.dtype, "the values are not all in [-1, 1]", remedy)
         # Cloned, so that what the hashes say stays true whatever the caller does next.
         kept = {
@@ -359,11 +362,13 @@ def _checksum(features: Tensor) -> str:
 def _extract(images: Tensor, extractor: Extractor, batch: int) -> Tensor:
     weights = [*extractor.parameters(), *extractor.buffers()] if isinstance(extractor, nn.Module) else []
     device = weights[0].device if weights else images.device
-    parts = []
-    for chunk in images.split(batch):
+
+    def of(chunk: Tensor) -> Tensor:
         part = extractor(chunk.to(device))
         if part.ndim != 2 or len(part) != len(chunk) or not bool(torch.isfinite(part).all()):
             what = f"{tuple(part.shape)}" + ("" if bool(torch.isfinite(part).all()) else " with NaN or infinite values")
             raise RunError(f"The feature extractor gave {what} for {len(chunk)} images, not finite (n, D) features.")
-        parts.append(part.float().cpu())
-    return torch.cat(parts)
+        return part.float().cpu()
+
+    with any_range():  # exemplars are in [-1, 1]
+        return in_smaller_parts(lambda size: torch.cat([of(chunk) for chunk in images.split(size)]), batch)

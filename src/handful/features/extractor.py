@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from handful.core.images import check_images
 from handful.errors import RequestError
 from handful.files.digests import weights_digest
 
@@ -59,7 +60,11 @@ class FeatureExtractor(nn.Module):
         self.digest = self._digest()
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (n, c, h, w) in [-1, 1] -> what the network takes; float32 or the images' float64."""
+        """Images (n, c, h, w) in [-1, 1] -> what the network takes; float32 or the images' float64.
+
+        Raises:
+            RequestError: If they have another shape, or can't be in [-1, 1] (see `handful.core.images.check_images`).
+        """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise RequestError(
                 "images",
@@ -67,6 +72,8 @@ class FeatureExtractor(nn.Module):
                 "features are taken of (n, 1 or 3, h, w)",
                 "Pass a batch of gray or RGB images in [-1, 1].",
             )
+        if not images.requires_grad:  # what guidance takes gradients at leaves the range
+            check_images(images)
         if images.dtype in (torch.float16, torch.bfloat16):
             images = images.float()
         channels = self.channels or images.shape[1]

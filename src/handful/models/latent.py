@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from handful.core.denoiser import NetworkDenoiser, Prediction, shrunk
+from handful.core.memory import in_smaller_parts
 from handful.core.noise import Schedule
 from handful.errors import RequestError
 from handful.models.prompts import text_encoders
@@ -154,7 +155,11 @@ class LatentDenoiser(NetworkDenoiser):
             The share of the colours' variance that the map explains, 1 for all of it.
         """
         device = self.device
-        latents = torch.cat([self.encode(part.to(device)).cpu() for part in images.split(batch)]).double()
+
+        def encoded(size: int) -> Tensor:
+            return torch.cat([self.encode(part.to(device)).cpu() for part in images.split(size)])
+
+        latents = in_smaller_parts(encoded, batch).double()
         wanted = shrunk(images.cpu().double(), self.factor).movedim(1, -1).flatten(0, -2)
         given = latents.movedim(1, -1).flatten(0, -2)
         given = torch.cat([given, torch.ones(len(given), 1, dtype=torch.float64)], dim=1)

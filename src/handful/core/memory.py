@@ -1,0 +1,55 @@
+"""Running out of memory: what counts as it, on any device, and the one way back: the same work in smaller parts."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+# How the allocators without an error class of their own say it: the CPU's, MPS, XPU, C++'s, cuBLAS and cuDNN.
+_WORDS = (
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "bad_alloc",
+    "alloc_failed",
+    "failed to allocate",
+    "invalid buffer size",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, of whatever device it was."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
+
+
+def in_smaller_parts(call: Callable[[int], Result], size: int, told: Callable[[int, int], None] | None = None) -> Result:
+    """`call(size)`; again with half as many for as long as memory is short.
+
+    Args:
+        call: Does the whole work, so many images at once.
+        size: How many at first, 1 or more.
+        told: Hears what was too many, and how many are tried next.
+
+    Raises:
+        Exception: What `call` raised, where it is not about memory or one at a time is too many.
+    """
+    while True:
+        try:
+            return call(size)
+        except Exception as error:
+            if size <= 1 or not is_out_of_memory(error):
+                raise
+        # outside of `except`, where the error still holds the tensors of the failed try
+        if told is not None:
+            told(size, (size + 1) // 2)
+        size = (size + 1) // 2
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
