@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Json
+from handful.commands.shared import Json, named_folders
 
 
 def evaluate(
@@ -60,24 +60,3 @@ def evaluate(
     for number, table in enumerate([evaluation_table(found), *gains_tables(found)]):
         print("\n" * bool(number), end="")
         print_table(table)
-
-
-def named_folders(told: list[str]) -> dict[str, Path]:
-    """`DIR` or `NAME=DIR`, by name; a folder without a name goes by its own.
-
-    Raises:
-        RequestError: If two have one name, or a name or a folder is blank.
-    """
-    from handful.errors import RequestError
-
-    folders: dict[str, Path] = {}
-    for text in told:
-        name, equals, folder = text.partition("=")
-        if not equals or Path(text).expanduser().exists():
-            name, folder = Path(text).expanduser().resolve().name, text
-        if not name or not folder:
-            raise RequestError("baseline", text, "this names no folder", "Write DIR or NAME=DIR.")
-        if name in folders:
-            raise RequestError("baseline", text, f"'{folders[name]}' is called {name} as well", f"Write {name}-2={folder}.")
-        folders[name] = Path(folder)
-    return folders

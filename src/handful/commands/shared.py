@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -21,3 +22,24 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stder
 def listed(text: str | None) -> list[str] | None:
     """ "a, b" -> ["a", "b"]; None stays None."""
     return None if text is None else [name.strip() for name in text.split(",")]
+
+
+def named_folders(given: list[str], field: str = "baseline") -> dict[str, Path]:
+    """`DIR` or `NAME=DIR`, by name; a folder without a name goes by its own.
+
+    Raises:
+        RequestError: If two have one name, or a name or a folder is blank.
+    """
+    from handful.errors import RequestError
+
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not equals or Path(text).expanduser().exists():
+            name, folder = Path(text).expanduser().resolve().name, text
+        if not name or not folder:
+            raise RequestError(field, text, "this names no folder", "Write DIR or NAME=DIR.")
+        if name in folders:
+            raise RequestError(field, text, f"'{folders[name]}' is called {name} as well", f"Write {name}-2={folder}.")
+        folders[name] = Path(folder)
+    return folders

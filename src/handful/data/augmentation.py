@@ -13,7 +13,9 @@ from torch.nn.functional import affine_grid, grid_sample
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
-def random_view(images: Tensor, draw: torch.Generator, *, area: float = 0.2, jitter: float = 0.4, gray: float = 0.2) -> Tensor:
+def random_view(
+    images: Tensor, draw: torch.Generator, *, area: float = 0.2, jitter: float = 0.4, gray: float = 0.2, mirrored: bool = True
+) -> Tensor:
     """One random view of each image: cropped and brought back to size, mirrored, in other colours, sometimes gray.
 
     Args:
@@ -23,6 +25,7 @@ def random_view(images: Tensor, draw: torch.Generator, *, area: float = 0.2, jit
         jitter: Brightness, contrast and saturation are each multiplied by 1 - jitter to 1 + jitter, in four images of five;
             a quarter of it is the deviation of each channel's saturation from the others'. 0 leaves the colours.
         gray: Share of the jittered images that lose their colours.
+        mirrored: Mirror every second image; not for digits and letters.
 
     Returns:
         (n, 3, h, w) in [-1, 1].
@@ -33,7 +36,7 @@ def random_view(images: Tensor, draw: torch.Generator, *, area: float = 0.2, jit
 
     side, aspect = uniform(area, 1.0).sqrt(), torch.exp(uniform(-0.29, 0.29)).sqrt()  # 3:4 to 4:3
     wide, high = (side * aspect).clamp(max=1), (side / aspect).clamp(max=1)
-    mirror = torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    mirror = torch.where((uniform(0, 1) < 0.5) & mirrored, -1.0, 1.0)
     none = torch.zeros_like(wide)
     moved = [uniform(-1, 1) * (1 - length) for length in (wide, high)]
     maps = torch.cat([mirror * wide, none, moved[0], none, high, moved[1]], 3).view(-1, 2, 3)

@@ -95,7 +95,7 @@ class Exemplars:
         by_class = image_folder(root, field="exemplars")
         _refuse_unknown(root, list(by_class), classes)
         _refuse_few(root, {name: len(found) for name, found in by_class.items()}, k, minimum)
-        drawn = {name: sorted(found, key=lambda file: _draw(seed, file))[:k] for name, found in by_class.items()}
+        drawn = drawn_files(by_class, k, seed)
         flat = [(name, file) for name, of_class in drawn.items() for file in of_class]
 
         def read(index: int) -> tuple[Tensor, str]:
@@ -235,6 +235,11 @@ def read_hashed(file: Path, channels: int, size: tuple[int, int]) -> tuple[Tenso
     image = read_image(data, channels=channels, size=size, name=file)
     target = f"handful {_READING} {channels} {size[0]} {size[1]} ".encode()
     return image, hashlib.sha256(target + hashlib.sha256(data).digest()).hexdigest()
+
+
+def drawn_files(by_class: Mapping[str, Sequence[Path]], k: int | None, seed: int) -> dict[str, list[Path]]:
+    """Of each class's files the k that are drawn (None: all), in the order of the draw."""
+    return {name: sorted(found, key=lambda file: _draw(seed, file))[:k] for name, found in by_class.items()}
 
 
 def _draw(seed: int, file: Path) -> str:

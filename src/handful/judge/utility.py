@@ -56,6 +56,7 @@ def train_classifier(
     flip: bool = False,
     width: int = 32,
     seed: int = 0,
+    weights: Tensor | None = None,
 ) -> SmallClassifier:
     """Trains a classifier from scratch; deterministic on CPU for a seed.
 
@@ -70,6 +71,7 @@ def train_classifier(
         flip: Mirror images at random: for photographs, not for digits.
         width: Channels of the first stage.
         seed: Of weights, batches and augmentation.
+        weights: (n,), how often each image is drawn, up to a factor; None: all alike.
 
     Raises:
         RequestError: If there are fewer images than classes, a label is out of range, or there are fewer than 10 steps.
@@ -89,7 +91,7 @@ def train_classifier(
         optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
         for _ in range(steps):
-            pick = torch.randint(len(images), (batch,), generator=draw).to(images.device)
+            pick = picked(len(images), batch, draw, weights).to(images.device)
             batch_images = _mirrored(images[pick], draw) if flip else images[pick]
             batch_images = change(batch_images, draw) if change else batch_images
             loss = cross_entropy(network(batch_images), labels[pick], label_smoothing=0.05)
@@ -98,6 +100,13 @@ def train_classifier(
             optimizer.step()
             schedule.step()
     return network.eval()
+
+
+def picked(count: int, batch: int, draw: torch.Generator, weights: Tensor | None = None) -> Tensor:
+    """The places of a batch among `count` images, drawn with replacement; `weights` as for `train_classifier`."""
+    if weights is None:
+        return torch.randint(count, (batch,), generator=draw)
+    return torch.multinomial(weights.cpu().double(), batch, replacement=True, generator=draw)
 
 
 def _shifted(images: Tensor, draw: torch.Generator) -> Tensor:

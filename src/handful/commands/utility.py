@@ -1,0 +1,71 @@
+"""`handful utility`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from handful.commands.shared import Json, Quiet, named_folders
+
+
+def utility(
+    synthetic: Annotated[Path, typer.Argument(metavar="OUT", help="Generated images: a run directory, or a folder per class.")],
+    test: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Real test images, a folder per class.  [the exemplars' folder, what guided nothing]"),
+    ] = None,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=DIR", help="Further real test images, such as another camera's; repeatable."),
+    ] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(metavar="[NAME=]DIR", help="Another generated set to train on; repeatable.")
+    ] = None,
+    exemplars: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The exemplars, a folder per class.  [those that guided the run]")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Train the last block of this extractor.  [none up to 64 pixels, else dinov2]"),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Classifiers trained of each kind.")] = 3,
+    steps: Annotated[int, typer.Option(min=10, help="Training steps of each classifier.")] = 400,
+    json_wanted: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Is it worth it? Train classifiers with and without the generated images, and test them on real ones.
+
+    A classifier is trained on the exemplars alone (with augmentation), on the generated images alone, and on both; on each
+    --baseline likewise. All are tested on real images that nobody has seen. The last line says whether the generated images
+    help. What has been computed is kept in OUT/evaluations.
+
+    \b
+    Examples:
+      handful utility out
+      handful utility out --test photos-held-out --ood sketches=sketches/
+      handful utility out --baseline plain=out-none --seeds 5
+      handful utility out --features dinov2-small --json > utility.json
+    """
+    from handful.judge.worth import worth
+    from handful.report.tables import print_table
+    from handful.report.worth_table import worth_table
+    from handful.runs.progress import Words, progress_for
+
+    found = worth(
+        synthetic,
+        test=test,
+        ood=named_folders(ood or [], "ood"),
+        baselines=named_folders(baseline or []),
+        exemplars=exemplars,
+        features=features,
+        seeds=seeds,
+        steps=steps,
+        progress=progress_for(quiet, Words("training", "trained", "classifiers")),
+    )
+    if json_wanted:
+        print(json.dumps(found.to_dict(), allow_nan=False))
+        return
+    print_table(worth_table(found))

@@ -1,0 +1,483 @@
+"""Is it worth it? Classifiers trained on the exemplars alone, on the synthetic images alone, on both; tested on real images.
+
+What a user with a few images would do without any generated ones is to train on these with augmentation; synthetic images are
+worth their cost only if they add to that. So everything is trained alike (same network, same steps, same augmentation), several
+times, and what is chosen (the augmentation, the share of exemplars in a batch) is chosen on one part of the exemplars by
+training on the other: the test images have no say in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from handful.data.augmentation import random_view
+from handful.data.exemplars import drawn_files
+from handful.data.images import image_folder, read_all, read_image
+from handful.errors import RequestError
+from handful.features.registry import load_extractor
+from handful.judge.copies import shared_files
+from handful.judge.last_block import LastBlockLearner
+from handful.judge.utility import train_classifier
+from handful.runs.kept import keep, kept, key_of
+from handful.runs.metadata import exemplars_of
+from handful.runs.progress import Progress
+
+KIND, VERSION = "utility", 1
+SMALL = 64  # pixels: up to this side a small network learns from scratch
+FEWEST = 5  # test images of a class
+SHARES = (0.25, 0.5, 0.75)  # of exemplars in a batch, to choose from
+_KEPT_BYTES = 2 * 2**30  # of what enters the last block, of all sets together
+_VIEWS = 4  # of each image, where features are kept
+EXEMPLARS, SYNTHETIC, BOTH = "exemplars alone", "synthetic alone", "exemplars + synthetic"
+TEST = "test"
+
+# What is done to each training image; which of them suits is chosen on the exemplars.
+AUGMENTATIONS: dict[str, bool | Callable[[Tensor, torch.Generator], Tensor]] = {
+    "shift": True,
+    "crop": partial(random_view, area=0.5, jitter=0.3, gray=0.0, mirrored=False),
+    "crop, mirror, colours": partial(random_view, area=0.3),
+}
+
+Files = Mapping[str, Sequence[Path]]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Accuracies on one set of real images, a number for each trained classifier.
+
+    Attributes:
+        accuracies: Share of right answers, by seed.
+        per_class: By class, the mean over the seeds.
+    """
+
+    accuracies: list[float]
+    per_class: dict[str, float]
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.accuracies)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None for a single one."""
+        return stdev(self.accuracies) if len(self.accuracies) > 1 else None
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The class with the lowest accuracy, and that."""
+        name = min(self.per_class, key=lambda each: self.per_class[each])
+        return name, self.per_class[name]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One way to train, and what came of it.
+
+    Attributes:
+        name: Such as `exemplars + synthetic`.
+        images: How many there are to train on.
+        share: Of exemplars in a batch; None where only one kind is trained on.
+        tests: By the test set's name; `test` first.
+    """
+
+    name: str
+    images: int
+    share: float | None
+    tests: dict[str, Tested]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What the synthetic images add to the exemplars on the test images: `gain`, told from chance by `margin`.
+
+    margin = 2 sqrt((s_a^2 + s_b^2) / seeds + e^2), s the standard deviations over the seeds and e the standard error of
+    the difference over the test images.
+    """
+
+    over: str
+    gain: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What `worth` found.
+
+    Attributes:
+        network: What was trained.
+        augmentation: Which of `AUGMENTATIONS` (or how many views) was chosen on the exemplars.
+        rows: The ways to train, in the order of the table.
+        differences: exemplars + synthetic over each other way; exemplars alone first.
+        steps, seeds: Of the optimizer; so many classifiers of each kind.
+        notes: What else should be known.
+    """
+
+    network: str
+    augmentation: str
+    rows: list[Trained]
+    differences: list[Difference]
+    steps: int
+    seeds: int
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def sentence(self) -> str:
+        """Whether the synthetic images help, in plain words."""
+        by_name = {row.name: row.tests[TEST].mean for row in self.rows}
+        first, *others = self.differences
+        reached = f"a classifier is right on {by_name[BOTH]:.1%} of the test images, with the exemplars alone on"
+        text = f"with them {reached} {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread {100 * first.margin:.1f})"
+        if first.gain > first.margin:
+            verdict = "The synthetic images help"
+        elif first.gain < -first.margin:
+            verdict = "The synthetic images harm"
+        else:
+            verdict = "No help was found beyond the spread"
+        rivals = [each for each in others if each.over.startswith("exemplars + ")]
+        beside = ""
+        if rivals:
+            best = min(rivals, key=lambda each: each.gain)
+            how = "no better than" if abs(best.gain) <= best.margin else "better than" if best.gain > 0 else "worse than"
+            points = f"{100 * best.gain:+.1f} points, spread {100 * best.margin:.1f}"
+            beside = f" They are {how} {best.over.removeprefix('exemplars + ')} ({points})."
+        return f"{verdict}: {text}.".replace("%", " %") + beside
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        found = asdict(self)
+        for plain, row in zip(found["rows"], self.rows, strict=True):
+            for name, tested in row.tests.items():
+                plain["tests"][name] |= {"mean": tested.mean, "spread": tested.spread, "worst": list(tested.worst)}
+        return {**found, "sentence": self.sentence}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Worth:
+        """From what `to_dict` gave."""
+        rows = [
+            Trained(
+                row["name"],
+                row["images"],
+                row["share"],
+                {name: Tested(each["accuracies"], each["per_class"]) for name, each in row["tests"].items()},
+            )
+            for row in data["rows"]
+        ]
+        differences = [Difference(**each) for each in data["differences"]]
+        return cls(data["network"], data["augmentation"], rows, differences, data["steps"], data["seeds"], data["notes"])
+
+
+def worth(
+    synthetic: str | Path,
+    *,
+    test: str | Path | None = None,
+    ood: Mapping[str, str | Path] | None = None,
+    baselines: Mapping[str, str | Path] | None = None,
+    exemplars: str | Path | None = None,
+    features: str | None = None,
+    seeds: int = 3,
+    steps: int = 400,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Worth:
+    """Trains and tests; a result that a run directory holds already is read from there.
+
+    Args:
+        synthetic: Generated images: a run directory, or a folder per class.
+        test: Held-out real images, a folder per class; None: those of the exemplars' folder that guided nothing.
+        ood: By name, further real test images, of some or all of the classes.
+        baselines: By name, other synthetic sets to train on in the same ways.
+        exemplars: A folder per class, all of it; None: those that the run drew.
+        features: An extractor whose last block is trained with a linear head; None: `dinov2` for images above `SMALL`
+            pixels, and a small network from scratch below.
+        seeds, steps: So many classifiers of each kind; so many steps each.
+        seed: Of the first one.
+        progress: Told of every classifier.
+
+    Raises:
+        RequestError: If a folder or its classes do not fit, or too few test images are left; said before any training.
+    """
+    if seeds < 1 or steps < 10:
+        raise RequestError("seeds, steps", (seeds, steps), "this trains nothing", "Give 1 or more seeds and 10 or more steps.")
+    sets = _Sets(synthetic, test, ood or {}, baselines or {}, exemplars)
+    progress = progress or Progress()
+    asked = {"features": features, "seeds": seeds, "steps": steps, "seed": seed, "version": VERSION}
+    key = key_of({**asked, "sets": sets.digests()})
+    if (there := kept(synthetic, KIND, key)) is not None:
+        return Worth.from_dict(there["result"])
+    found = _compared(sets, _learner(sets, features), seeds, steps, seed, progress)
+    folders = {"test": test, "exemplars": exemplars, "ood": ood or {}, "baselines": baselines or {}}
+    keep(synthetic, KIND, key, {"asked": {**asked, **_texts(folders)}, "result": found.to_dict()})
+    return found
+
+
+def _texts(folders: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {key: str(path) for key, path in each.items()} if isinstance(each, Mapping) else each and str(each)
+        for name, each in folders.items()
+    }
+
+
+class _Sets:
+    """The files of everything that is trained or tested on, by class; all checked before anything is read."""
+
+    def __init__(
+        self,
+        synthetic: str | Path,
+        test: str | Path | None,
+        ood: Mapping[str, str | Path],
+        baselines: Mapping[str, str | Path],
+        exemplars: str | Path | None,
+    ) -> None:
+        made = image_folder(synthetic, field="synthetic")
+        self.classes, self.notes = list(made), list[str]()
+        drawn = exemplars_of(synthetic)
+        if exemplars is None and drawn is None:
+            problem = "it names no exemplars, which everything is compared with"
+            raise RequestError("exemplars", str(synthetic), problem, "Give their folder with --exemplars DIR.")
+        folder = Path(exemplars).expanduser() if exemplars is not None or drawn is None else drawn.folder
+        if folder.is_file():
+            problem = "these exemplars are features alone, and a classifier learns from images"
+            raise RequestError("exemplars", folder, problem, "Give the images' folder with --exemplars DIR.")
+        k, draw = (drawn.per_class, drawn.seed) if exemplars is None and drawn is not None else (None, 0)
+        guided = drawn_files(image_folder(folder, classes=self.classes, field="exemplars"), k, draw)
+        if test is None:
+            tested = self._left(folder, guided)
+        else:
+            tested = image_folder(test, classes=self.classes, field="test")
+            self._require_tests("test", test, tested, "Add images")
+        self.training: dict[str, Files] = {EXEMPLARS: guided, SYNTHETIC: made}
+        for name, path in baselines.items():
+            self.training[f"{name} alone"] = image_folder(path, classes=self.classes, field="baseline")
+        self.tests: dict[str, Files] = {TEST: tested}
+        for name, path in ood.items():
+            self.tests[name] = image_folder(path, field="ood")
+            unknown = sorted(set(self.tests[name]) - set(self.classes))
+            if unknown or name == TEST:
+                problem = f"its classes {', '.join(unknown[:5])} are not in {synthetic}" if unknown else "this name is taken"
+                raise RequestError(
+                    "ood", str(path), problem, "Give images of the generated classes, under a name of their own."
+                )
+        same = shared_files((file for of_class in guided.values() for file in of_class), _flat(tested)[0])
+        if same:
+            warnings.warn(f"{same} of the test images are exemplars, byte for byte: the accuracies flatter", stacklevel=4)
+
+    def _left(self, folder: Path, guided: Files) -> Files:
+        """The images of the exemplars' folder that guided nothing."""
+        everything = image_folder(folder, classes=self.classes, field="exemplars")
+        left = {name: [file for file in files if file not in set(guided[name])] for name, files in everything.items()}
+        self._require_tests("test", folder, left, "Draw fewer exemplars (--k of handful generate), add images")
+        self.notes.append(f"tested on the {sum(map(len, left.values()))} images of {folder} that guided nothing")
+        return left
+
+    def _require_tests(self, field: str, folder: str | Path, files: Files, remedy: str) -> None:
+        name = min(self.classes, key=lambda each: len(files[each]))
+        if len(files[name]) < FEWEST:
+            problem = f"class '{name}' has {len(files[name])} images to test on, at least {FEWEST} are needed"
+            other = "" if field == "test" and remedy == "Add images" else ", or name other real images with --test DIR"
+            raise RequestError(field, str(folder), problem, f"{remedy}{other}.")
+
+    def digests(self) -> dict[str, Any]:
+        """What identifies all images, by content."""
+        return {
+            role: {name: _digest(files) for name, files in sets.items()}
+            for role, sets in (("training", self.training), ("tests", self.tests))
+        }
+
+    def size(self) -> tuple[int, int]:
+        """Height and width of most of the generated images."""
+        files, _ = _flat(self.training[SYNTHETIC])
+        sample = files[:: max(1, len(files) // 50)]
+        shapes = Counter(tuple(read_image(file, channels=1).shape[1:]) for file in sample)
+        return shapes.most_common(1)[0][0]
+
+
+def _flat(files: Files) -> tuple[list[Path], list[str]]:
+    return [file for of_class in files.values() for file in of_class], [name for name, of in files.items() for _ in of]
+
+
+def _digest(files: Files) -> str:
+    state = hashlib.sha256()
+    for file, name in zip(*_flat(files), strict=True):
+        state.update(repr((name, hashlib.sha256(file.read_bytes()).hexdigest())).encode())
+    return state.hexdigest()
+
+
+class _FromScratch:
+    """Small images: a small convolutional network, trained on the images themselves."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size, self.device = size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.name = f"a small convolutional network, from scratch, on {size[0]} x {size[1]} pixels"
+        self.choices = list(AUGMENTATIONS)
+
+    def read(self, files: Files, field: str, augmented: bool) -> Tensor:
+        flat, _ = _flat(files)
+        images = torch.empty((len(flat), 3, *self.size))
+
+        def read(index: int) -> None:
+            images[index] = read_image(flat[index], channels=3, size=self.size)
+
+        read_all(read, range(len(flat)), field=field, root=flat[0].parent.parent)
+        return images.to(self.device)
+
+    def train(self, images: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
+        return train_classifier(images, labels.to(self.device), classes, augment=AUGMENTATIONS[choice], **options)
+
+    def answers(self, network: nn.Module, images: Tensor) -> Tensor:
+        return torch.cat([network(part).argmax(1).cpu() for part in images.split(512)])
+
+
+class _Pretrained:
+    """Large images: a linear head and the last block of an extractor; views of each image are kept as features."""
+
+    def __init__(self, name: str, size: tuple[int, int], images: int) -> None:
+        extractor = load_extractor(name)
+        self.size = extractor.size or size
+        self.learner = LastBlockLearner(extractor, torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0)))
+        self.views = min(_VIEWS, _KEPT_BYTES // (self.learner.bytes_per_image * images))
+        if self.views < 2 and self.learner.path:  # with one view there is nothing to augment by
+            self.learner = self.learner.without_block()
+            self.views = _VIEWS
+        self.name = f"a linear head{' and the last block' if self.learner.path else ''} of {name}"
+        self.choices = ["1 view", f"{self.views} views"]
+
+    @torch.no_grad()
+    def read(self, files: Files, field: str, augmented: bool) -> Tensor:
+        flat, _ = _flat(files)
+        draw, parts = torch.Generator().manual_seed(0), []
+        for first in range(0, len(flat), 32):
+            some = flat[first : first + 32]
+            images = torch.stack(
+                read_all(
+                    lambda index, some=some: read_image(some[index], channels=3, size=self.size),
+                    range(len(some)),
+                    field=field,
+                    root=flat[0].parent.parent,
+                )
+            )
+            views = [images, *(random_view(images, draw, area=0.3) for _ in range(self.views - 1) if augmented)]
+            parts.append(torch.stack([self.learner.enter(view) for view in views], 1))
+        return torch.cat(parts)
+
+    def train(self, entered: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
+        return self.learner.train(entered[:, : int(choice.split()[0])], labels, classes, **options)
+
+    def answers(self, network: nn.Module, entered: Tensor) -> Tensor:
+        return torch.cat([network(part[:, 0].float()).argmax(1) for part in entered.split(64)])
+
+
+_Learner = _FromScratch | _Pretrained
+
+
+def _learner(sets: _Sets, features: str | None) -> _Learner:
+    size = sets.size()
+    if features is None and max(size) <= SMALL:
+        return _FromScratch(size)
+    images = sum(len(_flat(files)[0]) for files in sets.training.values())
+    return _Pretrained(features or "dinov2", size, images)
+
+
+def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int, progress: Progress) -> Worth:
+    classes, count = sets.classes, len(sets.classes)
+    held = {name: learner.read(files, name, True) for name, files in sets.training.items()}
+    labels = {name: _numbers(files, classes) for name, files in sets.training.items()}
+    tested = {name: (learner.read(files, name, False), _numbers(files, classes)) for name, files in sets.tests.items()}
+    notes, mixed = list(sets.notes), [name for name in sets.training if name != EXEMPLARS]
+    choosable = min(len(files) for files in sets.training[EXEMPLARS].values()) >= 2
+    trainings = seeds * (1 + 2 * len(mixed)) + (choosable and len(learner.choices) + len(SHARES) * len(mixed))
+    progress.begin(trainings, 0)
+
+    def train(names: Sequence[str], share: float | None, choice: str, seed: int, steps: int, only: Tensor | None) -> nn.Module:
+        """Trains on one set, or on exemplars and another, `share` of each batch from the exemplars (`only` some of them)."""
+        parts = [(held[name], labels[name]) for name in names]
+        if only is not None and names[0] == EXEMPLARS:
+            parts[0] = (parts[0][0][only], parts[0][1][only])
+        weights = None
+        if share is not None:
+            sizes = [len(of) for _, of in parts]
+            weights = torch.cat([torch.full((n,), s / n) for n, s in zip(sizes, (share, 1 - share), strict=True)])
+        images, truth = (torch.cat([part[place] for part in parts]) for place in (0, 1))
+        network = learner.train(images, truth, count, choice, steps=steps, seed=seed, weights=weights)
+        progress.advance(1, " + ".join(names))
+        return network
+
+    choice, shares = learner.choices[-1], dict.fromkeys(mixed, 0.5)
+    try:
+        if choosable:
+            half, rest = _halves(labels[EXEMPLARS])
+            kept_back = held[EXEMPLARS][rest][:, :1] if isinstance(learner, _Pretrained) else held[EXEMPLARS][rest]
+
+            def tried(names: Sequence[str], share: float | None, choice: str) -> float:
+                network = train(names, share, choice, seed, max(10, steps // 2), half)
+                with torch.no_grad():
+                    return float((learner.answers(network, kept_back) == labels[EXEMPLARS][rest]).double().mean())
+
+            choice = max(reversed(learner.choices), key=lambda each: tried([EXEMPLARS], None, each))
+            for name in mixed:
+                shares[name] = max(SHARES, key=lambda share: tried([EXEMPLARS, name], share, choice))
+        else:
+            notes.append("with one exemplar in a class nothing can be chosen: half of each batch are exemplars")
+        ways: list[tuple[str, list[str], float | None]] = [(EXEMPLARS, [EXEMPLARS], None)]
+        for name in mixed:
+            together = f"exemplars + {name.removesuffix(' alone')}"
+            ways += [(name, [name], None), (together, [EXEMPLARS, name], shares[name])]
+        rows, hits = [], dict[str, Tensor]()
+        for called, names, share in ways:
+            networks = [train(names, share, choice, seed + each, steps, None) for each in range(seeds)]
+            tests = {}
+            for name, (images, truth) in tested.items():
+                with torch.no_grad():
+                    right = torch.stack([learner.answers(network, images) == truth for network in networks]).double()
+                if name == TEST:
+                    hits[called] = right.mean(0)
+                tests[name] = _tested(right, truth, classes)
+            rows.append(Trained(called, sum(len(labels[name]) for name in names), share, tests))
+    finally:
+        progress.end()
+    by_name = {row.name: row.tests[TEST] for row in rows}
+    differences = [
+        Difference(other, *_difference(by_name[BOTH], by_name[other], hits[BOTH] - hits[other]))
+        for other in by_name
+        if other != BOTH
+    ]
+    if seeds == 1:
+        notes.append("one seed: the spread is of the test images alone; give --seeds 3")
+    return Worth(learner.name, choice, rows, differences, steps, seeds, notes)
+
+
+def _numbers(files: Files, classes: Sequence[str]) -> Tensor:
+    places = {name: place for place, name in enumerate(classes)}
+    return torch.tensor([places[name] for name in _flat(files)[1]])
+
+
+def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Places of one half of each class, the larger, and of the other."""
+    places = [torch.nonzero(labels == label)[:, 0] for label in labels.unique()]
+    middles = [(len(each) + 1) // 2 for each in places]
+    first = [each[:middle] for each, middle in zip(places, middles, strict=True)]
+    return torch.cat(first), torch.cat([each[middle:] for each, middle in zip(places, middles, strict=True)])
+
+
+def _tested(right: Tensor, truth: Tensor, classes: Sequence[str]) -> Tested:
+    """From hits (seeds, n) of images of labels (n,)."""
+    per_class = {classes[label]: float(right[:, truth == label].mean()) for label in truth.unique().tolist()}
+    return Tested(right.mean(1).tolist(), per_class)
+
+
+def _difference(one: Tested, other: Tested, per_image: Tensor) -> tuple[float, float]:
+    """The gain and its margin (see `Difference`)."""
+    over_seeds = sum((each.spread or 0.0) ** 2 for each in (one, other)) / len(one.accuracies)
+    over_images = float(per_image.var(correction=1)) / len(per_image)
+    return one.mean - other.mean, 2 * math.sqrt(over_seeds + over_images)
