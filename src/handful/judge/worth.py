@@ -246,7 +246,7 @@ class _Sets:
         if exemplars is None and drawn is None:
             problem = "it names no exemplars, which everything is compared with"
             raise RequestError("exemplars", str(synthetic), problem, "Give their folder with --exemplars DIR.")
-        folder = Path(exemplars).expanduser() if exemplars is not None or drawn is None else drawn.folder
+        folder = drawn.folder if exemplars is None and drawn is not None else Path(exemplars or "").expanduser()
         if folder.is_file():
             problem = "these exemplars are features alone, and a classifier learns from images"
             raise RequestError("exemplars", folder, problem, "Give the images' folder with --exemplars DIR.")
@@ -299,8 +299,8 @@ class _Sets:
         """Height and width of most of the generated images."""
         files, _ = _flat(self.training[SYNTHETIC])
         sample = files[:: max(1, len(files) // 50)]
-        shapes = Counter(tuple(read_image(file, channels=1).shape[1:]) for file in sample)
-        return shapes.most_common(1)[0][0]
+        (height, width), _ = Counter(tuple(read_image(file, channels=1).shape[1:]) for file in sample).most_common(1)[0]
+        return height, width
 
 
 def _flat(files: Files) -> tuple[list[Path], list[str]]:
@@ -472,7 +472,7 @@ def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _tested(right: Tensor, truth: Tensor, classes: Sequence[str]) -> Tested:
     """From hits (seeds, n) of images of labels (n,)."""
-    per_class = {classes[label]: float(right[:, truth == label].mean()) for label in truth.unique().tolist()}
+    per_class = {str(classes[label]): float(right[:, truth == label].mean()) for label in truth.unique().tolist()}
     return Tested(right.mean(1).tolist(), per_class)
 
 
