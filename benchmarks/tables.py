@@ -47,6 +47,7 @@ USEFUL_STEPS = 10  # of the sampler, for the large sets of (b) and (d)
 WIDTH = 16  # channels of the downstream classifiers' first stage
 JUDGED = 100  # images a class of a large set that the judges see
 REAL = 100  # real test images a class that judges compare with
+TRAINING_IMAGES = None  # of each class, that real sets are drawn from; None: all
 
 # Written out, so that a later default of the package does not change what a table compares.
 PIXELS = {"method": "chamfer", "features": "pixels", "scale": 0.2, "jacobian": "gaussian", "every": 1, "margin": 0.5}
@@ -228,7 +229,7 @@ def useful_measure(bench: Bench, name: str, row: Row, seed: int, per_class: int)
 
 
 def real_training_images(per_class: int, seed: int) -> LabelledImages:
-    every = read_labelled(DATA / "train.parquet", channels=3, size=SIZE)[0]
+    every = read_labelled(DATA / "train.parquet", channels=3, size=SIZE, limit=TRAINING_IMAGES)[0]
     draw, labels = torch.Generator().manual_seed(seed), numbers(every)
     kept = torch.cat(
         [

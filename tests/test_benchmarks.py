@@ -41,13 +41,14 @@ def small_tables(monkeypatch):
     """The tables' module with few images and short trainings; real data, the packaged model and judges."""
     if not tables.DATA.is_dir():
         pytest.skip(f"needs CIFAR-10 at {tables.DATA}")
-    monkeypatch.setattr(tables, "REAL", 10)
-    monkeypatch.setattr(tables, "USEFUL_STEPS", 4)
-    small = {name: replace(table, per_class=2, steps=20) for name, table in tables.TABLES.items()}
+    monkeypatch.setattr(tables, "REAL", 6)
+    monkeypatch.setattr(tables, "TRAINING_IMAGES", 20)
+    monkeypatch.setattr(tables, "USEFUL_STEPS", 3)
+    small = {name: replace(table, per_class=2, steps=10) for name, table in tables.TABLES.items()}
     monkeypatch.setattr(tables, "TABLES", small)
 
     def test_images(bench):
-        return read_labelled(tables.DATA / "test.parquet", channels=3, size=tables.SIZE, limit=20)[0]
+        return read_labelled(tables.DATA / "test.parquet", channels=3, size=tables.SIZE, limit=8)[0]
 
     monkeypatch.setattr(tables.Bench, "test", property(test_images))
     return tables

@@ -8,13 +8,18 @@ import time
 from collections.abc import Callable
 
 
-def killed(arguments: list[object], ready: Callable[[], object], patience: float = 120) -> None:
-    """Runs `handful ARGUMENTS` in a fork of this process, which has imported all it needs, and kills it once `ready()` is true.
+def killed(work: list[object] | Callable[[], object], ready: Callable[[], object], patience: float = 120) -> None:
+    """Runs work in a fork of this process, which has imported all it needs, and kills it once `ready()` is true.
+
+    Args:
+        work: The arguments of a command of handful, or a function.
+        ready: Asked every two milliseconds.
+        patience: In seconds.
 
     Raises:
         AssertionError: If it ended before, or `ready()` did not become true in `patience` seconds.
     """
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=([str(each) for each in arguments],))
+    process = multiprocessing.get_context("fork").Process(target=_silently, args=(work,))
     process.start()
     until = time.monotonic() + patience
     try:
@@ -27,10 +32,13 @@ def killed(arguments: list[object], ready: Callable[[], object], patience: float
         process.join()
 
 
-def _answer(arguments: list[str]) -> None:
+def _silently(work: list[object] | Callable[[], object]) -> None:
     from handful import cli, console
 
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    console.answer(cli.app, arguments)
+    if callable(work):
+        work()
+    else:
+        console.answer(cli.app, [str(each) for each in work])
