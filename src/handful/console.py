@@ -7,6 +7,7 @@ HANDFUL_DEBUG=1 shows tracebacks.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -41,6 +42,9 @@ def main(app: typer.Typer) -> NoReturn:
     # What these libraries say of themselves at every import (that torchvision is missing, which handful does without).
     for library in ("TRANSFORMERS", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):  # what the console's encoding lacks is escaped: no result is lost at its print
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     sys.exit(answer(app, sys.argv[1:]))

@@ -4,6 +4,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,3 +321,64 @@ def test_what_is_no_image_is_refused_and_named(tmp_path):
 def test_an_unknown_colour_mode_is_refused(tmp_path):
     with pytest.raises(RequestError, match="LAB"):
         read_image(save(tmp_path / "l.tif", Image.new("LAB", (2, 2))), channels=3)
+
+
+def _tiff(path: Path, side: int, bits: tuple[int, ...], data: bytes, *, photometric: int = 1, kind: int = 1, extra: int = -1):
+    """Writes a little-endian TIFF of one strip, as no library of ours can."""
+    whole = {256: side, 257: side, 259: 1, 262: photometric, 277: len(bits), 278: side, **({338: extra} if extra >= 0 else {})}
+    tags = {tag: ("H", (value,)) for tag, value in whole.items()} | {258: ("H", bits), 339: ("H", (kind,) * len(bits))}
+    tags |= {279: ("I", (len(data),)), 273: ("I", (0,))}
+    beyond = 8 + 2 + 12 * len(tags) + 4
+    tags[273] = ("I", (beyond + 4 * len(bits),))
+    entries, packed = [], b""
+    for tag, (form, values) in sorted(tags.items()):
+        value = struct.pack(f"<{len(values)}{form}", *values)
+        if len(value) > 4:
+            value, packed = struct.pack("<I", beyond + len(packed)), packed + value
+        entries.append(struct.pack("<HHI", tag, 3 if form == "H" else 4, len(values)) + value.ljust(4, b"\0"))
+    packed = packed.ljust(4 * len(bits), b"\0")
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(entries) + bytes(4)
+    path.write_bytes(head + packed + data)
+    return path
+
+
+def test_tiff_of_12_bits_white_is_zero_and_premultiplied_alpha_has_its_true_values(tmp_path):
+    # two values of 12 bits in three bytes: 4095 is white
+    twelve = _tiff(tmp_path / "12.tif", 2, (12,), bytes([0xFF, 0xF0, 0x00, 0x80, 0x07, 0xFF]))
+    torch.testing.assert_close(
+        read_image(twelve, channels=1), torch.tensor([[[1.0, -1.0], [2 * 2048 / 4095 - 1, 2 * 2047 / 4095 - 1]]])
+    )
+    values = np.array([[0, 65535], [16384, 40000]])
+    right = torch.from_numpy(1 - values / 65535 * 2)[None].float()
+    for name, kind, data in (("16", 1, values.astype("<u2")), ("float", 3, (values / 65535).astype("<f4"))):
+        bits = (data.dtype.itemsize * 8,)
+        inverted = _tiff(tmp_path / f"{name}.tif", 2, bits, data.tobytes(), photometric=0, kind=kind)
+        torch.testing.assert_close(read_image(inverted, channels=1), right)
+    for kind, data in ((2, values.astype("<u2")), (2, np.zeros((2, 2), np.int8))):
+        with pytest.raises(RequestError, match="signed"):
+            read_image(_tiff(tmp_path / "s.tif", 2, (data.dtype.itemsize * 8,), data.tobytes(), kind=kind), channels=1)
+    # half-transparent black and white, times their opacity, on white paper: 127.5 and 255
+    half = np.array([[[0, 128], [128, 128]]] * 2, np.uint8)
+    gray = read_image(_tiff(tmp_path / "la.tif", 2, (8, 8), half.tobytes(), extra=1), channels=1)
+    torch.testing.assert_close(gray, torch.tensor([[[127 / 127.5 - 1, 1.0]] * 2]))
+    colours = np.concatenate([half[..., :1]] * 3 + [half[..., 1:]], 2)
+    read = read_image(_tiff(tmp_path / "rgba.tif", 2, (8,) * 4, colours.tobytes(), photometric=2, extra=1), channels=3)
+    torch.testing.assert_close(read, gray.expand(3, -1, -1), atol=1.1 / 127.5, rtol=0)
+
+
+def test_the_transparent_colour_of_a_png_is_white_at_every_depth(tmp_path):
+    def png(bits: int, colour: int, row: bytes, transparent: bytes) -> bytes:
+        chunks = [(b"IHDR", struct.pack(">IIBBBBB", 2, 1, bits, colour, 0, 0, 0)), (b"tRNS", transparent)]
+        chunks += [(b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+        body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+        return b"\x89PNG\r\n\x1a\n" + body
+
+    white = torch.tensor(1.0)
+    wide = read_image(png(16, 0, struct.pack(">HH", 1000, 2000), struct.pack(">H", 1000)), channels=1)
+    torch.testing.assert_close(wide[0, 0], torch.tensor([1.0, 2000 / 32767.5 - 1]))
+    narrow = read_image(png(4, 0, bytes([0x35]), struct.pack(">H", 3)), channels=1)
+    torch.testing.assert_close(narrow[0, 0], torch.tensor([1.0, 5 * 17 / 127.5 - 1]))
+    colours = struct.pack(">6H", 256, 512, 768, 0x1000, 0x2000, 0x3000)
+    colour = read_image(png(16, 2, colours, struct.pack(">3H", 256, 512, 768)), channels=3)
+    torch.testing.assert_close(colour[:, 0, 0], white.expand(3))
+    assert float(colour[0, 0, 1]) == pytest.approx(0x10 / 127.5 - 1)

@@ -83,7 +83,7 @@ def test_what_is_no_table_of_images_is_refused_by_name(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     pq.write_table(pa.table({"picture": ["a"]}), tmp_path / "columns.parquet")
     pq.write_table(pa.table({"image": ["a.png"], "label": [0]}), tmp_path / "paths.parquet")
-    pq.write_table(pa.table({"image": [{"bytes": png(0), "path": ""}], "label": ["cat"]}), tmp_path / "labels.parquet")
+    pq.write_table(pa.table({"image": [{"bytes": png(0), "path": ""}], "label": [0.5]}), tmp_path / "labels.parquet")
     table(tmp_path / "image.parquet", [*ROWS, (b"no image", "cat/9.png", 0)])
     table(tmp_path / "sizes.parquet", [*ROWS, (png(0, side=5), "cat/9.png", 0)])
     for name in ("nothing", "text", "cut", "columns", "paths", "labels", "image", "sizes"):

@@ -35,7 +35,7 @@ def exemplars(
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     reduce: Annotated[
         list[int] | None,
-        typer.Option(help="Look at images of 1/REDUCE of the resolution; may be repeated.  [1]", metavar="REDUCE"),
+        typer.Option(help="Look at images of 1/REDUCE of the resolution; may be repeated.  [1]", metavar="REDUCE", min=1),
     ] = None,
     softplus: Annotated[
         float | None,

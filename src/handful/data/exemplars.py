@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import re
+import tempfile
 import unicodedata
 import warnings as warning
 from collections.abc import Mapping, Sequence
@@ -25,11 +26,14 @@ from torch.nn.functional import avg_pool2d
 
 from handful.core.images import any_range, check_images
 from handful.core.memory import in_smaller_parts
-from handful.data.images import image_folder, open_file, read_all, read_image, write_atomically
+from handful.data.images import read_all, read_image
+from handful.data.sources import labelled_files
 from handful.errors import RequestError, RunError
+from handful.files.atomic import printable, write_atomically
 
-# Part of every content hash: raise it whenever `read_image` turns the same file into other pixels.
-_READING = 1
+# Part of every content hash: raise it whenever `read_image` turns the same file into other pixels. Version 2 reads TIFF, and
+# PNG with a transparent colour, otherwise than version 1 did.
+_READING, _OTHERS = 2, 1
 _warned: set[Path] = set()
 
 
@@ -76,10 +80,10 @@ class Exemplars:
         minimum: int = 2,
         workers: int | None = None,
     ) -> Exemplars:
-        """Draw exemplars from a folder of classes (see `handful.data.images.image_folder`).
+        """Draw exemplars from a folder of classes, or whatever else holds labelled images (`handful.data.sources`).
 
         Args:
-            root: the folder.
+            root: the folder; of images alone, they are one class `images`.
             channels, size: what the model takes; size is (height, width). See `handful.data.images.read_image`.
             k: how many of each class; None takes all. The draw of k is the first k of the draw of more.
             seed: another seed, another draw.
@@ -92,14 +96,18 @@ class Exemplars:
         """
         if k is not None and k < minimum:
             raise RequestError("k", k, f"at least {minimum} exemplars of each class are needed", f"Raise k to {minimum}.")
-        by_class = image_folder(root, field="exemplars")
-        _refuse_unknown(root, list(by_class), classes)
-        _refuse_few(root, {name: len(found) for name, found in by_class.items()}, k, minimum)
-        drawn = drawn_files(by_class, k, seed)
-        flat = [(name, file) for name, of_class in drawn.items() for file in of_class]
+        listed = labelled_files(root, field="exemplars", flat=True)
+        _refuse_unknown(root, listed.classes, classes)
+        _refuse_few(root, listed.counts, k, minimum)
+        drawn = {
+            name: [places[at] for at in draw_order(seed, name, [listed.names[place] for place in places])][:k]
+            for name, places in listed.by_class().items()
+        }
+        flat = [(name, place) for name, places in drawn.items() for place in places]
 
         def read(index: int) -> tuple[Tensor, str]:
-            return read_hashed(flat[index][1], channels, size)
+            place = flat[index][1]
+            return read_hashed(listed.content(place), listed.names[place], channels, size)
 
         read_files = read_all(read, range(len(flat)), field="exemplars", root=root, workers=workers)
         images: dict[str, list[Tensor]] = {name: [] for name in drawn}
@@ -107,11 +115,15 @@ class Exemplars:
         for (name, _), (image, content) in zip(flat, read_files, strict=True):
             images[name].append(image)
             hashes[name].append(content)
+        files = {name: tuple(Path(listed.names[place]) for place in places) for name, places in drawn.items()}
         return cls(
             {name: torch.stack(of_class) for name, of_class in images.items()},
-            {name: tuple(of_class) for name, of_class in drawn.items()},
+            files,
             {name: tuple(of_class) for name, of_class in hashes.items()},
-            _repetitions(hashes, {name: [file.name for file in of_class] for name, of_class in drawn.items()}),
+            [
+                *(f"exemplars: {note}" for note in listed.notes),
+                *_repetitions(hashes, {name: [file.name for file in of_class] for name, of_class in files.items()}),
+            ],
         )
 
     @classmethod
@@ -185,7 +197,8 @@ class Exemplars:
 
     def only(self, classes: Sequence[str]) -> Exemplars:
         """Those of some classes, in the order given."""
-        told = [text for text in self.warnings if any(text.startswith(f"class '{name}':") for name in classes)]
+        others = tuple(f"class '{name}':" for name in self.classes if name not in classes)
+        told = [text for text in self.warnings if not text.startswith(others)]
         return Exemplars(
             {name: self.images[name] for name in classes},
             {name: self.files[name] for name in classes},
@@ -195,7 +208,9 @@ class Exemplars:
 
     def called(self, name: str) -> list[str]:
         """What each image of a class is called: its file's name, or its number where it was given as a tensor."""
-        return [file.name for file in self.files[name]] or [f"image {place}" for place in range(len(self.images[name]))]
+        return [printable(file.name) for file in self.files[name]] or [
+            f"image {place}" for place in range(len(self.images[name]))
+        ]
 
     def seen_by(self, extractor: Extractor, reduce: int, cache: Path | None) -> dict[str, Tensor]:
         """By class the features (k, D) that an extractor gives at 1/reduce of the resolution; see `exemplar_features`."""
@@ -224,27 +239,35 @@ class Exemplars:
         return Exemplars(images, self.files, hashes, self.warnings)
 
 
-def read_hashed(file: Path, channels: int, size: tuple[int, int]) -> tuple[Tensor, str]:
-    """An image (`handful.data.images.read_image`) and its content hash, which size and channels are part of.
+def read_hashed(data: bytes, name: str | Path, channels: int, size: tuple[int, int]) -> tuple[Tensor, str]:
+    """An image (`handful.data.images.read_image`), called `name` in errors, and its `content_hash`.
 
     Raises:
         RequestError: As `read_image`.
     """
-    with open_file(file) as stream:
-        data = stream.read()
-    image = read_image(data, channels=channels, size=size, name=file)
-    target = f"handful {_READING} {channels} {size[0]} {size[1]} ".encode()
-    return image, hashlib.sha256(target + hashlib.sha256(data).digest()).hexdigest()
+    return read_image(data, channels=channels, size=size, name=name), content_hash(data, channels, size)
+
+
+def content_hash(data: bytes, channels: int, size: tuple[int, int]) -> str:
+    """SHA-256 of an image file's content and of the size and channels that it is read at; nothing is decoded."""
+    reading = _READING if data[:2] in (b"II", b"MM") or b"tRNS" in data[:4096] else _OTHERS
+    target = f"handful {reading} {channels} {size[0]} {size[1]} ".encode()
+    return hashlib.sha256(target + hashlib.sha256(data).digest()).hexdigest()
 
 
 def drawn_files(by_class: Mapping[str, Sequence[Path]], k: int | None, seed: int) -> dict[str, list[Path]]:
     """Of each class's files the k that are drawn (None: all), in the order of the draw."""
-    return {name: sorted(found, key=lambda file: _draw(seed, file))[:k] for name, found in by_class.items()}
+    return {name: [found[at] for at in draw_order(seed, name, found)][:k] for name, found in by_class.items()}
 
 
-def _draw(seed: int, file: Path) -> str:
+def draw_order(seed: int, class_name: str, files: Sequence[str | Path]) -> list[int]:
+    """The places of a class's files in the order of the draw, which their class and names alone decide."""
+    return sorted(range(len(files)), key=lambda place: _draw(seed, class_name, Path(files[place]).name))
+
+
+def _draw(seed: int, class_name: str, file: str) -> str:
     """A file's place in the draw: a hash as its lottery number. NFC, since macOS spells accents its own way."""
-    name = unicodedata.normalize("NFC", f"{seed}/{file.parent.name}/{file.name}")
+    name = unicodedata.normalize("NFC", f"{seed}/{class_name}/{file}")
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -293,12 +316,17 @@ def _repetitions(hashes: Mapping[str, Sequence[str]], shown: Mapping[str, Sequen
 
 
 def default_cache() -> Path:
-    """Where handful keeps what can be computed again: $HANDFUL_CACHE, $XDG_CACHE_HOME/handful or ~/.cache/handful."""
+    """Where handful keeps what can be computed again: $HANDFUL_CACHE, $XDG_CACHE_HOME/handful, ~/.cache/handful, or where
+    there is no home a folder of temporary files."""
     if own := os.environ.get("HANDFUL_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(shared) if os.path.isabs(shared) else Path.home() / ".cache") / "handful"
+    if os.path.isabs(shared):  # the XDG specification: a relative path is to be ignored
+        return Path(shared) / "handful"
+    try:
+        return Path.home() / ".cache" / "handful"
+    except RuntimeError:  # no HOME, and a user that the system does not know, as in many containers
+        return Path(tempfile.gettempdir()) / f"handful-{getattr(os, 'getuid', lambda: 'user')()}"
 
 
 def exemplar_features(exemplars: Exemplars, extractor: Extractor, cache: Path | None, *, batch: int = 32) -> dict[str, Tensor]:

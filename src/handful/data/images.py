@@ -9,14 +9,13 @@ from __future__ import annotations
 import io
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +24,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from handful.errors import RequestError, RunError
+from handful.files.atomic import printable
+from handful.files.atomic import write_atomically as write_atomically
 
 MAX_PIXELS = 64 * 2**20
 # fmt: off
@@ -54,8 +55,9 @@ def read_image(
 
     The content decides the format, not the extension. EXIF orientation is applied. Transparency is composited on white.
     16-bit gray keeps its precision, 65535 being white (so do 32-bit integers, within 0 to 65535); floats must lie in
-    [0, 1]; 16-bit colour comes as its high bytes. Colour profiles are ignored, CMYK's too. Of an animation or a
-    multi-page file the first frame is taken. Colour becomes gray by luma (ITU-R 601), unrounded; gray is repeated.
+    [0, 1]; 16-bit colour comes as its high bytes. TIFF's 12-bit gray has 4095 as white, its WhiteIsZero gray is inverted,
+    and its signed numbers are refused. Colour profiles are ignored, CMYK's too. Of an animation or a multi-page file the
+    first frame is taken. Colour becomes gray by luma (ITU-R 601), unrounded; gray is repeated.
 
     With a `size`, the centre is cropped to its aspect ratio and resized (bicubic, antialiased, clamped). An image that
     has the size already is untouched: the byte v reads exactly v / 127.5 - 1.
@@ -104,10 +106,10 @@ def open_file(path: Path) -> BinaryIO:
 
 def _read(stream: BinaryIO, name: object, channels: int, size: tuple[int, int] | None, max_pixels: int) -> Tensor:
     try:
-        image = _decode(stream, name, max_pixels)
+        image, scale = _decode(stream, name, max_pixels)
         if size is not None:
             image = _centre_crop(image, size)  # while it is still bytes: a photo of 48 MPixels is 0.6 GB as floats
-        pixels, white = _pixels(image, name)
+        pixels, white = _pixels(image, scale, name)
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly every kind there is on damaged files
@@ -121,8 +123,15 @@ def _read(stream: BinaryIO, name: object, channels: int, size: tuple[int, int] |
     return pixels.expand(channels, -1, -1).contiguous()
 
 
-def _decode(stream: BinaryIO, name: object, max_pixels: int) -> Image.Image:
-    """The first frame, decoded and upright."""
+class _Scale(NamedTuple):
+    """What a TIFF's tags say of its gray values: the number of the brightest, and whether that is black."""
+
+    white: float | None = None
+    inverted: bool = False
+
+
+def _decode(stream: BinaryIO, name: object, max_pixels: int) -> tuple[Image.Image, _Scale]:
+    """The first frame, decoded and upright, and the scale of its values."""
     remedy = "Make it smaller, or raise max_pixels if you trust it."
     Image.init()
     try:
@@ -134,11 +143,34 @@ def _decode(stream: BinaryIO, name: object, max_pixels: int) -> Image.Image:
     if image.width * image.height > max_pixels:
         problem = f"it claims {image.width} x {image.height} pixels, more than {max_pixels:,} in all"
         raise RequestError("image", name, problem, remedy)
+    scale = _tiff_scale(image, name) if image.format == "TIFF" else _Scale()
+    coded = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""
     image.load()
+    _scale_transparent(image, coded)
     try:  # after loading: some formats turn upright by themselves, and then drop the tag
-        return ImageOps.exif_transpose(image)
+        return ImageOps.exif_transpose(image), scale
     except Exception:  # damaged metadata spoil no pixels
-        return image
+        return image, scale
+
+
+def _tiff_scale(image: Image.Image, name: object) -> _Scale:
+    """Pillow inverts WhiteIsZero up to 8 bits only, and leaves it to others that 12 bits end at 4095."""
+    tags: Any = getattr(image, "tag_v2", {})
+    bits, kinds, photometric = (tags.get(tag, (1,)) for tag in (258, 339, 262))
+    if 2 in kinds and max(bits) < 32:  # Pillow writes its own integers as 32 signed bits
+        problem = "its numbers are signed, so which one is white is not known"
+        raise RequestError("image", name, problem, "Rescale it and save it as 8- or 16-bit PNG.")
+    wide = image.mode == "F" or image.mode.startswith("I")
+    return _Scale(4095.0 if tuple(bits) == (12,) else None, wide and photometric == 0)
+
+
+def _scale_transparent(image: Image.Image, coded: str) -> None:
+    """A PNG names its transparent colour in the file's own bits; Pillow compares it with pixels that it has scaled to 8."""
+    transparent: Any = image.info.get("transparency")
+    if coded in ("L;2", "L;4") and isinstance(transparent, int):
+        image.info["transparency"] = transparent * (85 if coded == "L;2" else 17)
+    elif coded == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -149,15 +181,21 @@ def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.crop((left, top, left + crop_width, top + crop_height))
 
 
-def _pixels(image: Image.Image, name: object) -> tuple[Tensor, float]:
+def _pixels(image: Image.Image, scale: _Scale, name: object) -> tuple[Tensor, float]:
     """The image's numbers, (1 or 3, H, W) float32 from 0 (black), and the number that is white."""
     if image.mode == "F" or image.mode.startswith("I"):
-        values, white = np.asarray(image), 1.0 if image.mode == "F" else 65535.0
+        values, white = np.asarray(image), scale.white or (1.0 if image.mode == "F" else 65535.0)
         if not (values.min() >= 0 and values.max() <= white):  # so written, NaN fails too
             extremes = f"{values.min()} to {values.max()}"
             problem = f"its values run from {extremes}, not within 0 (black) to {white:.0f} (white)"
             raise RequestError("image", name, problem, "Rescale it and save it as 8- or 16-bit PNG.")
-        return torch.from_numpy(values.astype(np.float32))[None], white
+        gray = values.astype(np.float32)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            gray = np.where(values == transparent, np.float32(white), gray)
+        return torch.from_numpy(white - gray if scale.inverted else gray)[None], white
+    if image.mode == "La":  # gray times its opacity already
+        gray, opacity = _planes(image)[:1], _planes(image)[1:]
+        return gray + (255 - opacity), 255.0
     if image.has_transparency_data:
         rgba = _planes(image.convert("RGBA"))
         colour, opacity = rgba[:3], rgba[3:]
@@ -222,22 +260,6 @@ def write_png(path: str | Path, image: Tensor) -> None:
     write_atomically(Path(path), encode_png(image))
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file that is there whole or not at all, even after a crash; on an OSError nothing is left behind."""
-    # Hidden, so that no listing takes it for an image; not named after the file, whose name may be as long as can be.
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):  # the first error is the one to hear of
-            temporary.unlink(missing_ok=True)
-        raise
-
-
 def natural_order(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Sort key under which "2" comes before "10"; equal numbers ("01", "1") fall back to the plain text."""
     parts = re.split(r"([0-9]+)", name)
@@ -286,6 +308,10 @@ def image_folder(root: str | Path, *, classes: Sequence[str] | None = None, fiel
             flat = len(list_images(root))
             problem = f"its {flat} images lie in no class folder" if flat else "the folder is empty"
             raise RequestError(field, root, problem, per_class)
+        foreign = next((name for name in folders if printable(name) != name), None)
+        if foreign is not None:
+            problem = f"the name of the folder '{printable(foreign)}' is not UTF-8, so no file can hold this class's name"
+            raise RequestError(field, root, problem, "Rename the folder (convmv renames many).")
         if classes is None:
             classes = sorted(folders, key=natural_order)
         missing = [name for name in classes if name not in folders]

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from handful.data.exemplars import Exemplars, exemplar_features
-from handful.data.images import write_atomically
 from handful.errors import RequestError, first_line
 from handful.features.extractor import FeatureExtractor
+from handful.files.atomic import write_atomically
 from handful.files.digests import tensors_digest
 from handful.files.sealed import seal, unseal
 from handful.zoo import EXEMPLARS, exemplars_path

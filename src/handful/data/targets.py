@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from handful.data.exemplars import read_hashed
-from handful.data.images import image_folder, list_images, read_all, read_image
+from handful.data.images import image_folder, list_images, open_file, read_all, read_image
+from handful.data.sources import overlooked
 from handful.errors import RequestError
 
 
@@ -54,13 +55,15 @@ def read_targets(files: list[Path], root: str | Path, shape: tuple[int, int, int
     channels, height, width = shape
 
     def read(index: int) -> tuple[Tensor, str, bool, bool]:
-        image, content = read_hashed(files[index], channels, (height, width))
-        own = read_image(files[index], channels=3)
+        with open_file(files[index]) as stream:
+            data = stream.read()
+        image, content = read_hashed(data, files[index], channels, (height, width))
+        own = read_image(data, channels=3, name=files[index])
         return image, content, bool((own == own[:1]).all()), own.shape[1:] != image.shape[1:]
 
     found = read_all(read, range(len(files)), field="targets", root=root)
     images, hashes, gray, resized = zip(*found, strict=True)
-    notes = []
+    notes = [f"targets: {note}" for note in overlooked(files[0].parent, {})]
     if any(resized):
         notes.append(f"targets: {sum(resized)} of {len(files)} have another size than {height} x {width}: cropped and resized")
     if channels == 3 and any(gray):

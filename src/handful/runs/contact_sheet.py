@@ -14,8 +14,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from handful.data.images import to_uint8, write_atomically
+from handful.data.images import to_uint8
 from handful.errors import RequestError
+from handful.files.atomic import write_atomically
 
 _TILE = 64  # pixels: what small images are enlarged towards
 _LARGEST = 128  # pixels: what large ones are reduced to
