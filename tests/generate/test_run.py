@@ -23,6 +23,7 @@ import handful
 from handful.data.images import read_image
 from handful.errors import RunError
 from handful.features.registry import load_extractor
+from handful.generate.run import prepare, run
 from handful.models.unet2d import UNet2DDenoiser
 from handful.runs import run_directory as directory_module
 from handful.runs.progress import Progress
@@ -126,14 +127,15 @@ def test_a_run_goes_on_with_as_many_threads_as_it_began_with(
         seen.add(torch.get_num_threads())
         return forward(*given)
 
-    monkeypatch.setattr(UNet2DDenoiser, "forward", watched)
     threads = torch.get_num_threads()
     handful.generate(recipe, out)
     wanted = contents(out)
     shutil.rmtree(out / "images/1")
     torch.set_num_threads(threads + 1)
     try:
-        assert handful.generate(recipe, out).cohorts_done == 2
+        job = prepare(recipe, out)  # which asks the model for one image already
+        monkeypatch.setattr(UNet2DDenoiser, "forward", watched)
+        assert run(job).cohorts_done == 2
         assert torch.get_num_threads() == threads + 1, "the caller's again"
     finally:
         torch.set_num_threads(threads)

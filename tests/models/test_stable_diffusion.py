@@ -11,6 +11,7 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from support.pipelines import TRAINED, tiny_sdxl, tiny_stable_diffusion
+from support.pipelines_flow import tiny_flux
 from torch import Tensor
 
 from handful.core.denoiser import Denoiser
@@ -424,3 +425,16 @@ def test_a_directory_without_scheduler_is_refused(tmp_path):
 def test_an_ancestral_scheduler_gives_its_path():
     pipeline = tiny_stable_diffusion(scheduler=EulerAncestralDiscreteScheduler(**TRAINED))
     assert "model" in from_pipeline(pipeline).levels.spacings
+
+
+def test_what_a_text_encoder_does_not_read_of_a_prompt_is_said():
+    long = "a cat " + "b c " * 40  # a letter is a token here
+    sd, flux = from_pipeline(tiny_stable_diffusion()), from_pipeline(tiny_flux(guidance_embeds=False), resolution=(32, 32))
+    (note,) = sd.unread(["short", long, long])
+    assert "reads 77 tokens, and not the end 'c b c b c b c b c'" in note
+    assert sd.condition([long]).embeddings["text"].equal(sd.condition([long + "z"]).embeddings["text"])
+    (note,) = flux.unread([long])  # T5 reads it all
+    assert "1 of 2 text encoders reads 77 tokens" in note
+    assert len(flux.unread(["word " * 80])) == 2
+    sd.free_text_encoders()
+    assert sd.unread([long])

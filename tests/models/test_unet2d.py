@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import LDMPipeline, VQModel
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
@@ -15,8 +16,9 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchE
 from torch import Tensor
 
 from handful.core.noise import VP, Flow, level
+from handful.core.samplers import ddim, start
 from handful.errors import RequestError
-from handful.models import load
+from handful.models import load, skeleton
 from handful.models.schedulers import schedule_of
 from handful.models.unet2d import UNet2DDenoiser
 
@@ -326,3 +328,66 @@ def test_a_raw_network_with_edm_preconditioning_is_refused_and_not_taken_for_a_p
     """diffusers keeps EDM's c_skip, c_out, c_in and c_noise in the scheduler; run without them, the network gives noise."""
     with pytest.raises(RequestError, match=r"^model: 'EDMEulerScheduler.*"):
         load(save(tmp_path, scheduler=EDMEulerScheduler()))
+
+
+# --- UNets of latents, and other UNets --------------------------------------------------------------------------------
+
+
+def ldm(folder: Path | None = None) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vqvae = VQModel(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=3,
+            norm_num_groups=2,
+            num_vq_embeddings=8,
+        ).eval()
+        unet = UNet2DModel(**{**SMALL, "in_channels": 3, "out_channels": 3}).eval()
+    pipeline = LDMPipeline(vqvae, unet, DDIMScheduler(clip_sample=False, set_alpha_to_one=False))
+    pipeline.set_progress_bar_config(disable=True)
+    if folder is not None:
+        pipeline.save_pretrained(folder)
+    return pipeline
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_an_ldm_pipelines_sample_is_decoded_as_the_pipeline_does(tmp_path, steps):
+    pipeline, made = ldm(tmp_path), load(tmp_path)
+    assert (made.shape, made.image_shape, skeleton(tmp_path).image_shape) == ((3, 8, 8), (3, 16, 16), (3, 16, 16))
+    wanted = torch.from_numpy(pipeline(2, torch.Generator().manual_seed(1), num_inference_steps=steps, output_type="np").images)
+    path = made.levels.spacing(steps, "model")
+    noise = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found = made.decode(ddim(made, start(noise, path), path, made.condition([0, 0])))
+    torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1).movedim(1, -1), wanted, rtol=0, atol=1e-4)
+
+
+def test_a_unet_of_latents_alone_and_pipelines_that_are_told_more_are_refused_by_name(tmp_path):
+    ldm(tmp_path / "ldm")
+    index = json.loads((tmp_path / "ldm" / "model_index.json").read_text())
+    more = {**index, "_class_name": "LDMTextToImagePipeline", "bert": ["latent_diffusion", "LDMBertModel"]}
+    (tmp_path / "ldm" / "model_index.json").write_text(json.dumps(more))
+    with pytest.raises(RequestError, match=r"LDMTextToImagePipeline.*bert"):
+        load(tmp_path / "ldm")
+    four = network(in_channels=4, out_channels=4)
+    with pytest.raises(RequestError, match=r"^model: 'in_channels 4'.*UNet of latents"):
+        load(save(tmp_path / "four", four))
+
+
+@pytest.mark.parametrize("kind", ["timestep", "identity"])
+def test_a_unet_that_is_told_vectors_instead_of_labels_is_refused(tmp_path, kind):
+    with pytest.raises(RequestError, match=rf"class_embed_type {kind}.*not labels.*FILE\.py:FUNCTION"):
+        load(save(tmp_path, network(None, class_embed_type=kind)))
+
+
+def test_weights_of_a_variant_alone_are_found_and_used_with_a_note(tmp_path):
+    plain, half = load(save(tmp_path / "plain")), load(save(tmp_path / "half", variant="fp16"))
+    assert plain.notes == ()
+    assert half.notes == ("model.variant: fp16, as there are no other weights of unet",)
+    assert torch.equal(plain.network.conv_in.weight, half.network.conv_in.weight)
+    save(tmp_path / "half", variant="ema")
+    with pytest.raises(RequestError, match=r"^model\.variant: .*\(ema, fp16\)"):
+        load(tmp_path / "half")
+    assert load(tmp_path / "half", variant="ema").notes == ()

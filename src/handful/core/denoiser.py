@@ -101,6 +101,8 @@ class Denoiser(nn.Module):
         learned_variance: Where the network learned the variance of the reverse step: what it said of it at the last
             evaluation, in [-1, 1], the shape of x_t (Nichol & Dhariwal 2021, equation 15, as 2 v - 1); else None.
         code_sha256: Of the user's file that made it; None where no such code did.
+        notes: What was concluded while it was loaded, in words for the user.
+        null_may_be_unsaid: Whether one of its labels may stand for "no class" without anything saying so.
     """
 
     shape: tuple[int, int, int]
@@ -111,6 +113,8 @@ class Denoiser(nn.Module):
     prompted: bool = False
     learned_variance: Tensor | None = None
     code_sha256: str | None = None
+    notes: Sequence[str] = ()
+    null_may_be_unsaid: bool = False
 
     @abstractmethod
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
@@ -128,6 +132,13 @@ class Denoiser(nn.Module):
     @abstractmethod
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         """Makes the condition for n labels, or for n prompts where the network is told those."""
+
+    def check_path(self, levels: Levels) -> None:
+        """Refuses a path that it can't be asked along.
+
+        Raises:
+            RequestError: Naming the spacing.
+        """
 
     def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
         """What guidance makes of the sample x (n, c, h, w) before step `index` of a path is evaluated; samplers call it."""
@@ -253,6 +264,14 @@ class NetworkDenoiser(Denoiser):
     def device(self) -> torch.device:
         """Where the network computes."""
         return self.offloaded_to or next(self.network.parameters(), torch.empty(0)).device
+
+    def check_path(self, levels: Levels) -> None:
+        if self.prediction == "eps" and levels.alpha[0] == 0:
+            remedy = "Use sampler.spacing leading or logsnr, which begin below it; or a model that predicts v."
+            if "logsnr" not in self.levels.spacings:
+                remedy = "Use a model that predicts v or the flow."
+            problem = "the path begins at pure noise (alpha 0), of which a network that predicts the noise says no image"
+            raise RequestError("sampler.spacing", None, problem, remedy)
 
     @property
     def learns_variance(self) -> bool:

@@ -29,11 +29,13 @@ Variance = Literal["small", "large", "learned"]
 def start(noise: Tensor, levels: Levels) -> Tensor:
     """Standard normal noise (n, c, h, w) -> the state at the first level of the path, as if x0 were 0.
 
-    Variance-preserving models are used to unit variance at their start, so their noise is taken as it is.
+    Variance-preserving models are used to unit variance at their start, so their noise is unchanged; so is that of flows
+    which begin within a hundredth of pure noise, as multistep solvers of diffusers do.
     """
     first = levels[0]
     variance_preserving = torch.isclose(first.total, torch.ones_like(first.total), atol=1e-6)
-    return noise if variance_preserving else first.sigma * noise
+    flow = torch.isclose(first.alpha + first.sigma, torch.ones_like(first.total), atol=1e-6) and first.sigma > 0.99
+    return noise if variance_preserving or flow else first.sigma * noise
 
 
 def _split(denoiser: Denoiser, x: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -224,7 +224,7 @@ class Exemplars:
         """
         if reduce == 1:
             return self
-        if self.shape[1] % reduce or self.shape[2] % reduce:
+        if reduce < 1 or self.shape[1] % reduce or self.shape[2] % reduce:
             raise RequestError(
                 "reduce",
                 reduce,

@@ -248,7 +248,8 @@ def prepare(request: InvertRequest, targets: str | Path, out: str | Path) -> Inv
 
     denoiser = with_weights(outline, recipe.model.name, options, told.null_class)
     digest = model_digest(denoiser)
-    make_ready(denoiser, [told.prompt or ""], placement)
+    asked_of = [told.prompt or ""] if denoiser.prompted else [told.label or 0]
+    notes += make_ready(denoiser, [told.prompt or ""], placement, levels, asked_of)
     epochs = EPOCHS[request.method] if request.epochs is None else request.epochs
     request = replace(request, segments=segments, interval=interval, epochs=epochs, clamp=told.clamp, spacing=told.spacing)
     asked = {

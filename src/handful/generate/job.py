@@ -5,6 +5,7 @@ What needs no model is checked first, then what needs it; nothing is written, so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from handful.guidance.requests import (
 from handful.guidance.terms import energy_columns, named, needs_exemplars
 from handful.models import load, skeleton
 from handful.models.options import ModelOptions
-from handful.models.placement import Placement, check_placement, place
+from handful.models.placement import Placement, check_placement, place, try_once
 from handful.models.prompts import Prompted
 from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars
 from handful.recipe.extractors import extractor_key, load_for, targets_of
@@ -161,7 +162,9 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     )
     if inverted is not None:
         inverted.check(denoiser, provenance["model_sha256"])
-    make_ready(denoiser, list(recipe.model.prompts.values()), placement)
+    prompts = list(recipe.model.prompts.values())
+    told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
+    notes += make_ready(denoiser, prompts, placement, settled.levels, told)
     energies = [column for column in energy_columns(guidance) if column]
     job = Job(
         recipe,
@@ -191,12 +194,31 @@ def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, nul
     return denoiser
 
 
-def make_ready(denoiser: NetworkDenoiser, prompts: list[str], placement: Placement) -> None:
-    """Encodes what the model will be told, lets its text encoders go, and moves it to where it runs."""
+def make_ready(
+    denoiser: NetworkDenoiser, prompts: list[str], placement: Placement, levels: Levels, told: Sequence[Any]
+) -> list[str]:
+    """Encodes what the model will be told, lets its text encoders go, moves it to where it runs, and tries it once.
+
+    Args:
+        levels: The path of the sampler.
+        told: A label or a prompt to try it with, alone in a list.
+
+    Returns:
+        What the user should know of it, in words.
+
+    Raises:
+        RequestError: If it can't run as asked.
+    """
+    notes = list(denoiser.notes)
     if isinstance(denoiser, Prompted):
+        notes += denoiser.unread(prompts)
         denoiser.encode_prompts(prompts, placement.device)
         denoiser.free_text_encoders()
     place(denoiser, placement)
+    try_once(denoiser, levels, told)
+    if placement.compile:
+        getattr(denoiser, "network", denoiser).compile()
+    return notes
 
 
 def check_against_stored(job: Job) -> None:

@@ -25,7 +25,7 @@ from handful.core.denoiser import NetworkDenoiser
 from handful.errors import RequestError
 from handful.models.libraries import check_libraries
 from handful.models.options import ModelOptions
-from handful.models.pipelines import check_components
+from handful.models.pipelines import check_components, with_variant
 from handful.models.source import Source, find_source
 from handful.zoo import ZOO, zoo_path
 
@@ -33,6 +33,7 @@ from handful.zoo import ZOO, zoo_path
 PIPELINES = {
     "DDPMPipeline": "unet2d",
     "DDIMPipeline": "unet2d",
+    "LDMPipeline": "unet2d",
     "DiTPipeline": "dit",
     "StableDiffusionPipeline": "stable_diffusion",
     "StableDiffusionXLPipeline": "stable_diffusion",
@@ -57,7 +58,10 @@ def load(name_or_path: str | Path, options: ModelOptions | None = None, **words:
         RequestError: If it can't be loaded as asked, saying what was looked for.
     """
     source, options, family = _found(name_or_path, options, words)
-    return family.load(source, options)
+    options, notes = with_variant(source, options)
+    denoiser = family.load(source, options)
+    denoiser.notes = (*denoiser.notes, *notes)
+    return denoiser
 
 
 def skeleton(name_or_path: str | Path | Source, options: ModelOptions | None = None, **words: Any) -> NetworkDenoiser:

@@ -7,6 +7,7 @@ NVlabs/edm's networks, and any module of one's own that is called alike. They co
 from __future__ import annotations
 
 import hashlib
+import inspect
 import pickle
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -40,9 +41,10 @@ class EDMDenoiser(NetworkDenoiser):
     bits would show. A network of half precision runs under autocast. NVIDIA's cast inside, and offer float16 by `use_fp16`.
 
     Args:
-        network: Called as `network(x, sigma, class_labels)`, class_labels float (n, label_dim) or None. Read where it has
-            them: `img_channels`, `img_resolution`, `label_dim` (0), `sigma_min` (0.002), `sigma_max` (80), `use_fp16`; and a
-            module named `map_label`, as in NVIDIA's, that embeds the labels.
+        network: Called as `network(x, sigma, class_labels)`, class_labels float (n, label_dim) or None; or, where it takes
+            no third argument, as k-diffusion's are: `network(x, sigma)`, with `class_cond` int64 (n,) if it has labels.
+            Read where it has them: `img_channels`, `img_resolution`, `label_dim` (0), `sigma_min` (0.002), `sigma_max`
+            (80), `use_fp16`; and a module named `map_label`, as in NVIDIA's, that embeds the labels.
         shape: (c, h, w) of its images; None reads the network's own.
         classes: Names of its classes by label, without the null class; empty where unknown.
         null_class: The label for "no class": label_dim, or one of the others; None where there is none.
@@ -78,6 +80,7 @@ class EDMDenoiser(NetworkDenoiser):
             )
         super().__init__(network, "edm", shape, EDM(lowest, highest))
         self.label_dim = int(getattr(network, "label_dim", 0) or 0)
+        self._takes_labels = _takes_labels(network)
         zeros = self.label_dim > 0 and null_class is not None and null_class >= self.label_dim
         set_labels(self, self.label_dim + zeros, classes, null_class)
 
@@ -99,7 +102,9 @@ class EDMDenoiser(NetworkDenoiser):
 
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         if condition.labels is None:
-            return self.network(scaled, time, None)
+            return self.network(scaled, time, *((None,) if self._takes_labels else ()))
+        if not self._takes_labels:  # k-diffusion's wrappers hand keywords on to the network inside
+            return self.network(scaled, time, class_cond=condition.labels.to(scaled.device))
         places = torch.arange(self.label_dim, device=scaled.device)
         one_hot = condition.labels.to(scaled.device).unsqueeze(1) == places  # the label label_dim is nowhere: zeros
         return self.network(scaled, time, one_hot.to(scaled.dtype))
@@ -124,6 +129,16 @@ class EDMDenoiser(NetworkDenoiser):
     @property
     def _casts_itself(self) -> bool:
         return hasattr(self.network, "use_fp16")
+
+
+def _takes_labels(network: nn.Module) -> bool:
+    """Whether a network is called with a third argument, its labels; k-diffusion's `(input, sigma, **kwargs)` is not."""
+    try:
+        parameters = list(inspect.signature(network.forward).parameters.values())
+    except (TypeError, ValueError):  # compiled code tells nothing
+        return True
+    positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    return len(positional) > 2 or any(each.kind is each.VAR_POSITIONAL for each in parameters)
 
 
 def skeleton(source: Source, options: ModelOptions) -> Denoiser:

@@ -19,7 +19,7 @@ from handful.core.noise import Flow
 from handful.errors import RequestError, first_line
 from handful.models.options import ModelOptions
 from handful.models.pipelines import load_pipeline
-from handful.models.prompts import Embeddings, Prompts, free_encoders, runs_on
+from handful.models.prompts import Embeddings, Prompts, free_encoders, readers, runs_on
 from handful.models.schedulers import from_flow
 from handful.models.single_file import default_config, read_shapes
 from handful.models.source import Source, find_source
@@ -81,17 +81,20 @@ def flow_levels(scheduler: Any, tokens: int, *, time_scale: float, given_times: 
     return levels
 
 
-def pipeline_prompts(pipeline: Any, options: ModelOptions, encode: Callable[[list[str], torch.device], Embeddings]) -> Prompts:
+def pipeline_prompts(
+    pipeline: Any, options: ModelOptions, encode: Callable[[list[str], torch.device], Embeddings], **most: int
+) -> Prompts:
     """Prompts encoded by a pipeline; for no prompt by its encoding of the negative one. Freeing them takes its encoders away.
 
     Args:
         encode: Prompts, and the device that the encoders run on -> embeddings.
+        most: Tokens that a tokenizer is cut at, by its name, where that is not its own maximum.
     """
 
     def here(prompts: list[str]) -> Embeddings:
         return encode(prompts, runs_on(pipeline.text_encoder))
 
-    return Prompts(here, lambda: here([options.negative_prompt]), lambda: free_encoders(pipeline))
+    return Prompts(here, lambda: here([options.negative_prompt]), lambda: free_encoders(pipeline), readers(pipeline, **most))
 
 
 def load_flow_pipeline(source: Source, options: ModelOptions, kind: str, transformer: str) -> Any:

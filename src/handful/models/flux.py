@@ -166,7 +166,7 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> FluxDenoiser:
         pipeline.vae,
         pipeline.scheduler,
         options.resolution,
-        pipeline_prompts(pipeline, options, encode),
+        pipeline_prompts(pipeline, options, encode, tokenizer_2=_tokens(pipeline.transformer)),
         embedded_guidance=options.embedded_guidance,
         preview_vae=preview_decoder(options),
         pipeline=pipeline,

@@ -32,6 +32,7 @@ class LatentDenoiser(NetworkDenoiser):
     Attributes:
         factor: Pixels of an image to one of its latents, along a side.
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
+        can_offload: Whether a pipeline of diffusers can move its parts to the CPU and back.
         vae_overflows: Whether its autoencoder gives no numbers in float16. Only SDXL's does; the `force_upcast` in configs
             does not tell, since it is true by default.
 
@@ -41,6 +42,7 @@ class LatentDenoiser(NetworkDenoiser):
 
     factor: int
     vae_overflows: bool = False
+    can_offload: bool = True
     pipeline: Any = None
 
     def __init__(

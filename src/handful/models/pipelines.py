@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from handful.models.libraries import hide_loading_bars
 from handful.models.options import ModelOptions
 from handful.models.source import Source
 
+# diffusers' and transformers' names of weights: model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors,
+# model.fp16-00001-of-00002.safetensors and model-00001-of-00002.fp16.safetensors
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<behind>\w+))?\.safetensors"
+)
 DECIDING = ("unet", "transformer", "vae")  # and text encoders and tokenizers: parts that images depend on
 
 
@@ -105,6 +112,79 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
         if isinstance(part, nn.Module):
             _refuse_lacking(part, "model", source.name, f" of its {name}")
     return pipeline
+
+
+def load_component(source: Source, options: ModelOptions, part: str, kind: str) -> nn.Module:
+    """One network of diffusers with its weights.
+
+    Args:
+        part: Its folder in the model; "" for the model's own.
+        kind: Its class.
+
+    Raises:
+        RequestError: If it can't be loaded, or its weights do not fit its config.
+    """
+    import diffusers
+
+    where: Any = source.name if source.folder is None else source.folder / part
+    words: dict[str, Any] = {"variant": options.variant}
+    if source.folder is None:
+        words |= {"subfolder": part, "revision": source.revision}
+    else:
+        words |= {"use_safetensors": any(where.glob("*.safetensors")) or None}
+        words |= {"variant": None} if _plain(where.glob("*")) else {}
+    try:
+        with _quiet():
+            # cast afterwards, diffusers would warn of modules to keep in float32 even where it names none
+            loaded: Any = getattr(diffusers, kind).from_pretrained(
+                where, output_loading_info=True, torch_dtype=options.dtype, **words
+            )
+    except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
+        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})", remedy(source)) from error
+    network, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+        raise RequestError(
+            "model",
+            str(where),
+            f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
+            "Copy config.json and weights from the same checkpoint.",
+        )
+    return network
+
+
+def _plain(files: Iterable[Path]) -> bool:
+    """Whether weights without a variant are among them."""
+    found = [_WEIGHTS.fullmatch(file.name) for file in files]
+    return any(one is not None and one["variant"] is None and one["behind"] is None for one in found)
+
+
+def with_variant(source: Source, options: ModelOptions) -> tuple[ModelOptions, list[str]]:
+    """The options with the variant of the weights (`*.fp16.safetensors`) filled in where a part has no others; and notes.
+
+    Raises:
+        RequestError: If there are several variants and none is chosen.
+    """
+    if options.variant or source.file is not None:
+        return options, []
+    plain: set[str] = set()
+    variants: dict[str, set[str]] = {}
+    for file in source.files():
+        if (found := _WEIGHTS.fullmatch(Path(file).name)) is None:
+            continue
+        part, variant = str(Path(file).parent), found["variant"] or found["behind"]
+        plain.add(part) if variant is None else variants.setdefault(part, set()).add(variant)
+    needed = {part: kinds for part, kinds in variants.items() if part not in plain and part not in options.without}
+    if not needed:
+        return options, []
+    shared = sorted(set.intersection(*needed.values()))
+    if len(shared) != 1:
+        choices = ", ".join(sorted(set.union(*needed.values())))
+        raise RequestError(
+            "model.variant", None, f"the weights lie there in several variants ({choices})", "Name one: model.variant."
+        )
+    note = f"model.variant: {shared[0]}, as there are no other weights of {', '.join(sorted(needed))}"
+    return replace(options, variant=shared[0]), [note.replace(" of .", "")]
 
 
 def _refuse_lacking(network: nn.Module, field: str, name: str, which: str = "") -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 
-from handful.core.denoiser import NetworkDenoiser
-from handful.errors import RequestError, first_line
+from handful.core.denoiser import Denoiser, NetworkDenoiser
+from handful.core.memory import is_out_of_memory
+from handful.core.noise import Levels
+from handful.core.samplers import start
+from handful.errors import HandfulError, RequestError, first_line
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,44 @@ def check_placement(denoiser: NetworkDenoiser, asked: Placement) -> None:
         if getattr(asked, name) and not hasattr(denoiser, "vae"):
             raise RequestError(f"model.{name}", True, "this model has no autoencoder", "Leave it out.")
     if asked.offload != "none":
-        if not hasattr(denoiser, "vae"):
+        if not getattr(denoiser, "can_offload", False):
             raise RequestError("model.offload", asked.offload, "this model is no pipeline", "Leave it out.")
         if asked.device.type == "cpu":
             raise RequestError("model.offload", asked.offload, "the model runs on the CPU anyway", "Leave it out.")
     if asked.attention is not None:
         _check_attention(denoiser, asked.attention)
+
+
+@torch.no_grad()
+def try_once(denoiser: Denoiser, levels: Levels, told: Sequence[Any]) -> None:
+    """Asks a model for one image at the first level of a path, so that what it can't do is known before the long work.
+
+    Args:
+        told: The label or the prompt of that image, alone in a list.
+
+    Raises:
+        RequestError: If it raises anything, or its answer is not one image.
+    """
+    device = getattr(denoiser, "device", None) or next(denoiser.parameters(), torch.empty(0)).device
+    noise = torch.randn(1, *denoiser.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    kind = type(getattr(denoiser, "network", denoiser)).__name__
+    try:
+        answer = denoiser(start(noise, levels), levels[0], denoiser.condition(told))
+        if denoiser.code_sha256 is not None:  # a user's own code may decode in ways of its own
+            shape = tuple(denoiser.decode(answer).shape)
+            if shape != (1, *denoiser.image_shape):
+                raise ValueError(f"it decodes to {shape}, and its image_shape is {denoiser.image_shape}")
+    except HandfulError:
+        raise
+    except Exception as error:  # a network may raise anything
+        remedy = "Build its denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser."
+        if is_out_of_memory(error):
+            remedy = "Use model.dtype bfloat16, or model.offload."
+        problem = f"it can't be asked for one image of shape {denoiser.shape} ({type(error).__name__}: {first_line(error)})"
+        raise RequestError("model", kind, problem, remedy) from error
+    if answer.shape != noise.shape:
+        problem = f"it answers {tuple(answer.shape)} to one image of shape {denoiser.shape}"
+        raise RequestError("model", kind, problem, "Say its shape right, or what it predicts.")
 
 
 def _check_attention(denoiser: NetworkDenoiser, name: str) -> None:
@@ -63,7 +99,7 @@ def _check_attention(denoiser: NetworkDenoiser, name: str) -> None:
 
 
 def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
-    """Moves a loaded model to where it shall run.
+    """Moves a loaded model to where it shall run; to compile it is left to whoever has tried it.
 
     Raises:
         RequestError: If diffusers or torch refuse.
@@ -92,5 +128,3 @@ def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
         if (preview_vae := getattr(denoiser, "preview_vae", None)) is not None:  # small, and no part of the pipeline
             preview_vae.to(asked.device)
         getattr(pipeline, f"enable_{asked.offload}_cpu_offload")(device=asked.device)
-    if asked.compile:
-        network.compile()

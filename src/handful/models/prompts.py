@@ -26,6 +26,7 @@ class Prompts:
         encode: Prompts -> embeddings by name, (n, ...) each.
         encode_null: What the network is told for no prompt, (1, ...) each; None where there is no such thing.
         free: Lets the text encoders go; None where nothing can be freed.
+        readers: By name, each tokenizer and how many tokens of it the network is told; see `unread`.
     """
 
     def __init__(
@@ -33,7 +34,9 @@ class Prompts:
         encode: Callable[[list[str]], Embeddings],
         encode_null: Callable[[], Embeddings] | None = None,
         free: Callable[[], None] | None = None,
+        readers: Mapping[str, tuple[Any, int]] | None = None,
     ) -> None:
+        self._readers = readers or {}
         self._encode: Callable[[list[str]], Embeddings] | None = encode
         self._encode_null, self._free = encode_null, free
         self._kept: dict[str, dict[str, Tensor]] = {}
@@ -62,6 +65,22 @@ class Prompts:
             self._kept[prompt] = {name: each.detach().cpu() for name, each in encode([prompt]).items()}
         if self._null is None and self._encode_null is not None:
             self._null = {name: each.detach().cpu() for name, each in self._encode_null().items()}
+
+    def unread(self, prompts: Sequence[str]) -> list[str]:
+        """A sentence for each prompt that is longer than a text encoder reads, with the words at its end that are lost."""
+        notes = []
+        for prompt in dict.fromkeys(prompts):
+            lost: dict[str, list[int]] = {}
+            for tokenizer, most in self._readers.values():
+                words = tokenizer(prompt, truncation=False, add_special_tokens=False).input_ids
+                beyond = len(words) + tokenizer.num_special_tokens_to_add() - most
+                if beyond > 0:
+                    lost.setdefault(tokenizer.decode(words[-beyond:]).strip(), []).append(most)
+            for text, each in lost.items():
+                of = f"{len(each)} of {len(self._readers)} text encoders" if len(self._readers) > 1 else "the text encoder"
+                shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
+                notes.append(f"the prompt {shown!r} is too long: {of} reads {each[0]} tokens, and not the end {text!r}")
+        return notes
 
     def free(self) -> None:
         """Lets the text encoders go; what is known stays known."""
@@ -106,6 +125,10 @@ class Prompted:
                     network.to(device)
         self.prompts.remember(prompts)
 
+    def unread(self, prompts: Sequence[str]) -> list[str]:
+        """What is lost at the end of prompts that are too long; see `Prompts.unread`."""
+        return self.prompts.unread(prompts)
+
     def free_text_encoders(self) -> None:
         """Lets the text encoders go: a few GB that sampling does not need."""
         self.prompts.free()
@@ -140,6 +163,12 @@ def tokenizer_digests(pipeline: Any) -> dict[str, str]:
     held = {name: getattr(pipeline, name, None) for name in TOKENIZERS}
     told = {name: [sorted(one.get_vocab().items()), one.model_max_length] for name, one in held.items() if one is not None}
     return {name: hashlib.sha256(json.dumps(each).encode()).hexdigest() for name, each in told.items()}
+
+
+def readers(pipeline: Any, **most: int) -> dict[str, tuple[Any, int]]:
+    """The tokenizers of a diffusers pipeline, each with how many tokens it is cut at: its own maximum, but for those named."""
+    held = {name: getattr(pipeline, name, None) for name in TOKENIZERS}
+    return {name: (one, most.get(name, one.model_max_length)) for name, one in held.items() if one is not None}
 
 
 def free_encoders(pipeline: Any) -> None:

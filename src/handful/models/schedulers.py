@@ -26,20 +26,34 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     """
     kind = str(config.get("_class_name", "DDPMScheduler"))
     predicts = config.get("prediction_type", "epsilon")
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+    import diffusers
 
+    cls: Any = getattr(diffusers, kind, None)
     try:
         if kind.startswith("FlowMatch"):
             return Flow(config.get("shift", 1.0), config.get("num_train_timesteps", 1000)), "flow"
         # without betas: variance exploding, or EDM, whose schedulers keep the network's preconditioning (c_skip, c_out,
         # c_in, c_noise) to themselves, so that the raw network is no denoiser; neither is known here
-        if predicts in PREDICTIONS and "beta_schedule" in config:
-            # diffusers builds the betas, so that every beta_schedule it knows is right by construction
-            scheduler: Any = DDPMScheduler.from_config(config)
-            schedule = VP(scheduler.alphas_cumprod)
-            own = own_path(config)
-            return schedule.with_own(own) if own else schedule, PREDICTIONS[predicts]
+        if cls is not None and predicts in PREDICTIONS and "beta_schedule" in config:
+            made: Any = cls.from_config(config).config
+            # multistep solvers of today keep a flow's levels beside betas that they do not use
+            flows = bool(made.get("use_flow_sigmas"))
+            if flows and predicts == "flow_prediction":
+                schedule: Schedule = Flow(made.get("flow_shift", 1.0), made["num_train_timesteps"])
+                return _with_own(schedule, config), "flow"
+            if not flows and predicts != "flow_prediction":
+                # diffusers builds the betas, so that every beta_schedule it knows is right by construction
+                scheduler: Any = diffusers.DDPMScheduler.from_config(config)
+                return _with_own(VP(scheduler.alphas_cumprod), config), PREDICTIONS[predicts]
+            raise RequestError(
+                "model",
+                f"{kind} with prediction_type {predicts} and use_flow_sigmas {str(flows).lower()}",
+                "the two contradict each other: one speaks of a rectified flow, the other does not",
+                "Correct scheduler_config.json: a flow has prediction_type flow_prediction and use_flow_sigmas true.",
+            )
     except (TypeError, ValueError, NotImplementedError) as error:
+        if isinstance(error, RequestError):
+            raise
         raise RequestError(
             "model",
             f"{kind}'s config",
@@ -54,17 +68,26 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     )
 
 
+def _with_own(schedule: Schedule, config: dict[str, Any]) -> Schedule:
+    own = own_path(config)
+    return schedule.with_own(own) if own else schedule
+
+
 def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:
-    """The levels that a variance-preserving scheduler of this config steps through; None for a kind without such a path."""
+    """The levels that a scheduler of this config steps through; None for a kind without such a path."""
     import diffusers
 
     kind = str(config.get("_class_name", "DDPMScheduler"))
-    if kind not in ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"):
+    known = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
+    if kind not in known and not config.get("use_flow_sigmas"):
         return None  # multistep schedulers keep paths of their own; sampling them by ours would be another sampler
 
     def walked(steps: int) -> Path:
         scheduler: Any = getattr(diffusers, kind).from_config(config)
         scheduler.set_timesteps(steps)
+        if config.get("use_flow_sigmas"):
+            # the end that some keep there is the beta schedule's least sigma / alpha, which no flow knows
+            return from_flow(torch.cat([scheduler.sigmas[:-1], torch.zeros(1)]))
         if hasattr(scheduler, "sigmas"):  # Euler's are sigma / alpha, and end in 0
             return from_ratios(scheduler.sigmas)
         abar = scheduler.alphas_cumprod.double()[scheduler.timesteps.cpu()]

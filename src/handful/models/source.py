@@ -90,6 +90,23 @@ class Source:
             )
         return data
 
+    def files(self) -> list[str]:
+        """The paths of all its files; of a hub name those in its cache, or on the hub where no weights are there yet."""
+        if self.folder is not None:
+            return [str(path.relative_to(self.folder)) for path in self.folder.glob("**/*") if path.is_file()]
+        if self.file is not None or self.configs is not None:
+            return []
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            kept = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+            found = Source(self.name, folder=kept).files()
+            if not any(name.endswith(".safetensors") for name in found):
+                found = HfApi().list_repo_files(self.name, revision=self.revision)
+        except Exception:  # offline, gated, gone: whoever loads it says why
+            return []
+        return found
+
     def _from_hub(self, path: str) -> Path | None:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub import errors as hub

@@ -20,7 +20,7 @@ from handful.models import single_file
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, load_pipeline, preview_decoder
-from handful.models.prompts import Prompted, Prompts, blank_prompts, free_encoders, refuse_for_prompts, runs_on
+from handful.models.prompts import Prompted, Prompts, blank_prompts, free_encoders, readers, refuse_for_prompts, runs_on
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 
@@ -174,7 +174,7 @@ def _prompts(pipeline: Any, resolution: tuple[int, int], options: ModelOptions) 
             null |= {name: torch.zeros_like(null[name]) for name in ("text", "pooled")}
         return null
 
-    return Prompts(encode, encode_null, lambda: free_encoders(pipeline))
+    return Prompts(encode, encode_null, lambda: free_encoders(pipeline), readers(pipeline))
 
 
 def _blank_prompts(unet: Mapping[str, Any], length: int) -> Prompts:

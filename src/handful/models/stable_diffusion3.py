@@ -157,7 +157,7 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusion3Denoi
         pipeline.vae,
         pipeline.scheduler,
         options.resolution,
-        pipeline_prompts(pipeline, options, encode),
+        pipeline_prompts(pipeline, options, encode, tokenizer_3=T5_TOKENS),
         preview_vae=preview_decoder(options),
         pipeline=pipeline,
     )

@@ -1,4 +1,5 @@
-"""diffusers' `UNet2DModel`: DDPM-style networks in pixel space, unconditional or with class labels."""
+"""diffusers' `UNet2DModel`: DDPM-style networks, unconditional or with class labels; of pixels, or of the latents of an
+autoencoder that lies beside them, as `LDMPipeline` has it (Rombach et al. 2022, arXiv 2112.10752)."""
 
 from __future__ import annotations
 
@@ -9,18 +10,37 @@ from torch import Tensor, nn
 
 from handful.core.denoiser import Condition, NetworkDenoiser, Prediction
 from handful.core.noise import Schedule
-from handful.errors import RequestError, first_line
+from handful.errors import RequestError
 from handful.models.labels import label_condition, set_labels
+from handful.models.latent import LatentDenoiser, factor_of
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
-from handful.models.pipelines import on_meta, remedy
+from handful.models.pipelines import component_on_meta, load_component, on_meta, preview_decoder
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 
-UNUSED = ("negative_prompt", "embedded_guidance", "without", "preview_decoder", "config", "variant", "trust_pickle")
+UNUSED = ("negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
+AUTOENCODERS = ("vae", "vqvae")
 
 
-class UNet2DDenoiser(NetworkDenoiser):
-    """A `UNet2DModel` as a denoiser.
+class _Labelled:
+    """How a `UNet2DModel` is told its labels; stands before a denoiser among a class's bases."""
+
+    network: Any
+    null_may_be_unsaid: bool = True  # diffusers' config has no field for it; other families say whether they have one
+
+    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
+        return label_condition(self, labels)  # type: ignore[arg-type]  # the denoiser that it stands before
+
+    @property
+    def label_embeddings(self) -> Sequence[nn.Module]:
+        return () if self.network.class_embedding is None else (self.network.class_embedding,)
+
+    def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
+        return self.network(scaled, time, class_labels=condition.labels, return_dict=False)[0]
+
+
+class UNet2DDenoiser(_Labelled, NetworkDenoiser):
+    """A `UNet2DModel` of pixels as a denoiser.
 
     Args:
         network: The model; as many output channels as input channels, or twice as many where it learned the variance.
@@ -38,48 +58,96 @@ class UNet2DDenoiser(NetworkDenoiser):
         classes: Sequence[str] = (),
         null_class: int | None = None,
     ) -> None:
-        config: Any = network.config
-        side = config.sample_size
-        if side is None:
+        channels, height, width = _shape(network)
+        if channels not in (1, 3):
             raise RequestError(
                 "model",
-                "sample_size",
-                "the UNet's config does not say its resolution",
-                "Write sample_size into its config.json.",
+                f"in_channels {channels}",
+                "its images are neither gray nor RGB: it is a UNet of latents, and no autoencoder lies beside it",
+                "Give the whole pipeline's directory, with the autoencoder in vae/ or vqvae/.",
             )
-        if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        super().__init__(network, prediction, (channels, height, width), levels)
+        set_labels(self, _config(network).num_class_embeds or 0, classes, null_class)
+
+
+class LatentUNetDenoiser(_Labelled, LatentDenoiser):
+    """A `UNet2DModel` of latents and its autoencoder, an `AutoencoderKL` or a `VQModel`.
+
+    Args:
+        vae: The autoencoder.
+        preview_vae: As for `LatentDenoiser`; the others as for `UNet2DDenoiser`.
+    """
+
+    can_offload = False
+
+    def __init__(
+        self,
+        network: nn.Module,
+        vae: nn.Module,
+        prediction: Prediction,
+        levels: Schedule,
+        *,
+        classes: Sequence[str] = (),
+        null_class: int | None = None,
+        preview_vae: nn.Module | None = None,
+    ) -> None:
+        (channels, height, width), latents = _shape(network), _config(vae)
+        if channels != latents.latent_channels:
             raise RequestError(
                 "model",
-                f"out_channels {config.out_channels}",
-                "the UNet predicts neither the image alone nor image and variance",
-                "Use a UNet2DModel with as many output as input channels, or twice as many.",
+                f"in_channels {channels}",
+                f"its autoencoder's latents have {latents.latent_channels}: it is told an image too, as upscalers are",
+                "Use a model that is told labels or nothing.",
             )
-        height, width = (side, side) if isinstance(side, int) else side
-        super().__init__(network, prediction, (config.in_channels, height, width), levels)
-        set_labels(self, config.num_class_embeds or 0, classes, null_class)
-
-    null_may_be_unsaid: bool = True  # diffusers' config has no field for it; other families say whether they have one
-
-    def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-        return label_condition(self, labels)
-
-    @property
-    def label_embeddings(self) -> Sequence[nn.Module]:
-        network: Any = self.network
-        return () if network.class_embedding is None else (network.class_embedding,)
-
-    def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
-        return self.network(scaled, time, class_labels=condition.labels, return_dict=False)[0]
+        factor = factor_of(latents)
+        super().__init__(network, vae, prediction, levels, (height * factor, width * factor), preview_vae=preview_vae)
+        set_labels(self, _config(network).num_class_embeds or 0, classes, null_class)
 
 
-def skeleton(source: Source, options: ModelOptions) -> UNet2DDenoiser:
+def _config(module: nn.Module) -> Any:
+    return module.config
+
+
+def _shape(network: nn.Module) -> tuple[int, int, int]:
+    """(c, h, w) of what a UNet denoises.
+
+    Raises:
+        RequestError: If its config does not say it, or the network is told or answers something else.
+    """
+    config = _config(network)
+    side = config.sample_size
+    if side is None:
+        raise RequestError(
+            "model", "sample_size", "the UNet's config does not say its resolution", "Write sample_size into its config.json."
+        )
+    if config.out_channels not in (config.in_channels, 2 * config.in_channels):
+        raise RequestError(
+            "model",
+            f"out_channels {config.out_channels}",
+            "the UNet predicts neither the image alone nor image and variance",
+            "Use a UNet2DModel with as many output as input channels, or twice as many.",
+        )
+    if config.class_embed_type is not None:
+        raise RequestError(
+            "model",
+            f"class_embed_type {config.class_embed_type}",
+            "the UNet is told numbers or vectors, not labels",
+            "Say what it is told in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
+        )
+    height, width = (side, side) if isinstance(side, int) else side
+    return config.in_channels, height, width
+
+
+def skeleton(source: Source, options: ModelOptions) -> UNet2DDenoiser | LatentUNetDenoiser:
     """The denoiser without its weights, from the configs alone: on the meta device."""
     refuse_options(options, *UNUSED)
-    config = source.read_json(f"{_inside(source)}config.json")
-    return _denoiser(on_meta("UNet2DModel", config or {}), source, options)
+    network = on_meta("UNet2DModel", source.read_json(f"{_inside(source)}config.json") or {})
+    part = _autoencoder(source)
+    vae = None if part is None else component_on_meta(source, part, "AutoencoderKL")
+    return _denoiser(network, vae, source, options, meta=True)
 
 
-def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
+def load(source: Source, options: ModelOptions) -> UNet2DDenoiser | LatentUNetDenoiser:
     """Loads a model with `unet/` and `scheduler/`, or a UNet's own with its `scheduler_config.json` beside.
 
     A `handful.json` beside them may say `{"classes": [names], "null_class": label}`.
@@ -87,37 +155,37 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
     Raises:
         RequestError: If a file is missing, damaged, or does not fit the others.
     """
-    from diffusers.models.unets.unet_2d import UNet2DModel
-
     skeleton(source, options)  # what the configs can tell is said before the weights are read
-    inside = _inside(source)
-    try:
-        if source.folder:
-            where = source.folder / inside
-            words: dict[str, Any] = {"use_safetensors": any(where.glob("*.safetensors")) or None}
-        else:
-            where, words = source.name, {"subfolder": inside.rstrip("/"), "revision": source.revision}
-        # cast afterwards, diffusers would warn of modules to keep in float32 even where it names none
-        loaded: Any = UNet2DModel.from_pretrained(where, output_loading_info=True, torch_dtype=options.dtype, **words)
-    except Exception as error:  # diffusers raises many kinds for a damaged file; all mean the same to the user
-        raise RequestError("model", source.name, f"it can't be loaded ({first_line(error)})", remedy(source)) from error
-    network, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    network, part = load_component(source, options, _inside(source).rstrip("/"), "UNet2DModel"), _autoencoder(source)
+    kind = "" if part is None else str(source.config(part).get("_class_name", "AutoencoderKL"))
+    return _denoiser(network, load_component(source, options, part, kind) if part else None, source, options)
+
+
+def _autoencoder(source: Source) -> str | None:
+    """The folder of the autoencoder that lies beside the UNet; None of a model of pixels.
+
+    Raises:
+        RequestError: If the pipeline has other parts, which are not known here.
+    """
+    index = source.read_json("model_index.json") or {}
+    parts = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
+    if strange := [name for name in parts if name not in ("unet", "scheduler", *AUTOENCODERS)]:
         raise RequestError(
             "model",
-            str(where),
-            f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
-            "Copy config.json and weights from the same checkpoint.",
+            source.name,
+            f"it is a {index.get('_class_name')}, a family that is not known: its UNet is told more ({', '.join(strange)})",
+            "Build the denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
         )
-    return _denoiser(network, source, options)
+    return next((name for name in AUTOENCODERS if name in parts), None)
 
 
 def _inside(source: Source) -> str:
     return "unet/" if source.read_json("unet/config.json") is not None else ""
 
 
-def _denoiser(network: nn.Module, source: Source, options: ModelOptions) -> UNet2DDenoiser:
+def _denoiser(
+    network: nn.Module, vae: nn.Module | None, source: Source, options: ModelOptions, *, meta: bool = False
+) -> UNet2DDenoiser | LatentUNetDenoiser:
     told = source.read_json("scheduler/scheduler_config.json") or source.read_json("scheduler_config.json")
     if told is None:
         raise RequestError(
@@ -143,12 +211,15 @@ def _denoiser(network: nn.Module, source: Source, options: ModelOptions) -> UNet
             f"the handful.json of '{source.name}' does not hold a label there",
             "Write a whole number, or leave it out.",
         )
-    denoiser = UNet2DDenoiser(
-        network,
-        prediction,
-        levels,
-        null_class=said[1] if options.null_class is None else options.null_class,
-        classes=said[0] if options.classes is None else options.classes,
-    )
-    refuse_resolution(denoiser.shape[1:], options)
+    words: dict[str, Any] = {
+        "null_class": said[1] if options.null_class is None else options.null_class,
+        "classes": said[0] if options.classes is None else options.classes,
+    }
+    if vae is None:
+        refuse_options(options, "preview_decoder")
+        denoiser: UNet2DDenoiser | LatentUNetDenoiser = UNet2DDenoiser(network, prediction, levels, **words)
+    else:
+        preview_vae = preview_decoder(options, meta=meta, channels=_config(vae).latent_channels)
+        denoiser = LatentUNetDenoiser(network, vae, prediction, levels, preview_vae=preview_vae, **words)
+    refuse_resolution(denoiser.image_shape[1:], options)
     return denoiser

@@ -20,7 +20,6 @@ from handful.guidance.requests import APGRequest, CADSRequest, CFGRequest, Guida
 from handful.guidance.terms import check_terms
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions
-from handful.models.unet2d import UNet2DDenoiser
 from handful.recipe.exemplar_source import has_images
 from handful.recipe.inverting import Inverted, as_fitted
 from handful.recipe.plan import Labels, assign_labels
@@ -145,6 +144,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     if sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
     levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
+    outline.check_path(levels)
     shown = has_images(recipe)
     guidance = tuple(_with_reduce(term, index, outline, shown) for index, term in enumerate(recipe.guidance or ()))
     if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
@@ -184,7 +184,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
 
 def null_may_be_unsaid(outline: NetworkDenoiser) -> bool:
     """Whether one of the labels may stand for "no class" without the model saying so."""
-    return isinstance(outline, UNet2DDenoiser) and outline.null_may_be_unsaid
+    return outline.null_may_be_unsaid
 
 
 def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[str, str]:
