@@ -27,6 +27,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     kind = str(config.get("_class_name", "DDPMScheduler"))
     predicts = config.get("prediction_type", "epsilon")
     import diffusers
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     cls: Any = getattr(diffusers, kind, None)
     try:
@@ -43,7 +44,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
                 return _with_own(schedule, config), "flow"
             if not flows and predicts != "flow_prediction":
                 # diffusers builds the betas, so that every beta_schedule it knows is right by construction
-                scheduler: Any = diffusers.DDPMScheduler.from_config(config)
+                scheduler: Any = DDPMScheduler.from_config(config)
                 return _with_own(VP(scheduler.alphas_cumprod), config), PREDICTIONS[predicts]
             raise RequestError(
                 "model",
