@@ -168,7 +168,7 @@ def tokenizer_digests(pipeline: Any) -> dict[str, str]:
 def readers(pipeline: Any, **most: int) -> dict[str, tuple[Any, int]]:
     """The tokenizers of a diffusers pipeline, each with how many tokens it is cut at: its own maximum, but for those named."""
     held: dict[str, Any] = {name: getattr(pipeline, name, None) for name in TOKENIZERS}
-    return {name: (one, most.get(name, one.model_max_length)) for name, one in held.items() if one is not None}
+    return {name: (one, int(most.get(name) or one.model_max_length)) for name, one in held.items() if one is not None}
 
 
 def free_encoders(pipeline: Any) -> None:
