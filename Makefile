@@ -6,7 +6,7 @@ READY := $(VENV)/.handful-ready
 # Threads that spin while they wait make two busy cores ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-quick lint clean
+.PHONY: help setup demo test test-quick test-browser lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -31,6 +31,12 @@ test: lint  ## format, lint, types and every test
 
 test-quick: $(READY)  ## the tests that take less than ten seconds each
 	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+# Debian's chromium where no browser is there; where neither is to be had, this says so and fails.
+test-browser: $(READY)  ## the report in a real, headless browser; HANDFUL_SCREENSHOTS=DIR keeps pictures of it
+	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } || \
+	  { echo "NO BROWSER: the report was NOT tested in one. Install chromium and chromedriver."; exit 1; }
+	HANDFUL_BROWSER=1 $(BIN)/python -m pytest tests/report/test_browser.py $(ARGS)
 
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

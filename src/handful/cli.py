@@ -18,6 +18,7 @@ from handful.commands.evaluate import evaluate
 from handful.commands.exemplars import exemplars
 from handful.commands.generate import generate
 from handful.commands.invert import invert
+from handful.commands.report import report
 from handful.commands.sweep import sweep
 from handful.commands.utility import utility
 
@@ -51,6 +52,7 @@ app.command(short_help="Fit a few images of a new domain, to generate many.")(in
 app.command(short_help="Find which pre-conditioning suits a classifier that guides.")(calibrate)
 app.command(short_help="Judge a generated set against real images.")(evaluate)
 app.command(short_help="Train with and without the images: is it worth it?")(utility)
+app.command(short_help="Write one page that shows a run.")(report)
 app.command(short_help="Compare methods x scales x k x seeds, and choose.")(sweep)
 app.command(short_help="Keep exemplars as features alone, to share.")(exemplars)
 app.command(short_help="Say what a recipe costs, before anything runs.")(cost)

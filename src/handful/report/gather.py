@@ -1,0 +1,156 @@
+"""What a run directory holds, for its report: the request, the images made so far, and what was found about them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from handful.errors import RequestError
+from handful.judge.worth import KIND, Worth
+from handful.runs.kept import all_kept
+from handful.runs.metadata import exemplars_of
+
+_A_RUN = "Name a directory that handful generate has written."
+
+
+@dataclass
+class Shown:
+    """A run as its report shows it.
+
+    Attributes:
+        path, name: Where it is, and what it is called.
+        recipe, provenance: From recipe.yaml.
+        rows: Of the manifest: the images that are there, class by class.
+        classes: Of the rows, in order.
+        planned: How many images were asked for.
+        exemplars: The folder of the exemplars, where it is there and holds images.
+        evaluations: What `handful evaluate` kept, the newest last.
+        worth: The newest that `handful utility` kept.
+        notes: What is missing, in words.
+    """
+
+    path: Path
+    name: str
+    recipe: dict[str, Any]
+    provenance: dict[str, Any]
+    rows: list[dict[str, Any]]
+    classes: list[str]
+    planned: int
+    exemplars: Path | None
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    worth: Worth | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def found(self) -> dict[str, Any] | None:
+        """The newest evaluation's result."""
+        return self.evaluations[-1]["result"] if self.evaluations else None
+
+    def in_words(self) -> str:
+        """What was asked for, in a sentence or two."""
+        model, sampler = _part(self.recipe, "model"), _part(self.recipe, "sampler")
+        terms = self.recipe.get("guidance") or []
+        methods = [f"{term.get('method')} at scale {term.get('scale'):g}" for term in terms if term.get("scale") is not None]
+        guided = f"guided by {' and '.join(methods)}" if methods else "without guidance"
+        k, source = _part(self.recipe, "exemplars").get("k", _part(self.recipe, "exemplars").get("per_class")), ""
+        if _part(self.recipe, "exemplars").get("path") and methods:
+            source = f", with {k or 'all'} exemplars per class from {_part(self.recipe, 'exemplars')['path']}"
+        return (
+            f"{self.planned:,} images of {len(self.recipe.get('classes') or self.classes):,} classes from the model "
+            f"{model.get('name')}, {guided}{source}. Sampler {sampler.get('name')}, {sampler.get('steps')} steps, seed "
+            f"{self.recipe.get('seed')}."
+        )
+
+
+def gather(path: str | Path, name: str | None = None) -> Shown:
+    """Reads what a report of a run needs; no image.
+
+    Raises:
+        RequestError: It is no run directory, or nothing has been generated in it yet.
+    """
+    root = Path(path).expanduser()
+    root = root.parent if root.name == "images" else root
+    recipe = _recipe(root)
+    provenance, notes = recipe.pop("provenance"), list[str]()
+    rows = [row for row in _rows(root) if row.get("status") == "done" and row.get("file")]
+    if not rows:
+        raise RequestError("run", root, "nothing has been generated in it yet", "Repeat its handful generate command first.")
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+    planned = int(recipe.get("per_class") or 0) * len(recipe.get("classes") or classes) or len(rows)
+    if len(rows) < planned:
+        notes.append(f"This run is unfinished: {len(rows):,} of {planned:,} images are there. The same command goes on.")
+    drawn = exemplars_of(root)
+    folder = drawn.folder if drawn else None
+    if folder is not None and not folder.is_dir():
+        kind = "are features alone, without images" if folder.is_file() else f"are gone: there is no folder {folder}"
+        notes.append(f"The exemplars {kind}. So they are not shown.")
+        folder = None
+    evaluations = [each for each in all_kept(root, "evaluation") if isinstance(each.get("result"), dict)]
+    found = None
+    for each in all_kept(root, KIND):
+        try:
+            found = Worth.from_dict(each["result"])
+        except (KeyError, TypeError):
+            notes.append("A result of handful utility was written by another version and is left out.")
+    return Shown(
+        root, name or root.resolve().name, recipe, provenance, rows, classes, planned, folder, evaluations, found, notes
+    )
+
+
+def _recipe(root: Path) -> dict[str, Any]:
+    """recipe.yaml with its provenance."""
+    if not root.exists():
+        raise RequestError("run", root, "there is no such directory", "Check the path.")
+    if not root.is_dir():
+        raise RequestError("run", root, "this is a file", _A_RUN)
+    file = root / "recipe.yaml"
+    if not file.is_file():
+        empty = next(root.iterdir(), None) is None
+        raise RequestError("run", root, "the directory is empty" if empty else "it holds no run of handful", _A_RUN)
+    try:
+        data = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, yaml.YAMLError) as error:
+        raise RequestError("run", file, f"it can't be read ({error})".splitlines()[0], _A_RUN) from error
+    if not isinstance(data, dict) or not isinstance(data.get("provenance"), dict) or not isinstance(data.get("model"), dict):
+        raise RequestError("run", file, "no run of handful has written it", _A_RUN)
+    return data
+
+
+def _rows(root: Path) -> list[dict[str, Any]]:
+    """The manifest, or what the finished cohorts' markers hold where the run is unfinished."""
+    files = [root / "manifest.parquet"]
+    if not files[0].is_file():
+        files = sorted((root / ".handful" / "cohorts").glob("*.parquet"))
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        try:
+            rows += pq.ParquetFile(file).read(use_threads=False).to_pylist()  # without threads: see runs/manifest.py
+        except (OSError, pa.ArrowException) as error:
+            raise RequestError("run", file, "it is damaged", "Repeat the handful generate command, which mends it.") from error
+    return rows
+
+
+def _part(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = data.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def compared_with(first: Shown, others: Sequence[str | Path]) -> list[Shown]:
+    """The other runs of a report: those named, then the baselines of the first one's evaluations that are still there."""
+    shown = [gather(other) for other in others]
+    there = {each.path.resolve() for each in (first, *shown)}
+    for evaluation in reversed(first.evaluations):
+        for name, path in _part(_part(evaluation, "asked"), "baselines").items():
+            if Path(path).resolve() not in there and (Path(path) / "recipe.yaml").is_file():
+                there.add(Path(path).resolve())
+                try:
+                    shown.append(gather(path, name))
+                except RequestError as error:
+                    first.notes.append(f"The baseline {name} is left out: {error}")
+    return shown

@@ -1,0 +1,281 @@
+"""report.html: one page that holds everything and asks nobody for anything.
+
+What it shows is read from the run directories (`gather`), and from results that `handful evaluate` and `handful utility` kept
+there. All text is escaped by jinja2; the pictures are inside; a content security policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from handful import __version__
+from handful.data.images import write_atomically
+from handful.errors import HandfulError, RequestError, first_line
+from handful.judge.gains import LOWER_IS_BETTER
+from handful.judge.worth import TEST
+from handful.report.charts import Dot, scatter
+from handful.report.gallery import gallery
+from handful.report.gather import Shown, compared_with, gather
+from handful.report.tables import EVALUATED, Table
+from handful.report.worth_table import worth_table
+
+MOST_CLASSES = 200  # rows of the table of classes: the worst first
+_WORDS = {
+    "survives": "The gain is real: it survives mild transforms of the images.",
+    "partly": "Part of the gain survives mild transforms of the images.",
+    "adversarial": "The gain is adversarial: only the judge sees it. It is gone after mild transforms of the images.",
+    "no gain": "No gain could be told from chance.",
+}
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes the page.
+
+    Args:
+        runs: Run directories; the first is the report's, the others are compared with it. Baselines that it was evaluated
+            against are shown too, where they are still there.
+        out: The file; None: `report.html` in the first run directory.
+
+    Returns:
+        The file.
+
+    Raises:
+        RequestError: A directory is no run, is empty, or the file can't be written; said before any picture is read.
+    """
+    if not runs:
+        raise RequestError("run", None, "it is missing", "Name one or more run directories.")
+    first = gather(runs[0])
+    shown = [first, *compared_with(first, runs[1:])]
+    target = Path(out).expanduser() if out is not None else first.path / "report.html"
+    where = target if target.exists() else target.parent
+    if not target.parent.is_dir() or target.is_dir() or not os.access(where, os.W_OK) or not os.access(target.parent, os.W_OK):
+        remedy = "Choose another file with --out FILE.html."
+        raise RequestError("out", target, "it can't be written there", remedy)
+    write_atomically(target, page(shown).encode("utf-8", "replace"))
+    return target
+
+
+def page(runs: Sequence[Shown]) -> str:
+    """The whole page as text; the first run is the report's."""
+    first, parts = runs[0], _parts()
+    data, costs = gallery(runs), [_cost(run) for run in runs]
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(parts["report.html"])
+    classes = _classes(first)
+    return template.render(
+        title=f"{first.name}: a report by handful",
+        run=first,
+        runs=runs,
+        version=__version__,
+        style=parts["report.css"],
+        script=parts["report.js"],
+        data=data,
+        verdicts=_verdicts(first),
+        metrics=_metrics(first),
+        gains=_gains(first),
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        classes=classes,
+        worth=None if first.worth is None else worth_table(first.worth),
+        chart=_chart(runs, costs),
+        cost=_costs(runs, costs),
+        facts=_facts(first),
+        recipe=yaml.safe_dump(first.recipe, sort_keys=False, allow_unicode=True),
+        has_distances=bool(data["copies"]),
+        copied=(first.found or {}).get("copied"),
+    )
+
+
+def _parts() -> dict[str, str]:
+    folder = files("handful.report")
+    return {name: folder.joinpath(name).read_text(encoding="utf-8") for name in ("report.html", "report.css", "report.js")}
+
+
+def _verdicts(run: Shown) -> list[str]:
+    """What was found, in sentences; what was not measured yet is said with its command."""
+    sentences = []
+    if run.worth is not None:
+        sentences.append(run.worth.sentence)
+    for name, comparison in ((run.found or {}).get("gains") or {}).items():
+        gain = comparison["metrics"].get("f1") or {}
+        if gain.get("gain") is None:
+            continue
+        ends = gain.get("interval")
+        interval = f" (90 % interval {_signed(ends[0])} to {_signed(ends[1])})" if ends else ""
+        beside = f"F1 is {_number(gain['value'])} where that of {name} is {_number(gain['baseline'])}"
+        sentences.append(f"{beside}: {_signed(gain['gain'])}{interval}. {_WORDS.get(gain.get('verdict') or '', '')}".strip())
+    copied = (run.found or {}).get("copied")
+    if copied is not None:
+        sentences.append(f"{100 * copied:.1f} % of the images are nearer to an exemplar than 99 % of real images are.")
+    return sentences
+
+
+def _metrics(run: Shown) -> Table | None:
+    """Pooled metrics: generated, after the transforms, and what real images get."""
+    found = run.found
+    if found is None:
+        return None
+    asked = run.evaluations[-1].get("asked") or {}
+    intervals: Mapping[str, Any] = found.get("intervals") or {}
+    title = f"All classes together, judged by {found['judge']}, neighbour {found.get('k', asked.get('neighbours', '?'))}"
+    table = Table(title, ["metric", "generated", "90 % interval", "after transforms", "real against real"])
+    ceiling = (found["pooled"].get("ceiling")) or {}
+    for metric, heading in EVALUATED.items():
+        value = found.get(metric, found["pooled"]["generated"].get(metric))
+        after = [each[metric] for each in (found.get("transformed") or {}).values() if each.get(metric) is not None]
+        ends = intervals.get(metric)
+        cells = [
+            "-" if ends is None else f"{_number(ends[0])} to {_number(ends[1])}",
+            _number(sum(after) / len(after)) if after else "-",
+            _number(ceiling.get(metric)),
+        ]
+        table.rows.append([heading + (" (lower is better)" if metric in LOWER_IS_BETTER else ""), _number(value), *cells])
+    sizes = found["pooled"]["generated"]
+    table.notes.append(
+        f"{sizes['n_generated']:,} generated and {sizes['n_real']:,} real images. The real images: {asked.get('real', '?')}."
+    )
+    table.notes.append(
+        "Real against real: one half of the real images in the place of the generated ones. It is the most to hope for."
+    )
+    table.notes += [note for note in (sizes.get("note"), *(found.get("notes") or [])) if note]
+    return table
+
+
+def _gains(run: Shown) -> list[Table]:
+    tables = []
+    for name, comparison in ((run.found or {}).get("gains") or {}).items():
+        table = Table(
+            f"What is gained over {name}",
+            ["metric", "value", name, "gain", "90 % interval", "left after transforms", "verdict"],
+        )
+        for metric, gain in comparison["metrics"].items():
+            if gain.get("gain") is not None:
+                ends = gain.get("interval")
+                cells = [_number(gain["value"]), _number(gain["baseline"]), _signed(gain["gain"])]
+                cells += ["-" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}", _signed(gain.get("surviving"))]
+                table.rows.append([EVALUATED.get(metric, metric), *cells, gain.get("verdict") or "-"])
+        table.notes.append(
+            "A gain above 0 is better, of every metric. Survives: three quarters or more are left after the transforms."
+        )
+        tables.append(table)
+    return tables
+
+
+def _comparison(runs: Sequence[Shown]) -> Table:
+    """A column for each run that was evaluated."""
+    table = Table("The runs beside each other", ["metric", *(run.name for run in runs)])
+    for metric, heading in EVALUATED.items():
+        values = [(run.found or {}).get(metric) for run in runs]
+        baselines = (runs[0].found or {}).get("gains") or {}
+        for place, run in enumerate(runs):  # a baseline that was not evaluated itself was measured beside the first
+            if values[place] is None and run.name in baselines:
+                values[place] = (baselines[run.name]["metrics"].get(metric) or {}).get("baseline")
+        if any(value is not None for value in values):
+            table.rows.append([heading, *map(_number, values)])
+    worths = [run.worth.rows[2].tests[TEST].mean if run.worth and len(run.worth.rows) > 2 else None for run in runs]
+    if any(value is not None for value in worths):
+        table.rows.append(["accuracy of a classifier, exemplars + these", *map(_number, worths)])
+    judges = {(run.found["judge"], str((run.evaluations[-1].get("asked") or {}).get("real"))) for run in runs if run.found}
+    if len(judges) > 1:
+        table.notes.append(
+            "These runs were judged by different judges or on different real images: the numbers do not compare."
+        )
+    return table
+
+
+def _classes(run: Shown) -> Table | None:
+    """The classes, the worst first."""
+    found = run.found
+    if found is None or not found.get("per_class"):
+        return None
+    metrics = ("f1", "precision", "recall", "coverage", "frechet")
+    table = Table("Class by class, the worst first", ["class", "images", *(EVALUATED[metric] for metric in metrics)])
+    groups = {name: group["generated"] for name, group in found["per_class"].items()}
+
+    def badness(name: str) -> tuple[float, float]:
+        scores = groups[name]
+        f1, distance = scores.get("f1"), scores.get("frechet")
+        return (float("inf") if f1 is None else f1, -(distance or 0.0))
+
+    for name in sorted(groups, key=badness)[:MOST_CLASSES]:
+        table.rows.append([name, str(groups[name]["n_generated"]), *(_number(groups[name].get(metric)) for metric in metrics)])
+    if len(groups) > MOST_CLASSES:
+        table.notes.append(f"{len(groups) - MOST_CLASSES:,} better classes are left out.")
+    if any(scores.get("f1") is None for scores in groups.values()):
+        table.notes.append("A class with too few images for the neighbour has no precision, recall and coverage.")
+    return table
+
+
+def _cost(run: Shown) -> Any:
+    """What sampling costs by `handful cost`; None where that can't be counted here."""
+    try:
+        from handful.cost.estimate import cost_of
+        from handful.recipe.schema import recipe_from
+
+        return cost_of(recipe_from(run.recipe))
+    except HandfulError as error:
+        run.notes.append(f"What it cost can't be counted: {first_line(error)}")
+        return None
+
+
+def _costs(runs: Sequence[Shown], costs: Sequence[Any]) -> Table | None:
+    known = [(run, cost) for run, cost in zip(runs, costs, strict=True) if cost is not None]
+    if not known:
+        return None
+    headings = ["run", "TFLOPs per image", "x plain sampling", "x classifier-free guidance", "peak memory"]
+    table = Table("What sampling costs", headings)
+    for run, cost in known:
+        flops = cost.recipe.flops_per_image
+        ratios = [f"{flops / other.flops_per_image:.2f}" for other in (cost.plain, cost.cfg)]
+        table.rows.append([run.name, f"{flops / 1e12:.3g}", *ratios, f"{cost.recipe.peak_bytes / 1e9:.3g} GB"])
+    table.notes.append(
+        "Counted from the recipe, not measured: a multiply-add is 2 FLOPs. Peak memory is an estimate for a whole cohort."
+    )
+    return table
+
+
+def _chart(runs: Sequence[Shown], costs: Sequence[Any]) -> str | None:
+    """Precision against coverage; the larger the dot, the dearer."""
+    found = runs[0].found
+    if found is None:
+        return None
+    dots: list[Dot] = []
+    for run, cost in zip(runs, costs, strict=True):
+        scores: Mapping[str, Any] = run.found or {}
+        if not run.found and (gains := (found.get("gains") or {}).get(run.name)):
+            scores = {metric: gain["baseline"] for metric, gain in gains["metrics"].items()}
+        if scores.get("precision") is not None and scores.get("coverage") is not None:
+            ratio = None if cost is None else cost.recipe.flops_per_image / cost.plain.flops_per_image
+            dots.append(Dot(run.name, scores["precision"], scores["coverage"], ratio))
+    ceiling = found["pooled"].get("ceiling") or {}
+    if ceiling.get("precision") is not None and ceiling.get("coverage") is not None:
+        dots.append(Dot("real against real", ceiling["precision"], ceiling["coverage"], None, hollow=True))
+    return scatter(dots, "precision", "coverage") if dots else None
+
+
+def _facts(run: Shown) -> list[tuple[str, str]]:
+    """Provenance, line by line."""
+    known = run.provenance
+    simple = {name: value for name, value in known.items() if isinstance(value, (str, int, float))}
+    nested = {
+        f"{name}: {key}": value
+        for name, part in known.items()
+        if isinstance(part, dict) and name != "levels"
+        for key, value in part.items()
+    }
+    facts = [(name, str(value)) for name, value in {**simple, **nested}.items()]
+    return [*facts, *(("note", str(note)) for note in known.get("notes") or [])]
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _signed(value: Any) -> str:
+    return "-" if value is None else f"{value:+.3f}" if abs(value) < 100 else f"{value:+.1f}"
