@@ -143,7 +143,7 @@ def _metrics(run: Shown) -> Table | None:
     table.notes.append(
         "Real against real: one half of the real images in the place of the generated ones. It is the most to hope for."
     )
-    table.notes += [note for note in (sizes.get("note"), *(found.get("notes") or [])) if note]
+    table.notes += [str(note) for note in (sizes.get("note"), *(found.get("notes") or [])) if note]
     return table
 
 
