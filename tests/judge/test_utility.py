@@ -148,3 +148,13 @@ def test_a_function_augments_each_batch_by_the_trainings_own_draws(split):
     assert found[0] == found[1] < 0.3
     assert len(seen) == 40
     assert seen[:20] == seen[20:]
+
+
+def test_by_groups_a_picture_of_another_contrast_and_brightness_is_the_same_picture(split):
+    """Batch statistics are the training images'; a group's are the image's own (up to the borders' padding with zeros)."""
+    by_groups, by_batch = (
+        train_classifier(split.train_images, split.train_labels, 10, steps=60, width=8, groups=groups) for groups in (8, None)
+    )
+    faint = 0.25 * split.test_images + 0.5
+    right = [accuracy(network, faint, split.test_labels) for network in (by_groups, by_batch)]
+    assert right[0] > right[1] + 0.2

@@ -333,7 +333,7 @@ class _FromScratch:
         return images.to(self.device)
 
     def train(self, images: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
-        return train_classifier(images, labels.to(self.device), classes, augment=AUGMENTATIONS[choice], **options)
+        return train_classifier(images, labels.to(self.device), classes, augment=AUGMENTATIONS[choice], groups=8, **options)
 
     def answers(self, network: nn.Module, images: Tensor) -> Tensor:
         return torch.cat([network(part).argmax(1).cpu() for part in images.split(512)])

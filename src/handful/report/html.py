@@ -159,7 +159,7 @@ def _gains(run: Shown) -> list[Table]:
                 ends = gain.get("interval")
                 cells = [_number(gain["value"]), _number(gain["baseline"]), _signed(gain["gain"])]
                 cells += ["-" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}", _signed(gain.get("surviving"))]
-                table.rows.append([EVALUATED.get(metric, metric), *cells, gain.get("verdict") or "-"])
+                table.rows.append([str(EVALUATED.get(metric, metric)), *cells, str(gain.get("verdict") or "-")])
         table.notes.append(
             "A gain above 0 is better, of every metric. Survives: three quarters or more are left after the transforms."
         )
