@@ -32,8 +32,8 @@ from handful.core.samplers import dpmpp_2m, start
 from handful.data.images import write_atomically
 from handful.features.registry import FeatureExtractor, extractor_skeleton
 from handful.guidance import Guided
-from handful.guidance.requests import ChamferRequest
-from handful.guidance.terms import make_terms
+from handful.guidance.chamfer import ChamferRequest
+from handful.guidance.method import Context, make_terms
 from handful.models import skeleton
 from handful.models.architectures import packaged_configs
 from handful.models.latent import LatentDenoiser
@@ -138,7 +138,7 @@ def chamfer_run(denoiser: LatentDenoiser, extractor: FeatureExtractor, images: i
 
     @torch.no_grad()
     def run() -> Tensor:
-        terms = make_terms([term], {"dinov2": extractor}, {("dinov2", denoiser.preview_factor): features})
+        terms = make_terms([term], Context({"dinov2": extractor}, {("dinov2", denoiser.preview_factor): features}))
         guided = Guided(denoiser, terms)
         noise = torch.randn(images, *denoiser.shape, device=device)
         x0 = dpmpp_2m(guided, start(noise, levels), levels, guided.condition(told))

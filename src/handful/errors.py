@@ -6,6 +6,8 @@ of the operating system (a full disk, a lost network folder) are passed on as th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import PurePath
 
 # Values are shown to recognise them, not to reproduce them: a prompt list or a tensor must not fill the terminal.
@@ -58,3 +60,11 @@ def _shown(value: object) -> str:
 def first_line(error: BaseException) -> str:
     """What another library's error says, in one line."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:
+    """A remedy for a name that does not exist: the nearest one that does, and all of them while they are few."""
+    known = list(known)
+    near = get_close_matches(given, known, n=1)
+    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
+    return (f"Did you mean '{near[0]}'? " if near else "") + f"{kind}: {listed or 'none'}."

@@ -17,7 +17,7 @@ from support.calibration import asked
 from handful.calibrate import CalibrateSummary, calibrate, prepare
 from handful.errors import RequestError
 from handful.generate import generate
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.resolve import complete
 from handful.recipe.schema import recipe_from
 from handful.runs.progress import Progress

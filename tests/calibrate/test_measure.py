@@ -21,7 +21,7 @@ from handful.features.registry import load_extractor
 from handful.generate.job import Job
 from handful.generate.run import sample_cohort
 from handful.guidance import Classifier, Pull
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.plan import ImageNoise, image_seed
 from handful.runs.progress import Progress
 

@@ -13,7 +13,7 @@ from handful.calibrate import CalibrateRequest, CalibrateSummary, calibrate, pre
 from handful.calibrate.trials import TrialsRequest, most_sets
 from handful.data.images import write_png
 from handful.errors import RequestError
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.schema import recipe_from
 from handful.zoo.digits import load_digits_split
 

@@ -19,7 +19,7 @@ from handful.cost.operations import Count
 from handful.errors import RequestError
 from handful.features.registry import load_extractor
 from handful.guidance import Guided
-from handful.guidance.terms import make_terms, views
+from handful.guidance.method import Context, make_terms, views
 from handful.models import load, skeleton
 from handful.models.architectures import packaged_configs, packaged_names
 from handful.models.latent import LatentDenoiser
@@ -89,7 +89,7 @@ def counted(asked: Recipe) -> Count:
             (name, reduce): extractors[name](torch.randn(K, channels, height // reduce, width // reduce))
             for name, reduce in views(guidance)
         }
-    guided = Guided(denoiser, make_terms(guidance, extractors, features, seeds=range(N)), asked.chunk)
+    guided = Guided(denoiser, make_terms(guidance, Context(extractors, features, range(N))), asked.chunk)
     sampler, x = settled.recipe.sampler, torch.randn(N, *denoiser.shape)
     condition = guided.condition(["cat"] * N if denoiser.prompted else [0] * N)
     options: dict[str, Any] = {"noise": lambda: torch.randn_like(x)} if sampler.name in STOCHASTIC else {}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from handful.demo.digits import COLUMNS, demo, entries, means
 from handful.errors import RequestError
-from handful.guidance.requests import ChamferRequest
+from handful.guidance.chamfer import ChamferRequest
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ from handful.errors import RequestError
 from handful.features.clip import clip_classifier, clip_skeleton, is_clip
 from handful.generate import prepare
 from handful.generate.run import run
-from handful.guidance.requests import ClassifierRequest
-from handful.recipe.extractors import class_prompts, extractor_key, load_for
+from handful.guidance.classifier import ClassifierRequest
+from handful.recipe.extractors import class_prompts, load_for
 from handful.recipe.schema import Recipe, recipe_from
 
 PROMPTS = {"cat": "a photo of a cat", "dog": "a very long photo of 2 dogs", "owl": "owl"}
@@ -135,7 +135,7 @@ def test_the_skeleton_costs_what_the_real_one_costs(tmp_path: Path, clip: Path):
 
 
 def test_the_known_clips_need_no_file_to_be_counted():
-    outline = load_for(ClassifierRequest(classifier="clip"), ["cat", "dog"], meta=True)
+    outline = load_for(ClassifierRequest(classifier="clip").looks, ["cat", "dog"], meta=True)
     assert outline.logits(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 2)
     # ViT-L/14: 303.2 M of the image half, 0.8 M of its projection
     assert sum(each.numel() for each in outline.parameters()) == pytest.approx(304.0e6, rel=1e-3)
@@ -153,9 +153,9 @@ def test_cost_counts_it_as_features(stable_diffusion: Path):
 
 def test_prompts_come_from_the_template_or_are_given():
     asked = ClassifierRequest(classifier="clip", template="a sketch of a {}, {}", prompts={"owl": "a bird"})
-    assert class_prompts(asked, ["big_cat", "owl"]) == {"big_cat": "a sketch of a big cat, big cat", "owl": "a bird"}
+    assert class_prompts(asked.looks, ["big_cat", "owl"]) == {"big_cat": "a sketch of a big cat, big cat", "owl": "a bird"}
     more = ClassifierRequest(classifier="clip", prompts={"cat": "1", "dog": "2"})
-    assert class_prompts(more, ["cat"]) == {"cat": "1"}, "a recipe can be narrowed to some of its classes"
+    assert class_prompts(more.looks, ["cat"]) == {"cat": "1"}, "a recipe can be narrowed to some of its classes"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_prompts_come_from_the_template_or_are_given():
 )
 def test_prompts_that_can_not_be_made_are_refused(changes: dict[str, Any], field: str, said: str):
     with pytest.raises(RequestError) as caught:
-        class_prompts(ClassifierRequest(classifier="clip", **changes), ["cat", "dog"])
+        class_prompts(ClassifierRequest(classifier="clip", **changes).looks, ["cat", "dog"])
     assert caught.value.field == field
     assert said in str(caught.value)
 
@@ -188,7 +188,7 @@ def test_two_terms_with_other_prompts_look_with_two_extractors():
         ClassifierRequest(classifier="clip", **changes)
         for changes in ({"template": "a {}"}, {"prompts": {"cat": "x"}}, {"softplus": 3.0})
     ]
-    assert len({extractor_key(each) for each in (one, *others)}) == 4
+    assert len({each.key for each in (one, *others)}) == 4
 
 
 # --- a recipe ----------------------------------------------------------------------------------------------------------

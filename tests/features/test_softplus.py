@@ -17,7 +17,7 @@ from torch.nn import functional
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
 from handful.features.softplus import Softplus, softened
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.extractors import load_for
 from handful.zoo import cifar_resnet
 from handful.zoo.digits import load_digits_classifier
@@ -314,12 +314,12 @@ def test_features_without_logits_are_softened_too(tmp_path: Path):
 def test_a_recipe_loads_it_and_cost_counts_it_without_weights(tmp_path: Path):
     save_vision_model(tmp_path, "ResNetForImageClassification")
     request = ClassifierRequest(classifier=str(tmp_path), softplus=BETA)
-    assert load_for(request).name == f"{tmp_path} softplus 3"
-    outline = load_for(request, meta=True)
+    assert load_for(request.looks).name == f"{tmp_path} softplus 3"
+    outline = load_for(request.looks, meta=True)
     assert all(one.is_meta for one in outline.parameters())
     assert outline.digest == ""
     assert outline.logits(torch.zeros(2, 3, 28, 28, device="meta")).shape == (2, 5)
-    assert load_for(ClassifierRequest(classifier=str(tmp_path))).name == str(tmp_path)
+    assert load_for(ClassifierRequest(classifier=str(tmp_path)).looks).name == str(tmp_path)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------

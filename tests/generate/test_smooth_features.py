@@ -16,8 +16,10 @@ from handful.features.registry import load_extractor
 from handful.features.softplus import softened
 from handful.generate import prepare
 from handful.generate.run import _exemplar_features, run
-from handful.guidance.requests import ChamferRequest, ClassifierRequest, EnergyRequest
-from handful.recipe.extractors import extractor_key, load_for
+from handful.guidance.chamfer import ChamferRequest
+from handful.guidance.classifier import ClassifierRequest
+from handful.guidance.energy import EnergyRequest
+from handful.recipe.extractors import load_for
 from handful.recipe.schema import for_model, recipe_from
 from handful.runs.metadata import guided_by
 from handful.zoo.digits import load_digits_split
@@ -70,10 +72,10 @@ def test_it_guides_costs_the_same_and_the_run_knows_who_guided(digits, tmp_path)
 
 def test_a_smooth_term_shares_its_network_with_a_classifier_as_smooth():
     energy, classifier = EnergyRequest(features="digits-guide", softplus=3), ClassifierRequest(classifier="digits-guide")
-    assert extractor_key(energy) != extractor_key(classifier)
-    assert extractor_key(energy) == extractor_key(classifier.model_copy(update={"softplus": 3.0}))
-    assert extractor_key(energy) != extractor_key(energy.model_copy(update={"softplus": 3.0000001}))
-    assert load_for(energy).digest == softened(load_extractor("digits-guide"), 3.0).digest
+    assert energy.key != classifier.key
+    assert energy.key == classifier.model_copy(update={"softplus": 3.0}).key
+    assert energy.key != energy.model_copy(update={"softplus": 3.0000001}).key
+    assert load_for(energy.looks).digest == softened(load_extractor("digits-guide"), 3.0).digest
 
 
 def test_features_without_a_relu_are_refused_before_anything_is_written(digits, tmp_path):

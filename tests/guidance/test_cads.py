@@ -323,8 +323,8 @@ def test_models_whose_labels_cannot_be_noised_are_refused():
     ("field", "words"),
     [
         ("tau1, tau2", {"tau1": 0.9, "tau2": 0.6}),
-        ("tau1, tau2", {"tau2": 1.5}),
-        ("tau1, tau2", {"tau1": float("nan")}),
+        ("tau2", {"tau2": 1.5}),
+        ("tau1", {"tau1": float("nan")}),
         ("mix", {"mix": 1.5}),
         ("scale", {"scale": -0.1}),
     ],

@@ -7,7 +7,7 @@ from torch import Tensor
 from handful.errors import RequestError
 from handful.features.registry import pixels
 from handful.guidance import Chamfer, chamfer_distance
-from handful.guidance.chamfer import spacing
+from handful.guidance.chamfer import COVERAGE_WEIGHT, ChamferRequest, spacing
 from handful.guidance.distances import squared_distances
 
 
@@ -145,7 +145,14 @@ def test_within_the_margin_nothing_pulls_and_outside_it_the_pull_is_the_papers()
 
 def test_margin_zero_is_the_papers_formula_to_the_bit():
     exemplars, generated = normal(4, 6, seed=10), normal(7, 6, seed=11)
-    assert torch.equal(Chamfer(pixels(), exemplars, 0.2, margin=0.0).energy(generated), chamfer_distance(exemplars, generated))
+    term = Chamfer(pixels(), exemplars, 0.2, margin=0.0, coverage_weight=1.0)
+    assert torch.equal(term.energy(generated), chamfer_distance(exemplars, generated))
+
+
+def test_the_coverage_weight_has_one_default_in_python_and_in_recipes():
+    exemplars, generated = normal(4, 6, seed=10), normal(7, 6, seed=11)
+    assert ChamferRequest().coverage_weight == COVERAGE_WEIGHT == 4
+    assert torch.equal(Chamfer(pixels(), exemplars, 0.2).energy(generated), chamfer_distance(exemplars, generated, 4.0, 1.0))
 
 
 @pytest.mark.parametrize(("margin", "k"), [(-0.5, 3), (0.5, 1)])
@@ -165,7 +172,7 @@ def test_exemplars_that_are_no_feature_rows_are_refused_by_name(features):
 
 @pytest.mark.parametrize("weights", [(-1.0, 1.0), (1.0, -0.1), (0.0, 0.0), (float("nan"), 1.0), (1.0, float("inf"))])
 def test_impossible_weights_are_refused_by_name(weights):
-    with pytest.raises(RequestError, match=r"^coverage_weight, fidelity_weight: "):
+    with pytest.raises(RequestError, match=r"^(coverage|fidelity)_weight: "):
         Chamfer(pixels(), normal(2, 6), 0.2, coverage_weight=weights[0], fidelity_weight=weights[1])
 
 

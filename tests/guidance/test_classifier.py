@@ -190,15 +190,15 @@ def test_a_guided_run_takes_the_temperature_of_each_step():
 @pytest.mark.parametrize(
     ("words", "field"),
     [
-        ({"tau1": -1.0}, "tau1, tau2"),
-        ({"tau2": math.inf}, "tau1, tau2"),
-        ({"tau1": math.nan}, "tau1, tau2"),
+        ({"tau1": -1.0}, "tau1"),
+        ({"tau2": math.inf}, "tau2"),
+        ({"tau1": math.nan}, "tau1"),
         ({"tau1": 0.0, "tau2": 0.0}, "tau1, tau2"),
-        ({"temperatures": ((1.0, 0.0),)}, "temperatures"),
+        ({"temperatures": ((1.0, 0.0),)}, "temperatures[0][1]"),
         ({"temperatures": ((1.0, 2.0), (1.0, 3.0))}, "temperatures"),
         ({"temperatures": ((2.0, 2.0), (1.0, 3.0))}, "temperatures"),
-        ({"temperatures": ((0.0, 2.0),)}, "temperatures"),
-        ({"temperatures": ((math.inf, 2.0),)}, "temperatures"),
+        ({"temperatures": ((0.0, 2.0),)}, "temperatures[0][0]"),
+        ({"temperatures": ((math.inf, 2.0),)}, "temperatures[0][0]"),
     ],
 )
 def test_temperatures_that_make_no_sense_are_refused(words: dict[str, Any], field: str):

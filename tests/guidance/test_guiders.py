@@ -14,7 +14,8 @@ from handful.core.noise import VP, Flow, Levels, Schedule, level
 from handful.core.samplers import ddim, heun
 from handful.errors import RequestError
 from handful.guidance import CFG, Guidance, Guided, Timing
-from handful.guidance.guiders import Guider, adaptive_projected
+from handful.guidance.apg import adaptive_projected
+from handful.guidance.guiders import Guider
 
 NULL = 3
 

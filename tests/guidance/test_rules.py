@@ -16,8 +16,8 @@ from handful.core.samplers import SAMPLERS, STOCHASTIC
 from handful.errors import RequestError
 from handful.features.registry import pixels
 from handful.guidance import Chamfer, Guided, Potential, Pull, Timing
-from handful.guidance.requests import ClassifierRequest
-from handful.guidance.terms import check_terms
+from handful.guidance.classifier import ClassifierRequest
+from handful.guidance.method import check_terms
 from handful.integrations.diffusers import GuidanceCallback, HandfulGuider
 from handful.models import from_pipeline
 

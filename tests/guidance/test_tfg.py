@@ -145,7 +145,7 @@ def sampled(x_t: Tensor, eps: Tensor, t: Level, s: Level, noise: Noise, eta: flo
 
 # --- each method's rule ------------------------------------------------------------------------------------------------
 
-RHO, MU, ITERATIONS, SMOOTHING = 3.0, 0.5, 3, Smoothing(4, noise=0.3, seed=5)
+RHO, MU, ITERATIONS, SMOOTHING = 3.0, 0.5, 3, Smoothing(4, noise=0.3)
 
 
 @pytest.mark.parametrize("chunk", [None, 3])
@@ -268,7 +268,7 @@ def plain_exact(rule: Any) -> list[Guidance]:
 
 def tfg_with_nothing_of_its_own(rule: Any) -> list[Guidance]:
     """TFG's terms: mu is 0, though its inner steps are many; views are many, though nothing disturbs them."""
-    still = Smoothing(samples=8, noise=0.0, seed=5)
+    still = Smoothing(samples=8, noise=0.0)
     return [
         classifier(RHO, Pull("exact", "none", rule=rule, inner=1, smoothing=still)),
         classifier(0.0, Pull("identity", "none", rule=rule, inner=4, smoothing=still)),
@@ -379,7 +379,7 @@ def test_views_are_the_same_in_every_run_and_others_at_every_step_and_seed():
     images = normal(2, *SHAPE)
 
     def views(index: int, seed: int = 0) -> list[Tensor]:
-        return list(Smoothing(3, noise=0.4, shift=1, seed=seed).views(images, path()[index]))
+        return list(Smoothing(3, noise=0.4, shift=1).views(images, path()[index], seed))
 
     for one, other in zip(views(1), views(1), strict=True):
         assert torch.equal(one, other)

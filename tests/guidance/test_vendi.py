@@ -16,8 +16,8 @@ from handful.core.samplers import ddim
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, pixels
 from handful.guidance import CVSG, Guided, Pull, Vendi, vendi_score
-from handful.guidance.requests import CVSGRequest
-from handful.guidance.terms import make_terms
+from handful.guidance.cvsg import CVSGRequest
+from handful.guidance.method import Context, make_terms
 from handful.metrics import vendi
 from handful.models import load
 from handful.recipe.file import read_recipe
@@ -220,7 +220,7 @@ def by_the_recipe(exemplars: Tensor, extractor: FeatureExtractor) -> CVSG:
     """The term that recipes/sd15-cvsg.yaml asks for."""
     recipe, _ = complete(read_recipe(RECIPE))
     assert recipe.guidance is not None
-    (term,) = make_terms(recipe.guidance, {"clip": extractor}, {("clip", 1): exemplars})
+    (term,) = make_terms(recipe.guidance, Context({"clip": extractor}, {("clip", 1): exemplars}))
     assert isinstance(term, CVSG)
     return term
 

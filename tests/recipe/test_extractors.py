@@ -20,8 +20,9 @@ from handful.data.images import read_image
 from handful.errors import RequestError
 from handful.generate import prepare
 from handful.generate.run import run
-from handful.guidance.requests import ClassifierRequest, NoisyClassifierRequest
-from handful.recipe.extractors import extractor_key, targets_of
+from handful.guidance.classifier import ClassifierRequest
+from handful.guidance.noisy_classifier import NoisyClassifierRequest
+from handful.recipe.extractors import targets_of
 from handful.recipe.schema import Recipe, recipe_from
 
 OWN = """
@@ -201,9 +202,9 @@ def test_of_two_classes_called_alike_the_one_spelt_so_is_meant_if_there_is_one()
 
 def test_terms_share_an_extractor_only_where_they_look_alike():
     one = ClassifierRequest(classifier="net")
-    assert extractor_key(one) == extractor_key(ClassifierRequest(classifier="net", scale=2.0, tau2=0.0, classes={"a": 1}))
-    assert extractor_key(one) != extractor_key(ClassifierRequest(classifier="net", softplus=3.0))
-    assert extractor_key(ClassifierRequest(classifier="a.py:b")) != extractor_key(NoisyClassifierRequest(classifier="a.py:b"))
+    assert one.key == ClassifierRequest(classifier="net", scale=2.0, tau2=0.0, classes={"a": 1}).key
+    assert one.key != ClassifierRequest(classifier="net", softplus=3.0).key
+    assert ClassifierRequest(classifier="a.py:b").key != NoisyClassifierRequest(classifier="a.py:b").key
 
 
 # --- what is refused before any work -----------------------------------------------------------------------------------
@@ -234,15 +235,15 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "number too large": ({**GUIDE, "classes": {"3": 10}}, {}, "classes.3", "Give 0 to 9"),
     "unknown class": ({**GUIDE, "classes": {"8": 8}}, {}, "classes", "no such class is generated. Those are: 3, 7."),
     "falling levels": ({**GUIDE, "temperatures": [[2, 1], [1, 1]]}, {}, "temperatures", "must rise"),
-    "no temperatures": ({**GUIDE, "tau1": 0, "tau2": 0}, {}, "tau1, tau2", "not both 0"),
+    "no temperatures": ({**GUIDE, "tau1": 0, "tau2": 0}, {}, "tau1, tau2", "both inverse temperatures are 0"),
     "no ReLU": ({"classifier": "digits-judge", "softplus": 3}, {}, "softplus", "calls no ReLU"),
-    "prompts": ({**GUIDE, "prompts": {"3": "a three"}}, {}, "prompts", "is told none"),
+    "prompts": ({**GUIDE, "prompts": {"3": "a three"}}, {}, "prompts", "takes none"),
     "ancestral elsewhere": ({**GUIDE, "rule": "ancestral", "normalize": "none", "jacobian": "identity"}, {}, "rule", "ddpm"),
     "ancestral by rms": ({**GUIDE, "rule": "ancestral"}, {"sampler": {"name": "ddpm"}}, "normalize, jacobian", "none"),
     "held elsewhere": ({**GUIDE, "rule": "held"}, {"sampler": {"name": "heun"}}, "rule", "ddim or ddpm"),
     "before an estimate": ({**GUIDE, "rule": "before"}, {"sampler": {"name": "heun"}}, "input", "Use the input x_t"),
     "hold elsewhere": ({**GUIDE, "rule": "held", "hold": True}, {"sampler": {"name": "ddim"}}, "hold", "Set hold to false"),
-    "no turn": ({**GUIDE, "every": 5}, {}, "every", "of 4 steps none"),
+    "no turn": ({**GUIDE, "every": 5}, {}, "every", "on none of 4 steps"),
     "too small": ({**GUIDE, "reduce": 3}, {}, "reduce", "can't be shrunk"),
     "no noisy module": ({"method": "noisy-classifier", "classifier": "OWN:good"}, {}, "classifier", "noisy states"),
     "not told the time": ({"method": "noisy-classifier", "classifier": "OWN:one_time"}, {}, "classifier", "can't take"),

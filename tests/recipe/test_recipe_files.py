@@ -19,9 +19,8 @@ from handful.features.registry import FeatureExtractor, extractor_skeleton
 from handful.generate import prepare
 from handful.generate.run import run
 from handful.guidance import CFG, Classifier, Pull, Timing
-from handful.guidance.requests import ClassifierRequest, PotentialRequest
-from handful.guidance.terms import make_terms
-from handful.recipe.extractors import extractor_key
+from handful.guidance.classifier import ClassifierRequest
+from handful.guidance.method import Context, PotentialRequest, make_terms
 from handful.recipe.file import read_recipe, recipe_yaml
 from handful.recipe.resolve import complete
 from handful.recipe.schema import Recipe
@@ -64,8 +63,8 @@ def term_of(name: str) -> Classifier:
     guidance = completed(name).guidance or ()
     network = torch.nn.Linear(1, 3)
     stand_in = FeatureExtractor("stand-in", network, classify=network)
-    extractors = {extractor_key(term): stand_in for term in guidance if isinstance(term, PotentialRequest)}
-    (term,) = [term for term in make_terms(guidance, extractors, {}) if isinstance(term, Classifier)]
+    extractors = {term.key: stand_in for term in guidance if isinstance(term, PotentialRequest)}
+    (term,) = [term for term in make_terms(guidance, Context(extractors)) if isinstance(term, Classifier)]
     return term
 
 
@@ -83,7 +82,7 @@ def test_the_ddpm_presets_are_the_papers(name: str):
     assert term.timing == Timing(boost=0.3)
     assert (recipe.sampler.name, recipe.sampler.steps, recipe.sampler.spacing) == ("ddpm", 250, "linspace")
     assert request.by_label
-    cfg = make_terms((recipe.guidance or ())[:1], {}, {}) if name.startswith("dit") else []
+    cfg = make_terms((recipe.guidance or ())[:1], Context()) if name.startswith("dit") else []
     assert [each.scale for each in cfg if isinstance(each, CFG)] == ([0.5] if name.startswith("dit") else [])
     assert recipe.sampler.clamp is (True if name.startswith("adm") else None)
 

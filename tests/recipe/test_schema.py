@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from handful.errors import RequestError
-from handful.guidance.requests import CFGRequest, ChamferRequest, EnergyRequest
+from handful.guidance.cfg import CFGRequest
+from handful.guidance.chamfer import ChamferRequest
+from handful.guidance.energy import EnergyRequest
 from handful.recipe.file import overridden, parse_yaml, read_recipe, recipe_yaml
 from handful.recipe.schema import Recipe, for_model, recipe_from, with_defaults
 
@@ -86,7 +87,7 @@ def test_several_faults_are_told_together():
 
 
 def test_python_refuses_misspelt_names_too():
-    with pytest.raises(ValidationError):
+    with pytest.raises(RequestError, match="per_class"):
         Recipe(model={"name": "digits"}, per_clas=3)  # type: ignore[call-arg, arg-type]
 
 

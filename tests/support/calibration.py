@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from handful.calibrate import CalibrateRequest
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.schema import recipe_from
 
 GUIDE = ClassifierRequest(classifier="digits-guide")

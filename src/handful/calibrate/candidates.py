@@ -9,8 +9,7 @@ from itertools import product
 from typing import Any, Literal, get_args
 
 from handful.errors import RequestError
-from handful.guidance.classifier import check_temperatures
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 
 Looks = Literal["x0_hat", "x_t"]
 BETAS = (None, 3.0, 5.0, 8.0)  # EluCD took 3 and 5
@@ -126,7 +125,7 @@ def read_taus(text: str) -> tuple[tuple[float, float], ...]:
         first, colon, second = part.partition(":")
         pair = _number(first), _number(second if colon else first)
         try:
-            check_temperatures(*pair, ())
+            ClassifierRequest(classifier="it", tau1=pair[0], tau2=pair[1])
         except RequestError as error:
             raise RequestError("--taus", part or text, error.problem, "Write for instance --taus 1:1,1:0.5.") from None
         if pair[0] == 0:

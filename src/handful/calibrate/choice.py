@@ -8,7 +8,7 @@ from typing import Any
 
 from handful.calibrate.analysis import Found
 from handful.calibrate.candidates import PLAIN, Candidate
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 
 ADVERSARIAL = (
     "the choice rests on calibration alone, without real images: a calibrated classifier may still guide adversarially, and "

@@ -55,7 +55,7 @@ def affordable(job: Job, overhead: float, most: float) -> tuple[int, float] | No
     """The smallest `every` at which sampling takes at most `most` times the unguided, and what it then takes; None if none."""
     levels = evaluated(job.levels, job.recipe)
     for every in range(1, job.levels.steps + 1):
-        timing = Timing(every)
+        timing = Timing(every=every)
         ratio = 1 + overhead * sum(timing.due(level) for level in levels) / len(levels)
         if ratio <= most:
             return every, ratio

@@ -40,9 +40,8 @@ from handful.features.softplus import softened
 from handful.generate.job import Job, megabytes
 from handful.generate.job import prepare as prepare_run
 from handful.generate.run import same_arithmetic
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.models import skeleton
-from handful.recipe.extractors import extractor_key
 from handful.recipe.file import PROVENANCE
 from handful.recipe.resolve import model_options
 from handful.recipe.schema import Recipe
@@ -207,7 +206,7 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     with _as_options():
         run = prepare_run(request.recipe.model_copy(update={"guidance": (term,)}), directory.path / "reverse")
     settled: Any = next(iter(run.recipe.guidance or ()))
-    classifiers, notes = _pre_conditioned(request, run.extractors[extractor_key(settled)])
+    classifiers, notes = _pre_conditioned(request, run.extractors[settled.key])
     targets = {name: of[0] for name, of in run.targets.items()}
     if request.trials is not None:
         notes += check_trials(request.trials, run, classifiers[None])

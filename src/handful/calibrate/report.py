@@ -12,7 +12,7 @@ import yaml
 
 from handful.calibrate.analysis import Found
 from handful.calibrate.choice import Choice
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.report.tables import Table
 from handful.runs.manifest import parquet_bytes
 from handful.sweep.columns import LOWER_IS_BETTER, TEST, VALIDATION

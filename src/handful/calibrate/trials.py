@@ -27,7 +27,7 @@ from handful.features.registry import load_extractor
 from handful.generate.job import Job
 from handful.guidance import Classifier, Pull
 from handful.guidance.base import Jacobian
-from handful.guidance.requests import ClassifierRequest
+from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.schema import ExemplarsRequest, did_you_mean
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.progress import Progress, Words

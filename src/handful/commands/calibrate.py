@@ -84,7 +84,8 @@ def calibrate(
     from handful.calibrate.candidates import TAUS, read_betas, read_taus
     from handful.calibrate.report import calibration_table, trials_table
     from handful.calibrate.trials import SETS
-    from handful.guidance.requests import ClassifierRequest
+    from handful.guidance.classifier import ClassifierRequest
+    from handful.guidance.method import first_of
     from handful.recipe.file import anchored_extractor, overridden, read_mapping
     from handful.recipe.schema import recipe_from
     from handful.report.tables import print_table
@@ -106,7 +107,7 @@ def calibrate(
     asked = recipe_from(overridden({} if recipe is None else read_mapping(recipe), flags, settings=settings or ()))
     if out is None:
         raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
-    base = next((term for term in asked.guidance or () if isinstance(term, ClassifierRequest)), None)
+    base = first_of(asked.guidance or (), ClassifierRequest)
     if classifier is not None:
         named = anchored_extractor(classifier, Path.cwd())
         base = base.model_copy(update={"classifier": named}) if base else ClassifierRequest(classifier=named)

@@ -12,6 +12,7 @@ import typer
 from handful import console
 from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed
 from handful.errors import RequestError
+from handful.guidance import METHODS
 
 if TYPE_CHECKING:
     from handful.generate.job import Job
@@ -41,9 +42,7 @@ def generate(
     guidance: Annotated[
         list[str] | None,
         typer.Option(
-            help="chamfer, energy, classifier, cfg, apg, cads, cvsg, vendi, noisy-classifier, inversion or none; may be "
-            "repeated.  [chamfer if there are exemplars]",
-            metavar="METHOD",
+            help=f"{', '.join(METHODS)} or none; may be repeated.  [chamfer if there are exemplars]", metavar="METHOD"
         ),
     ] = None,
     scale: Annotated[float | None, typer.Option(help="Of the guidance; 0 is none.")] = None,

@@ -153,6 +153,11 @@ class Denoiser(nn.Module):
         """(c, h, w) of one decoded image."""
         return self.shape
 
+    @property
+    def pixels(self) -> bool:
+        """Whether x0 are images themselves, in [-1, 1], not latents."""
+        return type(self).decode is Denoiser.decode
+
     def decode(self, x0: Tensor) -> Tensor:
         """x0 -> images (n, c, h, w) in [-1, 1]; differentiable. Pixel models: the identity."""
         return x0
@@ -336,6 +341,10 @@ class Around(Denoiser):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return self.denoiser.image_shape
+
+    @property
+    def pixels(self) -> bool:
+        return self.denoiser.pixels
 
     @property
     def preview_factor(self) -> int:

@@ -24,8 +24,8 @@ from handful.cost.operations import OTHER, Count
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features.extractor import FeatureExtractor
 from handful.guidance import Guidance, Guided
-from handful.guidance.requests import CFGRequest, GuidanceRequest
-from handful.guidance.terms import View, make_terms, views
+from handful.guidance.cfg import CFGRequest
+from handful.guidance.method import Context, Requests, View, make_terms, views
 from handful.models import skeleton
 from handful.models.architectures import packaged_configs
 from handful.models.latent import LatentDenoiser
@@ -128,7 +128,7 @@ def cost_of(recipe: Recipe) -> Cost:
     if isinstance(denoiser, LatentDenoiser):  # stands for the map that a run fits to its exemplars
         denoiser.linear_preview = torch.zeros(denoiser.image_shape[0], denoiser.shape[0] + 1, device=META)
     classes = list(settled.labels.of)
-    extractors = {key: load_for(term, classes, meta=True).to(META) for key, term in extractors_wanted(guidance).items()}
+    extractors = {key: load_for(looks, classes, meta=True).to(META) for key, looks in extractors_wanted(guidance).items()}
     work = _Work(
         denoiser,
         extractors,
@@ -226,7 +226,7 @@ class _Work:
     inverted: Inverted | None = None
 
     @torch.no_grad()
-    def way(self, guidance: Sequence[GuidanceRequest]) -> Way:
+    def way(self, guidance: Requests) -> Way:
         """What sampling a cohort with these terms costs."""
         count = Count()
         counted, terms = _Counted(self.denoiser, count), self._terms(guidance, count)
@@ -257,12 +257,12 @@ class _Work:
             sum(map(_bytes, networks)) + count.peak,
         )
 
-    def guided(self, guidance: Sequence[GuidanceRequest]) -> list[int]:
+    def guided(self, guidance: Requests) -> list[int]:
         """For each term the number of evaluations at which it acts."""
         return [sum(term.strength(level) > 0 for level, _ in self.walked) for term in self._terms(guidance, Count())]
 
     @torch.no_grad()
-    def exemplar_flops(self, guidance: Sequence[GuidanceRequest]) -> dict[str, float]:
+    def exemplar_flops(self, guidance: Requests) -> dict[str, float]:
         """Operations for one class's exemplars: their features, and their latents where the linear preview is fitted."""
         told: dict[str, float] = {}
         for name, reduce in views(guidance):
@@ -280,7 +280,7 @@ class _Work:
                 told["encoding exemplars"] = float(self.exemplars * count.total)
         return told
 
-    def _terms(self, guidance: Sequence[GuidanceRequest], count: Count) -> list[Guidance]:
+    def _terms(self, guidance: Requests, count: Count) -> list[Guidance]:
         """The terms, whose extractors' work is counted apart."""
         features: dict[View, Tensor] = {}
         with torch.no_grad():
@@ -288,7 +288,8 @@ class _Work:
                 features[name, reduce] = self._features(name, reduce).expand(self.exemplars, -1)
         counted: Any = {name: _CountedExtractor(extractor, count) for name, extractor in self.extractors.items()}
         embeddings = self.inverted and self.inverted.embeddings
-        return make_terms(guidance, counted, features, embeddings, range(self.cohort), levels=self.denoiser.levels)
+        context = Context(counted, features, range(self.cohort), levels=self.denoiser.levels, embeddings=embeddings or None)
+        return make_terms(guidance, context)
 
     def _features(self, name: str, reduce: int) -> Tensor:
         """Features (1, D) of an image as guidance looks at it."""

@@ -26,7 +26,9 @@ from handful.judge.evaluate import Judge
 from handful.features.registry import FeatureExtractor, load_extractor
 from handful.judge.gains import AS_IS
 from handful.generate import generate
-from handful.guidance.requests import CFGRequest, ChamferRequest, EnergyRequest
+from handful.guidance.cfg import CFGRequest
+from handful.guidance.chamfer import ChamferRequest
+from handful.guidance.energy import EnergyRequest
 from handful.recipe.schema import ExemplarsRequest, ModelRequest, Recipe, SamplerRequest, for_model
 from handful.data.parquet import read_labelled
 from handful.data.images import LabelledImages, read_folder, write_atomically

@@ -25,8 +25,10 @@ from handful.errors import RequestError, RunError
 from handful.data.exemplars import Exemplars
 from handful.features.registry import load_extractor
 from handful.generate import generate
-from handful.guidance.requests import CFGRequest, ChamferRequest, EnergyRequest, GuidanceRequest
-from handful.recipe.schema import ExemplarsRequest, ModelRequest, Recipe, SamplerRequest, for_model
+from handful.guidance.cfg import CFGRequest
+from handful.guidance.chamfer import ChamferRequest
+from handful.guidance.energy import EnergyRequest
+from handful.recipe.schema import ExemplarsRequest, GuidanceRequest, ModelRequest, Recipe, SamplerRequest, for_model
 from handful.data.images import LabelledImages, encode_png, read_folder, write_atomically
 from handful.judge.measure import Referee, Training, train_on
 from handful.zoo.digits import CLASSES, load_digits_split

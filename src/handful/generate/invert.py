@@ -370,7 +370,7 @@ def scaled_interval(steps: int) -> tuple[int, int]:
 
 def _told(request: InvertRequest, recipe: Recipe, outline: NetworkDenoiser) -> tuple[Told, list[str]]:
     """How the model is asked, with what was concluded of it."""
-    pixels = type(outline).decode is Denoiser.decode
+    pixels = outline.pixels
     if request.clamp and not pixels:
         raise RequestError("clamp", True, "this model's latents have no range to be kept in", "Leave it out.")
     clamp = pixels if request.clamp is None else request.clamp

@@ -18,20 +18,14 @@ from handful.core.denoiser import Denoiser, NetworkDenoiser
 from handful.core.noise import Levels
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features.extractor import FeatureExtractor
-from handful.guidance.requests import (
-    ChamferRequest,
-    ClassifierRequest,
-    FeaturesRequest,
-    NoisyClassifierRequest,
-    PotentialRequest,
-)
-from handful.guidance.terms import energy_columns, named, needs_exemplars
+from handful.guidance.classifier import classifying
+from handful.guidance.method import PotentialRequest, energy_columns, named, needing, potentials
 from handful.models import load, skeleton
 from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place, try_once
 from handful.models.prompts import Prompted
 from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars
-from handful.recipe.extractors import extractor_key, load_for, targets_of
+from handful.recipe.extractors import answer, load_for, targets_of
 from handful.recipe.file import PROVENANCE
 from handful.recipe.inverting import Inverted, read_inversion
 from handful.recipe.plan import Cohort, plan_cohorts
@@ -111,9 +105,10 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     """
     inverted = read_inversion(recipe.guidance or ())
     recipe, notes = complete(recipe, inverted)
-    if (method := needs_exemplars(recipe.guidance or ())) and recipe.exemplars.path is None:
+    guided = needing(recipe.guidance or (), "exemplars")
+    if guided and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
-        raise RequestError("exemplars.path", None, f"{method} guidance needs exemplars", remedy)
+        raise RequestError("exemplars.path", None, f"{guided[0][1].method} guidance needs exemplars", remedy)
     directory = RunDirectory(out)
     directory.stored()
     recipe, found = listed_exemplars(recipe, directory.path)
@@ -131,30 +126,24 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     guidance, image_shape = recipe.guidance or (), outline.image_shape
     exemplars = drawn_exemplars(recipe, image_shape, list(labels.of))
     notes += exemplars.warnings if exemplars else []
-    for index, term in enumerate(guidance):
-        if isinstance(term, ChamferRequest) and term.margin and exemplars and min(exemplars.counts.values()) < 2:
-            raise RequestError(
-                f"guidance[{index}].margin",
-                term.margin,
-                "a single exemplar has no neighbour to measure it by",
-                "Use 0, or 2 or more exemplars of each class.",
-            )
+    fewest = min(exemplars.counts.values()) if exemplars else 0
+    for index, term in guided if fewest else ():
+        with named(index):
+            term.check_exemplars(fewest)
     extractors: dict[str, FeatureExtractor] = {}
-    for index, term in enumerate(guidance):
-        if isinstance(term, PotentialRequest) and extractor_key(term) not in extractors:
+    for index, term in potentials(guidance):
+        if term.key not in extractors:
             with named(index):
-                extractors[extractor_key(term)] = load_for(term, list(labels.of)).to(device)
+                extractors[term.key] = load_for(term.looks, list(labels.of)).to(device)
     exemplars = fitting(exemplars, guidance, extractors)
     targets: dict[str, dict[int, int]] = {name: {} for name in labels.of}
-    for index, term in enumerate(guidance):
-        if isinstance(term, PotentialRequest):
-            with named(index):
-                answer = _tried(term, extractors[extractor_key(term)], outline)
-                if isinstance(term, ClassifierRequest | NoisyClassifierRequest):
-                    classes = labels.model_classes or outline.classes
-                    names = extractors[extractor_key(term)].classes
-                    for name, target in targets_of(term, names, answer.shape[1], labels.of, classes).items():
-                        targets[name][index] = target
+    for index, term in potentials(guidance):
+        with named(index):
+            seen = _tried(term, extractors[term.key], outline)
+            if (asked := classifying(term)) is not None:
+                names, classes = extractors[term.key].classes, labels.model_classes or outline.classes
+                for name, target in targets_of(asked, names, seen.shape[1], labels.of, classes).items():
+                    targets[name][index] = target
 
     denoiser = with_weights(outline, recipe.model.name, options, labels.null_class)
     provenance = provenance_of(
@@ -303,44 +292,36 @@ def placement_of(recipe: Recipe, device: torch.device) -> Placement:
 def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoiser) -> Tensor:
     """What an extractor answers to a gray image of the size that guidance shows it: what it can't do is known now."""
     channels, height, width = outline.image_shape
-    reduce, name = term.reduce or 1, extractor_key(term)
+    reduce, looks, name = term.reduce or 1, term.looks, term.key
     device = next(extractor.parameters(), torch.zeros(())).device
-    noisy = isinstance(term, NoisyClassifierRequest)
-    shape = outline.shape if noisy else (channels, height // reduce, width // reduce)
+    shape = outline.shape if looks.noisy else (channels, height // reduce, width // reduce)
     gray = torch.zeros(1, *shape, device=device, requires_grad=True)
     try:
-        if noisy:
-            answer = extractor.network(gray, torch.zeros(1, device=device))
-        else:
-            answer = extractor.logits(gray) if isinstance(term, ClassifierRequest) else extractor(gray)
+        row = answer(looks, extractor, gray)
     except HandfulError:
         raise
     except Exception as error:  # a network of the user's own may raise anything
         raise RequestError(
-            _field(term),
+            looks.field,
             name,
             f"it can't take images of {tuple(gray.shape[1:])} ({first_line(error)})",
             "State its size and channels (handful.features.FeatureExtractor).",
         ) from error
-    if not isinstance(answer, Tensor) or answer.ndim != 2 or len(answer) != 1:
+    if not isinstance(row, Tensor) or row.ndim != 2 or len(row) != 1:
         raise RequestError(
-            _field(term),
+            looks.field,
             name,
-            f"it answers {tuple(getattr(answer, 'shape', ()))} to one image",
+            f"it answers {tuple(getattr(row, 'shape', ()))} to one image",
             "It must give a row of numbers for each image.",
         )
-    if not bool(torch.isfinite(answer).all()):
-        told = "features" if isinstance(term, FeaturesRequest) else "logits"
-        raise RequestError(_field(term), name, f"its {told} hold NaN or infinite values", "Use another.")
-    if not answer.requires_grad:
+    if not bool(torch.isfinite(row).all()):
+        kind = "logits" if looks.logits else "features"
+        raise RequestError(looks.field, name, f"its {kind} hold NaN or infinite values", "Use another.")
+    if not row.requires_grad:
         raise RequestError(
-            _field(term),
+            looks.field,
             name,
             "no gradient comes back through it to the image",
             "Compute with torch alone, without no_grad and detach; or name another.",
         )
-    return answer.detach()
-
-
-def _field(term: PotentialRequest) -> str:
-    return "features" if isinstance(term, FeaturesRequest) else "classifier"
+    return row.detach()

@@ -27,7 +27,7 @@ from handful.generate.job import Job, check_against_stored, prepare
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
 from handful.guidance.inversion import no_condition
-from handful.guidance.terms import View, energy_columns, make_terms, views
+from handful.guidance.method import Context, View, energy_columns, make_terms, views
 from handful.models.latent import LatentDenoiser
 from handful.recipe.file import PROVENANCE, recipe_yaml
 from handful.recipe.plan import Cohort, ImageNoise, image_seed
@@ -199,16 +199,15 @@ def _make(
         RunError: If the model or the guidance gives NaN or infinite values; naming model, class, cohort and step.
     """
     seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in _indices(cohort)]
-    embeddings = job.inverted.embeddings if job.inverted else None
-    terms = make_terms(
-        job.recipe.guidance or (),
+    context = Context(
         job.extractors,
         features[cohort.class_name],
-        embeddings,
         seeds,
         job.targets[cohort.class_name],
         job.denoiser.levels,
+        job.inverted.embeddings if job.inverted else None,
     )
+    terms = make_terms(job.recipe.guidance or (), context)
     steps, at, told = job.levels.steps, 0, 0.0
 
     def each(index: int, x0_hat: Tensor) -> None:
@@ -298,7 +297,7 @@ def _rows(
         if isinstance(term, Potential) and column
     ]
     size = job.recipe.chunk or _AT_ONCE
-    seen = [_in_parts(term.view, shrunk(images, term.pull.reduce), size) for term, _ in potentials]
+    seen = [_in_parts(term.view, shrunk(images, term.pull.reduce or 1), size) for term, _ in potentials]
     energies = {
         column: term.energy(each).expand(cohort.count).tolist() for (term, column), each in zip(potentials, seen, strict=True)
     }

@@ -7,16 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import pad
+from typing_extensions import Self
 
 from handful.core.denoiser import Condition, Denoiser
 from handful.core.noise import Level
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
+from handful.guidance.settings import Positive, Request, Weight
 
 Jacobian = Literal["exact", "gaussian", "identity"]
 Normalize = Literal["rms", "rms-image", "sample", "none"]
@@ -25,47 +28,49 @@ Input = Literal["x0_hat", "x_t", "state", "blend"]
 Rule = Literal["shift", "held", "ancestral", "before"]
 
 
-@dataclass(frozen=True)
-class Timing:
+def _open_end(interval: object) -> object:
+    """(2, inf), as Python writes it, has no upper end; a file says null."""
+    return (interval[0], None) if isinstance(interval, tuple) and interval[1:] == (math.inf,) else interval
+
+
+def _rising(interval: tuple[float, float | None]) -> tuple[float, float | None]:
+    low, high = interval
+    if high is not None and high < low:
+        raise ValueError("it must rise: (low, high), low <= high")
+    return interval
+
+
+class Timing(Request):
     """On which steps a term acts, and how strongly.
 
     Attributes:
         every: On every n-th step, counted so that the last step of each n acts (the first step is pure noise, where an
-            estimate of the image says little).
+            estimate of the image says little). None, in a recipe: the largest n that guides at least four steps of a run
+            (Heun's method evaluates most of them twice).
         interval: Of the progress along the path, (0, 1) for all of it.
-        noise: Of the noise-to-signal ratio sigma / alpha, (0, inf) for all of it.
+        noise: Of the noise-to-signal ratio sigma / alpha; an upper end of None is none.
         gain: Over the progress p: "constant" 1, "linear" 1 - p, "sine" sin(pi p), "edm" (EluCD's on EDM, at step i of N)
             1 - i / (N + 1) + boost * sin(pi i / N).
         boost: Of the gain "edm", and of the ancestral rule (see `Pull`).
     """
 
-    every: int = 1
-    interval: tuple[float, float] = (0.0, 1.0)
-    noise: tuple[float, float] = (0.0, math.inf)
+    every: Positive | None = 1
+    interval: Annotated[tuple[Weight, Weight], AfterValidator(_rising)] = (0.0, 1.0)
+    noise: Annotated[tuple[Weight, Weight | None], BeforeValidator(_open_end), AfterValidator(_rising)] = (0.0, None)
     gain: Gain = "constant"
-    boost: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.boost) and self.boost >= 0):
-            raise RequestError("boost", self.boost, "it is a finite number, 0 or more", "EluCD's is 0.3; 0 adds nothing.")
-        if self.every < 1:
-            raise RequestError("every", self.every, "a term acts on every n-th step, n >= 1", "Use 1 for all steps.")
-        for name, (low, high) in (("interval", self.interval), ("noise", self.noise)):
-            if not 0 <= low <= high:
-                raise RequestError(name, (low, high), "it must rise from 0 or more", "Give (low, high), low <= high.")
-        if self.gain not in get_args(Gain):
-            raise RequestError("gain", self.gain, "no such gain", f"Choose one of: {', '.join(get_args(Gain))}.")
+    boost: Weight = 0.0
 
     def covers(self, level: Level) -> bool:
         """Whether level lies inside both intervals."""
         low, high = self.interval
         least, most = self.noise
         ratio = level.ratio
-        return low <= level.progress <= high and bool((least <= ratio).all()) and bool((ratio <= most).all())
+        return low <= level.progress <= high and bool((least <= ratio).all()) and (most is None or bool((ratio <= most).all()))
 
     def due(self, level: Level) -> bool:
-        """Whether level's turn has come, counting by `every`; off a path it always has."""
-        return level.index is None or level.index % self.every == self.every - 1
+        """Whether a term acts at this step, counting by `every`; off a path it always does."""
+        every = self.every or 1
+        return level.index is None or level.index % every == every - 1
 
     def strength(self, level: Level) -> float:
         """The gain at this level, 0 outside the intervals."""
@@ -143,8 +148,7 @@ class Guidance(ABC):
         """What to add to x0_hat, the shape of x_t."""
 
 
-@dataclass(frozen=True)
-class Smoothing:
+class Smoothing(Request):
     """A potential averaged over disturbed views of what it looks at, so that no single pixel pattern pleases it.
 
     Of images, the likelihood exp(-U) is averaged, as in TFG's Monte-Carlo smoothing; of sets, the energy U.
@@ -154,28 +158,20 @@ class Smoothing:
         noise: Deviation of Gaussian noise, in units of r = sigma / sqrt(alpha^2 + sigma^2), so that it ends with the noise.
         shift: Images are moved by up to so many pixels each way.
         flip: Every second view is mirrored: for photographs, not for digits.
-        seed: Of the draws; with it and the step's index they are the same in every run.
     """
 
-    samples: int = 1
-    noise: float = 0.0
-    shift: int = 0
+    samples: Positive = 1
+    noise: Weight = 0.0
+    shift: Annotated[int, Field(ge=0)] = 0
     flip: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise RequestError("smoothing.samples", self.samples, "it counts views", "Use 1 for none but the image itself.")
-        if not (math.isfinite(self.noise) and self.noise >= 0) or self.shift < 0:
-            raise RequestError("smoothing", (self.noise, self.shift), "noise and shift are 0 or more", "Use 0 for none.")
 
     @property
     def active(self) -> bool:
         return self.noise > 0 or self.shift > 0 or (self.flip and self.samples > 1)
 
-    def views(self, images: Tensor, level: Level) -> Iterator[Tensor]:
-        """Disturbed copies of images (n, c, h, w), differentiable."""
-        draw = torch.Generator().manual_seed((self.seed * 1_000_003 + (level.index or 0)) % 2**32)
+    def views(self, images: Tensor, level: Level, seed: int = 0) -> Iterator[Tensor]:
+        """Disturbed copies of images (n, c, h, w), differentiable; by the seed and the step's index alone."""
+        draw = torch.Generator().manual_seed((seed * 1_000_003 + (level.index or 0)) % 2**32)
         deviation = self.noise * float(level.sigma / level.total)
         for number in range(self.samples):
             view = images
@@ -191,8 +187,7 @@ class Smoothing:
             yield view
 
 
-@dataclass(frozen=True)
-class Pull:
+class Pull(Request):
     """How a potential's gradient becomes a shift (design.md, "From a potential U to a shift").
 
     Attributes:
@@ -203,11 +198,12 @@ class Pull:
             every potential; "sample": x_t itself moves by scale * rms(x_t), so shift = -scale * rms(x_t) / alpha * g /
             rms(g), each image by itself; "none": the gradient's own size, -(sigma^2 / alpha) grad_{x_t} U.
         hold: With `every` > 1, where the rule is "shift" and normalize rms or rms-image: on the steps between, the last
-            direction is used again, at the present r.
+            direction is used again, at the present r. None, in a recipe: where rule, normalize and every allow it.
         reduce: The potential looks at images of 1/reduce of the resolution (`Denoiser.preview`), at about 1/reduce^2 of
-            the decoder's cost; its exemplars must have been shrunk alike.
+            the decoder's cost; its exemplars must have been shrunk alike. None, in a recipe: 1 for pixel models, for models
+            of latents the factor at which a linear map, fitted to the exemplars, replaces the decoder (1 without exemplars).
         input: What is decoded for the potential to look at: "x0_hat"; "x_t", divided by its rms where that exceeds 1;
-            "blend", x0_hat and x_t by shares of r and 1 - r (c-VSG); or "state", x_t / n as it is, not decoded, for
+            "blend", x0_hat and x_t by shares of r and 1 - r (c-VSG); or "state", x_t / n, not decoded, for
             networks that know noise. The gradient at x_t and state needs no denoiser.
         rule: "shift": of x0_hat, the score's own correction. Or what some papers do instead, to the sample: "held", x_s +=
             alpha_s * shift after a step, eps held fixed (TFG, c-VSG); "ancestral", the mean of x_s moves by (V + boost *
@@ -221,26 +217,15 @@ class Pull:
 
     jacobian: Jacobian = "exact"
     normalize: Normalize = "rms"
-    hold: bool = False
-    reduce: int = 1
+    hold: bool | None = False
+    reduce: Positive | None = 1
     input: Input = "x0_hat"
     rule: Rule = "shift"
-    inner: int = 1
+    inner: Positive = 1
     smoothing: Smoothing = Smoothing()
 
-    def __post_init__(self) -> None:
-        for name, kind, problem in (
-            ("jacobian", Jacobian, "no such way to take the gradient"),
-            ("input", Input, "a potential can't look at that"),
-            ("normalize", Normalize, "no such way to scale the gradient"),
-            ("rule", Rule, "no such rule"),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise RequestError(name, getattr(self, name), problem, f"Choose one of: {', '.join(get_args(kind))}.")
-        if self.reduce < 1:
-            raise RequestError("reduce", self.reduce, "it divides the resolution", "Use 1 for the whole one, 2 for half.")
-        if self.inner < 1:
-            raise RequestError("inner", self.inner, "it counts gradient steps", "Use 1 for one.")
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
         if self.hold and (self.normalize in ("none", "sample") or self.rule != "shift"):
             raise RequestError(
                 "hold", True, "a held direction needs a gradient normalized by rms, and the rule shift", "Set hold to false."
@@ -261,6 +246,7 @@ class Pull:
                 "the ancestral rule takes the plain gradient at x0_hat",
                 "Use normalize none and jacobian identity.",
             )
+        return self
 
 
 class Potential(Guidance):
@@ -268,6 +254,9 @@ class Potential(Guidance):
 
     Class attributes:
         per: "set" where the energy couples the images of a cohort, "image" where each has its own.
+
+    Attributes:
+        seed: Of the draws of `pull.smoothing`.
     """
 
     per: ClassVar[Literal["set", "image"]]
@@ -276,7 +265,7 @@ class Potential(Guidance):
         self, extractor: FeatureExtractor, scale: float, timing: Timing | None = None, pull: Pull | None = None
     ) -> None:
         super().__init__(scale, timing)
-        self.extractor, self.pull = extractor, pull or Pull()
+        self.extractor, self.pull, self.seed = extractor, pull or Pull(), 0
 
     def at(self, level: Level) -> Potential:
         """The potential as it stands at a level of noise; itself for most."""

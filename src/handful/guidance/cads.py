@@ -7,7 +7,7 @@ and clean at its end. With t the time left, 1 at the path's start and 0 at its l
     y'' = psi ((y' - mean(y')) / std(y') * std(y) + mean(y)) + (1 - psi) y'
 
 Means and deviations are each image's own, over all of one embedding, so that no image depends on its neighbours. The null
-condition, which CFG compares with, stays as it is.
+condition, which CFG compares with, stays unchanged.
 """
 
 from __future__ import annotations
@@ -15,15 +15,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from handful.core.denoiser import Condition
 from handful.core.noise import Level
 from handful.errors import RequestError
 from handful.guidance.base import Guidance, Step, Timing
 from handful.guidance.draws import normal
+from handful.guidance.method import Context, TermRequest
+from handful.guidance.settings import Weight
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 # What is noised of what networks of prompts are told, by name; SDXL's sizes of the image and masks of tokens are not.
 EMBEDDINGS = ("text", "pooled")
@@ -52,6 +59,39 @@ def annealed(y: Tensor, noise: Tensor, g: float, s: float, psi: float) -> Tensor
     return psi * rescaled + (1 - psi) * noisy
 
 
+class CADSRequest(TermRequest):
+    """Condition-annealed sampling, usually beside cfg.
+
+    Attributes:
+        scale: s, of the noise on the condition.
+        tau1, tau2: Of the time left: the condition is clean up to tau1, and nothing but noise from tau2 on.
+        mix: psi, the share of the rescaled condition: below 1 more noise, and more diversity.
+    """
+
+    needs = frozenset({"noisy condition"})
+    alone = True
+
+    method: Literal["cads"] = "cads"
+    scale: Weight = 0.1
+    tau1: Share = 0.6
+    tau2: Share = 0.9
+    mix: Share = 1.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.tau1 > self.tau2:
+            raise RequestError(
+                "tau1, tau2",
+                (self.tau1, self.tau2),
+                "the condition is clean up to tau1 and noise from tau2 on, so tau1 <= tau2",
+                "The defaults are 0.6 and 0.9.",
+            )
+        return self
+
+    def build(self, context: Context) -> CADS:
+        return CADS(context.seeds, self.scale, tau1=self.tau1, tau2=self.tau2, mix=self.mix, timing=self.timing())
+
+
 class CADS(Guidance):
     """Noise on what the network is told, for cohorts that differ more. It shifts nothing and costs no evaluation.
 
@@ -59,8 +99,7 @@ class CADS(Guidance):
         seeds: One an image of the cohort. An image's noise is a function of its seed and the step, so a step that is
             evaluated twice (Heun, recurrence) sees the same.
         scale: s, in units of the embedding.
-        tau1, tau2: Of the time left: the condition is clean up to tau1, and nothing but noise from tau2 on.
-        mix: psi, the share of the rescaled embedding: below 1 more noise, and more diversity.
+        tau1, tau2, mix: See `CADSRequest`.
         timing: When it acts.
 
     Raises:
@@ -81,10 +120,8 @@ class CADS(Guidance):
         timing: Timing | None = None,
     ) -> None:
         super().__init__(scale, timing)
-        check_annealing(tau1, tau2)
-        if not 0 <= mix <= 1:
-            raise RequestError("mix", mix, "it is a share, 0 to 1", "The paper's is 1.")
-        self.seeds, self.tau1, self.tau2, self.mix = tuple(seeds), tau1, tau2, mix
+        asked = CADSRequest(tau1=tau1, tau2=tau2, mix=mix)
+        self.seeds, self.tau1, self.tau2, self.mix = tuple(seeds), asked.tau1, asked.tau2, asked.mix
 
     def signal(self, level: Level) -> float:
         """g at this level."""
@@ -160,18 +197,3 @@ class Annealing:
         dtype = embedding.dtype if embedding.dtype == torch.float64 else torch.float32
         y = embedding.to(dtype)
         return annealed(y, self._drawn[key].to(y), self.g, self.s, self.psi).to(embedding.dtype)
-
-
-def check_annealing(tau1: float, tau2: float) -> None:
-    """Refuses times that are none, or no order of theirs.
-
-    Raises:
-        RequestError: Naming the fields.
-    """
-    if not 0 <= tau1 <= tau2 <= 1:
-        raise RequestError(
-            "tau1, tau2",
-            (tau1, tau2),
-            "the condition is clean up to tau1 and noise from tau2 on, so 0 <= tau1 <= tau2 <= 1",
-            "The defaults are 0.6 and 0.9.",
-        )

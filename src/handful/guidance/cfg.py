@@ -6,9 +6,12 @@ Here w = 0 is the conditional model. diffusers' `guidance_scale` is w + 1. Its p
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from handful.guidance.base import Guidance, Step
+from handful.guidance.method import Context, TermRequest
 
 
 class CFG(Guidance):
@@ -18,3 +21,17 @@ class CFG(Guidance):
 
     def shift(self, step: Step) -> Tensor:
         return self.strength(step.level) * (step.x0_hat - step.x0_hat_null)
+
+
+class CFGRequest(TermRequest):
+    """Classifier-free guidance; scale 0 is the conditional model (diffusers' `guidance_scale` is `scale + 1`).
+
+    With `noise` or `interval` it is limited-interval guidance.
+    """
+
+    needs = frozenset({"null condition"})
+
+    method: Literal["cfg"] = "cfg"
+
+    def build(self, context: Context) -> CFG:
+        return CFG(self.scale, self.timing())

@@ -17,15 +17,21 @@ cohort in k spots (docs/findings.md).
 
 from __future__ import annotations
 
-import math
+from typing import Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
+from typing_extensions import Self
 
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import ExemplarPotential, Pull, Timing
 from handful.guidance.distances import squared_distances
+from handful.guidance.method import ByExemplarsRequest, Context
+from handful.guidance.settings import Weight
+
+COVERAGE_WEIGHT = 4.0  # with few exemplars the paper's 1 draws a cohort to them (docs/findings.md)
 
 
 def spacing(exemplars: Tensor) -> Tensor:
@@ -60,6 +66,44 @@ def chamfer_distance(
     return coverage_weight * d.amin(1).mean() + fidelity_weight * d.amin(0).mean()
 
 
+class ChamferRequest(ByExemplarsRequest):
+    """Chamfer guidance by the exemplars.
+
+    Attributes:
+        coverage_weight, fidelity_weight: w_c and w_f; the paper's are 1 and 1.
+        margin: m; 0 is the paper's formula.
+    """
+
+    method: Literal["chamfer"] = "chamfer"
+    coverage_weight: Weight = COVERAGE_WEIGHT
+    fidelity_weight: Weight = 1.0
+    margin: Weight = 0.0
+
+    @model_validator(mode="after")
+    def _weighs(self) -> Self:
+        if not (self.coverage_weight or self.fidelity_weight):
+            raise RequestError("coverage_weight", 0.0, "both weights are 0", "The paper's are 1 and 1.")
+        return self
+
+    def check_exemplars(self, fewest: int) -> None:
+        if self.margin and fewest < 2:
+            raise RequestError(
+                "margin",
+                self.margin,
+                "a single exemplar has no neighbour to measure it by",
+                "Use 0, the paper's formula, or 2 or more exemplars of each class.",
+            )
+
+    def build(self, context: Context) -> Chamfer:
+        return Chamfer(
+            *self.seen(context),
+            coverage_weight=self.coverage_weight,
+            fidelity_weight=self.fidelity_weight,
+            margin=self.margin,
+            **self.when(),
+        )
+
+
 class Chamfer(ExemplarPotential):
     """Chamfer guidance of a cohort of one class by that class's exemplars.
 
@@ -67,12 +111,10 @@ class Chamfer(ExemplarPotential):
         extractor: phi.
         exemplars: phi of the exemplars, (k, D).
         scale, timing, pull: See `Potential`.
-        coverage_weight, fidelity_weight: w_c and w_f.
-        margin: m; 0 is the paper's formula.
+        coverage_weight, fidelity_weight, margin: See `ChamferRequest`.
 
     Raises:
-        RequestError: If there is no exemplar, a weight is negative or both are 0, or the margin is negative or stands
-            on a single exemplar, which has no spacing.
+        RequestError: If there is no exemplar, a setting is out of its range, or a margin stands on a single exemplar.
     """
 
     name = "chamfer"
@@ -83,32 +125,18 @@ class Chamfer(ExemplarPotential):
         exemplars: Tensor,
         scale: float,
         *,
-        coverage_weight: float = 1.0,
+        coverage_weight: float = COVERAGE_WEIGHT,
         fidelity_weight: float = 1.0,
         margin: float = 0.0,
         timing: Timing | None = None,
         pull: Pull | None = None,
     ) -> None:
         super().__init__(extractor, exemplars, scale, timing=timing, pull=pull)
-        weights = (coverage_weight, fidelity_weight)
-        if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or max(weights) == 0:
-            raise RequestError(
-                "coverage_weight, fidelity_weight",
-                weights,
-                "weights are finite, 0 or more, and not both 0",
-                "Use 1 and 1 for the paper's.",
-            )
-        if not (math.isfinite(margin) and margin >= 0) or (margin and len(exemplars) < 2):
-            raise RequestError(
-                "margin",
-                margin,
-                f"it is 0 or more, and above 0 needs 2 exemplars ({len(exemplars)} here)",
-                "Use 0 for the paper's formula, or give more exemplars.",
-            )
-        self.coverage_weight, self.fidelity_weight, self.margin = *weights, margin
+        asked = ChamferRequest(coverage_weight=coverage_weight, fidelity_weight=fidelity_weight, margin=margin)
+        asked.check_exemplars(len(exemplars))
+        self.weights = asked.coverage_weight, asked.fidelity_weight
         self.slack = margin**2 * spacing(self.exemplars) if margin else None
 
     def energy(self, features: Tensor) -> Tensor:
         slack = None if self.slack is None else self.slack.to(features)
-        weights = self.coverage_weight, self.fidelity_weight
-        return chamfer_distance(self.exemplars.to(features), features, *weights, slack)
+        return chamfer_distance(self.exemplars.to(features), features, *self.weights, slack)

@@ -10,10 +10,13 @@ neighbours of Chamfer guidance pull k images hard, or gather n images in k spots
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from handful.guidance.base import ExemplarPotential
 from handful.guidance.distances import squared_distances
+from handful.guidance.method import ByExemplarsRequest, Context
 
 ROUND = 1e-6  # of the mean squared distance: keeps the gradient of |a - b| finite where a = b
 
@@ -44,3 +47,12 @@ class Energy(ExemplarPotential):
 
     def energy(self, features: Tensor) -> Tensor:
         return energy_distance(self.exemplars.to(features), features)
+
+
+class EnergyRequest(ByExemplarsRequest):
+    """Energy-distance guidance by the exemplars, for few of them."""
+
+    method: Literal["energy"] = "energy"
+
+    def build(self, context: Context) -> Energy:
+        return Energy(*self.seen(context), **self.when())

@@ -223,11 +223,13 @@ class Guided(Around):
         if pull.input == "state":
             return x / level.total
         if pull.input == "x_t":
-            return self.denoiser.preview(x / x.detach().square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1), pull.reduce)
+            return self.denoiser.preview(
+                x / x.detach().square().mean((1, 2, 3), keepdim=True).sqrt().clamp_min(1), pull.reduce or 1
+            )
         if pull.input == "blend":
             r = _radius(level)
             x0_hat = r * x0_hat + (1 - r) * (x / level.total)
-        return self.denoiser.preview(x0_hat, pull.reduce)
+        return self.denoiser.preview(x0_hat, pull.reduce or 1)
 
     def _image_cotangent(self, terms: list[Potential], pull: Pull, images: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The terms' weighted gradients with respect to what they see, added; and that sum's rms.
@@ -248,7 +250,7 @@ class Guided(Around):
         leaf, smoothing, whole = images.detach().requires_grad_(), term.pull.smoothing, self._whole(len(images))
         term = term.at(level)
         with torch.enable_grad():
-            views = list(smoothing.views(leaf, level)) if smoothing.active else [leaf]
+            views = list(smoothing.views(leaf, level, term.seed)) if smoothing.active else [leaf]
         with torch.set_grad_enabled(whole):
             seen = [self._chunked(lambda part, v=view: term.view(v[part]), len(leaf)) for view in views]
         with torch.enable_grad():
@@ -292,7 +294,7 @@ class _Point:
     condition: Condition
     shared: bool = False
     offset: Tensor | None = None
-    views: dict[tuple[str, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    views: dict[tuple[str, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def seen(self, guided: Guided, pull: Pull) -> tuple[Tensor, Tensor]:
         """What potentials of this pull look at, decoded once however many ask, and the leaf before the denoiser's output."""

@@ -11,7 +11,6 @@ and `guidance_scale` the paper's w - 1; by default it adds the projected differe
 
 from __future__ import annotations
 
-import math
 from copy import deepcopy
 from typing import Any, get_args
 
@@ -87,44 +86,6 @@ class Guider(Guidance):
         self._before, self._index = deepcopy(self._now), index
         self._now.set_state(step=index or 0, num_inference_steps=None, timestep=time)
         return self._now
-
-
-def adaptive_projected(
-    scale: float, *, parallel: float = 0.0, momentum: float = -0.5, norm: float | None = None, timing: Timing | None = None
-) -> Guider:
-    """Adaptive projected guidance (APG; Sadat et al. 2024, arXiv 2410.02416) by diffusers' guider, as its paper has it.
-
-    Of the running sum of differences of the conditional and the null estimate, d <- (c - u) + momentum * d, bounded to the
-    norm, the part across c is added, and a share of the part along it, which saturates colours: scale (across + parallel *
-    along). With parallel 1, momentum 0 and no norm it is classifier-free guidance.
-
-    Args:
-        scale: The paper's w - 1, as CFG's here: 0 is no guidance.
-        parallel: eta, 0 to 1.
-        momentum: beta, above -1 and not above 0.
-        norm: r, the largest Euclidean norm of an image's difference; None does not limit it.
-        timing: When it acts; the sum goes on from one of its steps to the next.
-
-    Raises:
-        RequestError: If a setting is out of its range.
-    """
-    if not 0 <= parallel <= 1:
-        raise RequestError("parallel", parallel, "it is a share, 0 to 1", "0 leaves that part out; 1 keeps it, as CFG does.")
-    if not -1 < momentum <= 0:
-        raise RequestError("momentum", momentum, "it lies above -1 and not above 0", "-0.5 is usual; 0 is none.")
-    if norm is not None and not 0 < norm < math.inf:
-        raise RequestError("norm", norm, "it is a finite number above 0", "Leave it out for no limit.")
-    from diffusers.guiders.adaptive_projected_guidance import AdaptiveProjectedGuidance
-
-    # linear in its own scale, which is left at 1, so that gain and scale 0 mean what they mean for every term
-    guider = AdaptiveProjectedGuidance(
-        guidance_scale=1.0,
-        adaptive_projected_guidance_momentum=momentum,
-        adaptive_projected_guidance_rescale=norm or 0.0,
-        eta=parallel,
-        use_original_formulation=True,
-    )
-    return Guider(guider, scale, timing=timing)
 
 
 def _mixed(guider: Any, conditional: Tensor, null: Tensor | None) -> Tensor:

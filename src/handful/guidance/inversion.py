@@ -15,14 +15,14 @@ flow and EDM paths that means x_t / n, so a network told in another form has the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from handful.core.denoiser import Condition, Denoiser
@@ -34,10 +34,14 @@ from handful.files.sealed import seal, unseal
 from handful.guidance.base import Guidance, Step, Timing
 from handful.guidance.draws import normal, random_at
 from handful.guidance.guided import Guided
+from handful.guidance.method import Context, File, TermRequest
+from handful.guidance.settings import Weight
 
 Exchange = Literal["step", "image", "none"]
 
 KIND, VERSION = "sample-wise guidance embeddings", 1
+NAME_IT = "Name the file that handful invert wrote (--embeddings FILE)."
+NAME_IT = "Name the file that handful invert wrote (--embeddings FILE)."
 FIT_AGAIN = "Fit the targets again (handful invert)."
 _OWN, _EXCHANGE, _PERTURBATION, _START = 1, 2, 3, 4  # what an image's random numbers are for; see draws.py
 
@@ -185,6 +189,36 @@ class Embeddings:
         return cls(tensors["G"], tensors["x0"], Levels(tensors["alpha"], tensors["sigma"]), **settings)
 
 
+class InversionRequest(TermRequest):
+    """Guidance by a new domain's fitted embeddings (CRDI).
+
+    Images start from noised targets, and path, clamp and condition are those of the fit.
+
+    Attributes:
+        embeddings: The file that `handful invert` wrote.
+        scale: 1 is the strength of the fit; 0 noises and denoises the targets without guidance (SDEdit).
+        exchange: Whose embeddings an image is given: at every guided "step" those of a target chosen anew (the paper's
+            relaxing), for the whole "image" those of one chosen target, or with "none" those of its own target.
+        perturbation: Of the embeddings, annealed; None takes what the file says.
+    """
+
+    needs = frozenset({"embeddings"})
+
+    method: Literal["inversion"] = "inversion"
+    embeddings: Annotated[File, Field(json_schema_extra={"missing": NAME_IT})]
+    exchange: Exchange = "step"
+    perturbation: Weight | None = None
+
+    @property
+    def embeddings_file(self) -> Path:
+        return Path(self.embeddings).expanduser()
+
+    def build(self, context: Context) -> Inversion:
+        assert context.embeddings is not None, "a recipe with inversion has its embeddings read (recipe/inverting.py)"
+        options = {"exchange": self.exchange, "perturbation": self.perturbation}
+        return Inversion(context.embeddings, context.seeds, self.scale, **options, timing=self.timing())
+
+
 class Inversion(Guidance):
     """A target's embeddings as a term.
 
@@ -196,8 +230,7 @@ class Inversion(Guidance):
         embeddings: Of the targets.
         seeds: One an image of the cohort, in its order.
         scale: 1 is the strength of the fit, 0 no guidance.
-        exchange: Whose embeddings an image is given: at every guided "step" those of a target chosen anew (the paper's
-            relaxing), for the whole "image" those of one chosen target, or with "none" its own target's.
+        exchange: See `InversionRequest`.
         own: The place of each image's own target, from which it starts; None chooses by its seed.
         perturbation: a of G + a (step - lo) / (hi - lo) N(0, 1); None takes the embeddings'.
         timing: Where inside the guided interval it acts.
@@ -221,12 +254,7 @@ class Inversion(Guidance):
     ) -> None:
         super().__init__(scale, timing)
         perturbation = embeddings.perturbation if perturbation is None else perturbation
-        if exchange not in get_args(Exchange):
-            raise RequestError(
-                "exchange", exchange, "no such exchange of embeddings", f"Choose one of: {', '.join(get_args(Exchange))}."
-            )
-        if not (math.isfinite(perturbation) and perturbation >= 0):
-            raise RequestError("perturbation", perturbation, "it is a finite number, 0 or more", "Use 0 for none.")
+        InversionRequest(embeddings="them", exchange=exchange, perturbation=perturbation)
         own = list(own) if own is not None else own_targets(seeds, len(embeddings))
         if len(own) != len(seeds) or not all(0 <= target < len(embeddings) for target in own):
             raise RequestError(

@@ -1,27 +1,24 @@
-"""The Vendi score as a potential, and c-VSG on it: diversity inside the cohort, and context by the exemplars.
+"""The Vendi score as a potential: diversity inside the cohort.
 
     VS(F) = exp(-sum_i l_i log l_i),   l the eigenvalues of K / n, K the cosine similarities of the rows of F
 
-(Friedman & Dieng, TMLR 2023; other orders: Pasarkar & Dieng, AISTATS 2024). Contextualised Vendi score guidance (Askari Hemmat
-et al., ECCV 2024) maximises
-
-    VS(memory + Y) - beta VS(exemplars + Y)
-
-for the generated Y: new against what was generated before, nothing new against the exemplars. Here Y is the cohort, which is
-generated together and so is its own memory; images of before can be added.
+(Friedman & Dieng, TMLR 2023; other orders: Pasarkar & Dieng, AISTATS 2024).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
-from handful.guidance.base import ExemplarPotential, Potential, Pull, Timing
+from handful.guidance.base import Potential, Pull, Timing
+from handful.guidance.method import Context, FeaturesRequest
 
 _LEAST = 1e-10  # eigenvalues below count as 0: their logarithm's derivative would be all that is seen
 
@@ -47,6 +44,20 @@ def vendi_score(features: Tensor, order: float = 1.0) -> Tensor:
     if order == 1:
         return torch.exp(-(shares * safe.log()).sum()).to(features.dtype)
     return (((safe.pow(order) * kept).sum() + nothing).log() / (1 - order)).exp().to(features.dtype)
+
+
+class VendiRequest(FeaturesRequest):
+    """Guidance towards a diverse cohort.
+
+    Attributes:
+        order: q; see `vendi_score`.
+    """
+
+    method: Literal["vendi"] = "vendi"
+    order: Annotated[float, Field(gt=0)] = 1.0
+
+    def build(self, context: Context) -> Vendi:
+        return Vendi(self.extractor(context), self.scale, order=self.order, **self.when())
 
 
 class Vendi(Potential):
@@ -80,40 +91,3 @@ class Vendi(Potential):
 
     def energy(self, features: Tensor) -> Tensor:
         return -vendi_score(features, self.order)
-
-
-class CVSG(ExemplarPotential):
-    """Contextualised Vendi score guidance of a cohort of one class.
-
-    Args:
-        extractor: phi; the paper's is CLIP.
-        exemplars: phi of the exemplars, (k, D).
-        scale, timing, pull: See `Potential`; the paper's pull is in recipes/sd15-cvsg.yaml.
-        beta: Weight of the exemplars' term; the paper's 2.
-        memory: phi of images that were generated before, (m, D); None for none.
-
-    Raises:
-        RequestError: If there is no exemplar, or beta is negative.
-    """
-
-    name = "cvsg"
-
-    def __init__(
-        self,
-        extractor: FeatureExtractor,
-        exemplars: Tensor,
-        scale: float,
-        *,
-        beta: float = 2.0,
-        memory: Tensor | None = None,
-        timing: Timing | None = None,
-        pull: Pull | None = None,
-    ) -> None:
-        super().__init__(extractor, exemplars, scale, timing=timing, pull=pull)
-        if not (math.isfinite(beta) and beta >= 0):
-            raise RequestError("beta", beta, "a weight is finite and 0 or more", "The paper's is 2.")
-        self.beta, self.memory = beta, exemplars[:0] if memory is None else memory.detach()
-
-    def energy(self, features: Tensor) -> Tensor:
-        generated = torch.cat([self.memory.to(features), features])
-        return self.beta * vendi_score(torch.cat([self.exemplars.to(features), features])) - vendi_score(generated)

@@ -10,8 +10,7 @@ from handful.data.images import image_folder
 from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
-from handful.guidance.requests import ByExemplarsRequest, GuidanceRequest
-from handful.guidance.terms import named, view_of
+from handful.guidance.method import Requests, named, potentials
 from handful.recipe.schema import Recipe, did_you_mean
 
 Given = Exemplars | ExemplarFeatures
@@ -109,9 +108,7 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
     return drawn if asked.per_class is None else drawn.select(asked.per_class)
 
 
-def fitting(
-    exemplars: Given | None, guidance: Sequence[GuidanceRequest], extractors: Mapping[str, FeatureExtractor]
-) -> Given | None:
+def fitting(exemplars: Given | None, guidance: Requests, extractors: Mapping[str, FeatureExtractor]) -> Given | None:
     """The exemplars, of a file of features those alone that the terms look at.
 
     Raises:
@@ -120,9 +117,9 @@ def fitting(
     if not isinstance(exemplars, ExemplarFeatures):
         return exemplars
     views: dict[View, None] = {}
-    for index, term in enumerate(guidance):
-        if isinstance(term, ByExemplarsRequest):
-            name, reduce = view_of(term)
+    for index, term in potentials(guidance):
+        if "exemplars" in term.needs:
+            name, reduce = term.view
             with named(index):
                 exemplars.seen_by(extractors[name], reduce)
             views[View(extractors[name].digest, reduce)] = None

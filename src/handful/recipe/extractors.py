@@ -3,111 +3,93 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from handful.errors import RequestError
 from handful.features.class_numbers import number_of, places_of
 from handful.features.clip import clip_classifier, clip_skeleton, is_clip
 from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
 from handful.features.softplus import softened
-from handful.guidance.requests import (
-    ClassifierRequest,
-    FeaturesRequest,
-    GuidanceRequest,
-    NoisyClassifierRequest,
-    PotentialRequest,
-    SmoothableRequest,
-)
+from handful.guidance.classifier import ClassifyingRequest
+from handful.guidance.method import PLAIN_TEMPLATE, Looks, Requests, potentials
 from handful.models.user_code import run_user_file
 
-_TEMPLATE = ClassifierRequest.model_fields["template"].default
+
+def extractors_wanted(requests: Requests) -> dict[str, Looks]:
+    """By its key, each network that the terms look with."""
+    return {term.key: term.looks for _, term in potentials(requests)}
 
 
-def extractor_key(request: PotentialRequest) -> str:
-    """What a term looks with, in words: the same for two terms that can share it. The key of every table of extractors."""
-    if isinstance(request, FeaturesRequest):
-        return request.features + _smoothness(request)
-    if isinstance(request, ClassifierRequest):
-        told = ""
-        if request.prompts or request.template != _TEMPLATE:
-            text = json.dumps([request.template, sorted(request.prompts.items())])
-            told = f" prompts {hashlib.sha256(text.encode()).hexdigest()[:8]}"
-        return request.classifier + told + _smoothness(request)
-    assert isinstance(request, NoisyClassifierRequest)
-    return f"{request.classifier} noisy"
-
-
-def extractors_wanted(requests: Sequence[GuidanceRequest]) -> dict[str, PotentialRequest]:
-    """By its key, one of the terms that look with it."""
-    return {extractor_key(each): each for each in reversed(requests) if isinstance(each, PotentialRequest)}
-
-
-def load_for(request: PotentialRequest, classes: Sequence[str] = (), *, meta: bool = False) -> FeatureExtractor:
+def load_for(looks: Looks, classes: Sequence[str] = (), *, meta: bool = False) -> FeatureExtractor:
     """Loads what a term looks with.
 
     Args:
-        request: The term.
+        looks: It.
         classes: The classes to generate: those of a CLIP are these.
         meta: Without weights, on the meta device, to count its cost.
 
     Raises:
         RequestError: If there is no such extractor, or it is not what the term needs.
     """
-    if isinstance(request, FeaturesRequest):
-        return _smooth((extractor_skeleton if meta else load_extractor)(request.features), request)
-    if isinstance(request, NoisyClassifierRequest):
-        extractor = _noisy(request.classifier)
+    if looks.noisy:
+        extractor = _noisy(looks.name)
         return extractor.to("meta") if meta else extractor
-    assert isinstance(request, ClassifierRequest)
-    with _named_classifier():
-        if is_clip(request.classifier):
-            prompts = class_prompts(request, classes, refuse_others=not meta)
-            extractor = (clip_skeleton if meta else clip_classifier)(request.classifier, prompts)
+    prompted = looks.logits and is_clip(looks.name)
+    with _called(looks.field):
+        if prompted:
+            prompts = class_prompts(looks, classes, refuse_others=not meta)
+            extractor = (clip_skeleton if meta else clip_classifier)(looks.name, prompts)
         else:
-            for name, given, unsaid in (("prompts", request.prompts, {}), ("template", request.template, _TEMPLATE)):
-                if given != unsaid:
-                    raise RequestError(
-                        name, given, f"the classifier '{request.classifier}' is told none, as CLIP is", "Leave it out."
-                    )
-            extractor = (extractor_skeleton if meta else load_extractor)(request.classifier)
-    if not extractor.is_classifier:
+            for name, given in (("prompts", dict(looks.prompts)), ("template", looks.template)):
+                if given:
+                    raise RequestError(name, given, f"'{looks.name}' takes none, only CLIP does", "Leave it out.")
+            extractor = (extractor_skeleton if meta else load_extractor)(looks.name)
+    if looks.logits and not extractor.is_classifier:
         raise RequestError(
-            "classifier",
-            request.classifier,
+            looks.field,
+            looks.name,
             "it has no logits",
             "Name an image classifier; a FILE.py:FUNCTION says by classify= of its FeatureExtractor what gives them.",
         )
-    return _smooth(extractor, request)
+    return extractor if looks.softplus is None else softened(extractor, looks.softplus)
 
 
-def class_prompts(request: ClassifierRequest, classes: Sequence[str], *, refuse_others: bool = True) -> dict[str, str]:
+def answer(looks: Looks, extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """What an extractor gives of images (n, c, h, w), or of noisy states at time 0: (n, D)."""
+    if looks.noisy:
+        return extractor.network(images, torch.zeros(len(images), device=images.device))
+    return extractor.logits(images) if looks.logits else extractor(images)
+
+
+def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool = True) -> dict[str, str]:
     """What a CLIP is told of each class to generate; in class names underscores stand for spaces.
 
     Args:
-        request: The term.
+        looks: With the prompts and the template.
         classes: The classes to generate.
         refuse_others: Refuse prompts of other classes, unless each of these has one of its own.
 
     Raises:
         RequestError: If a prompt can't be made, is empty, or says the same of two classes.
     """
-    around = request.template.replace("{}", "")
-    if around == request.template or "{" in around or "}" in around:
+    template, given = looks.template or PLAIN_TEMPLATE, dict(looks.prompts)
+    around = template.replace("{}", "")
+    if around == template or "{" in around or "}" in around:
         raise RequestError(
             "template",
-            request.template,
+            template,
             "it does not say where the class name goes",
             'Write {}, and no other braces, as in "a photo of a {}".',
         )
-    others = [name for name in request.prompts if name not in classes]
-    if refuse_others and others and not set(classes) <= set(request.prompts):
+    others = [name for name in given if name not in classes]
+    if refuse_others and others and not set(classes) <= set(given):
         raise RequestError("prompts", others[0], "no such class is generated", f"Those are: {_listed(classes)}.")
-    prompts = {name: request.prompts.get(name, request.template.replace("{}", name.replace("_", " "))) for name in classes}
+    prompts = {name: given.get(name, template.replace("{}", name.replace("_", " "))) for name in classes}
     said: dict[str, str] = {}
     for name, prompt in prompts.items():
         if not prompt.strip():
@@ -124,7 +106,7 @@ def class_prompts(request: ClassifierRequest, classes: Sequence[str], *, refuse_
 
 
 def targets_of(
-    request: ClassifierRequest | NoisyClassifierRequest,
+    request: ClassifyingRequest,
     names: Sequence[str],
     count: int,
     labels: Mapping[str, int | None],
@@ -184,14 +166,6 @@ def targets_of(
     return found
 
 
-def _smoothness(request: SmoothableRequest) -> str:
-    return "" if request.softplus is None else f" softplus {request.softplus!r}".removesuffix(".0")
-
-
-def _smooth(extractor: FeatureExtractor, request: SmoothableRequest) -> FeatureExtractor:
-    return extractor if request.softplus is None else softened(extractor, request.softplus)
-
-
 def _noisy(name: str) -> FeatureExtractor:
     """A classifier of noisy states; the file's content counts into its digest."""
     file, _, attribute = name.rpartition(":")
@@ -209,12 +183,12 @@ def _noisy(name: str) -> FeatureExtractor:
 
 
 @contextmanager
-def _named_classifier() -> Iterator[None]:
-    """What a recipe calls the classifier, the loading of extractors calls features."""
+def _called(name: str) -> Iterator[None]:
+    """What a recipe may call the classifier, the loading of extractors calls features."""
     try:
         yield
     except RequestError as error:
-        field = "classifier" if error.field == "features" else error.field
+        field = name if error.field == "features" else error.field
         raise RequestError(field, error.value, error.problem, error.remedy) from error
 
 

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic.fields import FieldInfo
 
-from handful.errors import RequestError
-from handful.guidance.requests import METHODS
-from handful.recipe.schema import Recipe, did_you_mean, recipe_from
+from handful.errors import RequestError, did_you_mean
+from handful.guidance import METHODS, request_of
+from handful.guidance.method import EXTRACTOR, FILE
+from handful.recipe.schema import Recipe, recipe_from
 from handful.zoo import EXEMPLARS, ZOO
 
 PROVENANCE = "provenance"  # what a run directory's recipe.yaml says beyond the request; not part of a request
@@ -127,12 +129,18 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):
         exemplars["path"] = _absolute(exemplars["path"], base, only_existing=exemplars["path"] in EXEMPLARS)
     for term in guidance if isinstance(guidance, list) else []:
-        if isinstance(term, dict) and isinstance(term.get("embeddings"), str):
-            term["embeddings"] = _absolute(term["embeddings"], base)
-        for key in ("features", "classifier"):
-            if isinstance(term, dict) and isinstance(term.get(key), str):
+        for key, field in _fields(term).items():
+            if isinstance(term.get(key), str) and EXTRACTOR in field.metadata:
                 term[key] = anchored_extractor(term[key], base)
+            elif isinstance(term.get(key), str) and FILE in field.metadata:
+                term[key] = _absolute(term[key], base)
     return data
+
+
+def _fields(term: object) -> Mapping[str, FieldInfo]:
+    """The fields of an unchecked term; none of what is no term."""
+    method = term.get("method") if isinstance(term, dict) else None
+    return request_of(method).model_fields if method in METHODS else {}
 
 
 def anchored_extractor(name: str, base: Path) -> str:
@@ -224,8 +232,7 @@ def _term_for(data: dict[str, Any], name: str, value: object) -> dict[str, Any]:
     if terms is None and isinstance(data.get("exemplars"), dict) and data["exemplars"].get("path"):
         terms = data["guidance"] = [{"method": "chamfer"}]  # what guidance becomes where there are exemplars
     terms = terms if isinstance(terms, list) else []
-    methods = [METHODS.get(str(term.get("method"))) if isinstance(term, dict) else None for term in terms]
-    fitting = [term for term, method in zip(terms, methods, strict=True) if method and name in method.model_fields]
+    fitting = [term for term in terms if name in _fields(term)]
     if len(fitting) != 1:
         problem = "there is no guidance that it could be meant for" if not fitting else "several terms have one"
         raise RequestError(f"--{name}", value, problem, f"Name the guidance, or write --set guidance.0.{name}={value}.")

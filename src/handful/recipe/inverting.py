@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -19,8 +18,7 @@ from handful.core.denoiser import Denoiser
 from handful.core.noise import Levels
 from handful.errors import RequestError
 from handful.guidance.inversion import FIT_AGAIN, Embeddings, noised_start, own_targets
-from handful.guidance.requests import GuidanceRequest, InversionRequest
-from handful.guidance.terms import named
+from handful.guidance.method import Requests, named
 from handful.recipe.schema import Recipe
 
 _TOLD = "told"  # the key of `Embeddings.fitted`
@@ -93,24 +91,23 @@ class Inverted:
             self.embeddings.check(denoiser.shape, self.embeddings.model if digest is None else digest)
 
 
-def read_inversion(guidance: Sequence[GuidanceRequest]) -> Inverted | None:
+def read_inversion(guidance: Requests) -> Inverted | None:
     """Reads what the recipe's inversion term names; None where there is no such term.
 
     Raises:
         RequestError: If there are two, or the file is missing, damaged, or something else.
     """
-    found = [(index, term) for index, term in enumerate(guidance) if isinstance(term, InversionRequest)]
+    found = [(index, path) for index, term in enumerate(guidance) if (path := term.embeddings_file)]
     if not found:
         return None
     if len(found) > 1:
         raise RequestError(
             f"guidance[{found[1][0]}]",
-            "inversion",
+            guidance[found[1][0]].method,
             "an image starts from the targets of one inversion alone",
             "Leave one of them out.",
         )
-    index, term = found[0]
-    path = Path(term.embeddings).expanduser()
+    index, path = found[0]
     with named(index):
         embeddings = Embeddings.load(path)
         return Inverted(index, embeddings, hashlib.sha256(path.read_bytes()).hexdigest(), Told.of(embeddings))

@@ -16,8 +16,7 @@ from handful.core.denoiser import Denoiser, NetworkDenoiser
 from handful.core.noise import Levels
 from handful.core.samplers import STOCHASTIC, Noise
 from handful.errors import RequestError
-from handful.guidance.requests import APGRequest, CADSRequest, CFGRequest, GuidanceRequest, PotentialRequest
-from handful.guidance.terms import check_terms
+from handful.guidance.method import PotentialRequest, check_terms, needing, potentials
 from handful.models.latent import LatentDenoiser
 from handful.models.options import ModelOptions
 from handful.recipe.exemplar_source import has_images
@@ -133,28 +132,32 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         null = inverted.told.null_class if outline.null_class is None else outline.null_class
         labels = replace(labels, null_class=null, model_classes=recipe.model.classes)
     outline.null_class = labels.null_class
-    for index, term in enumerate(recipe.guidance or ()):
-        if isinstance(term, CFGRequest | APGRequest) and not outline.has_null:
+    guidance = list(recipe.guidance or ())
+    for index, term in needing(guidance, "null condition"):
+        if not outline.has_null:
             remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
             raise RequestError(f"guidance[{index}]", term.method, "this model has no null class to compare with", remedy)
-        if isinstance(term, CADSRequest) and not outline.prompted:
-            _refuse_noised_labels(recipe, index, outline)
-    pixels = type(outline).decode is Denoiser.decode
+    for index, term in needing(guidance, "noisy condition"):
+        if not outline.prompted:
+            _refuse_noised_labels(recipe, index, term.method, outline)
+    pixels = outline.pixels
     sampler = recipe.sampler
     if sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
     levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
     outline.check_path(levels)
     shown = has_images(recipe)
-    guidance = tuple(_with_reduce(term, index, outline, shown) for index, term in enumerate(recipe.guidance or ()))
-    if recipe.model.offload != "none" and any(isinstance(t, PotentialRequest) and t.jacobian == "exact" for t in guidance):
+    for index, term in potentials(guidance):
+        guidance[index] = _with_reduce(term, index, outline, shown)
+    looking = [term for _, term in potentials(guidance)]
+    if recipe.model.offload != "none" and any(term.jacobian == "exact" for term in looking):
         raise RequestError(
             "model.offload",
             recipe.model.offload,
             "an exact jacobian needs the network and the decoder at once",
             "Use jacobian gaussian, or leave offload out.",
         )
-    reduces = [term.reduce or 1 for term in guidance if isinstance(term, PotentialRequest)]
+    reduces = [term.reduce or 1 for term in looking]
     tiny = recipe.model.preview_decoder
     if tiny and reduces and isinstance(outline, LatentDenoiser) and all(map(outline.is_linear, reduces)):
         raise RequestError(
@@ -175,7 +178,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         update={
             "model": recipe.model.model_copy(update=model),
             "classes": tuple(labels.of),
-            "guidance": guidance,
+            "guidance": tuple(guidance),
             "sampler": sampler.model_copy(update=decided),
         }
     )
@@ -211,13 +214,13 @@ def _refuse_unread(recipe: Recipe, outline: Denoiser) -> None:
             raise RequestError(f"model.{name}", given, "this model is told labels or nothing, not prompts", "Leave it out.")
 
 
-def _refuse_noised_labels(recipe: Recipe, index: int, outline: Denoiser) -> None:
-    """Refuses CADS where noise can't be put on what the network makes of its labels."""
+def _refuse_noised_labels(recipe: Recipe, index: int, method: str, outline: Denoiser) -> None:
+    """Refuses noise on the condition where noise can't be put on what the network makes of its labels."""
     if not outline.label_embeddings:
         problem = "no embedding of its labels is known of this model" if outline.label_count else "this model is told nothing"
         raise RequestError(
             f"guidance[{index}]",
-            "cads",
+            method,
             f"{problem}, so there is nothing to put noise on",
             "Use another guidance, or a model of classes or prompts that diffusers knows.",
         )
@@ -225,7 +228,7 @@ def _refuse_noised_labels(recipe: Recipe, index: int, outline: Denoiser) -> None
         raise RequestError(
             "model.compile",
             True,
-            "cads changes the network's embedding of labels while it runs, which the compiled network would pass over",
+            f"{method} changes the network's embedding of labels while it runs, which the compiled network would pass over",
             "Leave compile out.",
         )
 
@@ -239,10 +242,8 @@ def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
     return asked.variance or ("learned" if outline.learns_variance else "small")
 
 
-def _with_reduce(term: GuidanceRequest, index: int, outline: Denoiser, exemplars: bool) -> GuidanceRequest:
+def _with_reduce(term: PotentialRequest, index: int, outline: Denoiser, exemplars: bool) -> PotentialRequest:
     """The term with its `reduce` decided, and refused where the images or latents do not divide by it."""
-    if not isinstance(term, PotentialRequest):
-        return term
     reduce = term.reduce or (outline.preview_factor if exemplars else 1)
     if not exemplars and isinstance(outline, LatentDenoiser) and outline.is_linear(reduce):
         raise RequestError(

@@ -6,29 +6,47 @@ against the world). Together with the device it decides every byte of a run dire
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, TypeAdapter, ValidationError, WrapValidator
 
 from handful.errors import RequestError
-from handful.guidance.requests import (
-    METHODS,
-    ChamferRequest,
-    ClassifierRequest,
-    ClassNames,
-    FeaturesRequest,
-    GuidanceRequest,
-    Positive,
-    PotentialRequest,
-    Request,
-    SmoothingRequest,
-    Weight,
-)
+from handful.errors import did_you_mean as did_you_mean
+from handful.guidance import METHODS, request_of
+from handful.guidance.base import Smoothing
+from handful.guidance.method import FeaturesRequest, PotentialRequest, TermRequest, potentials
+from handful.guidance.settings import Positive, Request, Weight, refusal
+from handful.guidance.settings import dotted as dotted
 
+
+def _names(value: object) -> object:
+    """Class names: `classes: [0, 1]` in YAML are numbers, and mean the folders "0" and "1"."""
+    if isinstance(value, (list, tuple)):
+        return tuple(str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in value)
+    return value
+
+
+ClassNames = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_names)]
+
+
+@cache
+def _methods(requests: tuple[type[TermRequest], ...]) -> TypeAdapter[TermRequest]:
+    either: Any = Union[requests]  # noqa: UP007  # pyright: ignore[reportInvalidTypeArguments, reportInvalidTypeForm]
+    union: Any = Annotated[either, Field(discriminator="method")]  # pyright: ignore[reportInvalidTypeForm]
+    return TypeAdapter(union)
+
+
+def _term(value: object, _: object) -> TermRequest:
+    """A term of one of the methods that are listed now."""
+    if isinstance(value, TermRequest):
+        return value
+    return _methods(tuple(map(request_of, METHODS))).validate_json(json.dumps(value), strict=True)
+
+
+GuidanceRequest = Annotated[SerializeAsAny[TermRequest], WrapValidator(_term)]
 Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
 
 # What `every` left open makes of a run: so many guided steps, or up to three more (docs/findings.md, section 6).
@@ -41,11 +59,13 @@ AUTO_FEATURES = "dinov2"  # for every other model
 _IN_PIXELS = {"jacobian": "gaussian", "every": 1}
 # In a small network's features the smooth, cheap gradient is the one whose gain is real (section 9).
 DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
-    "cifar10-guide": {
-        "energy": {"softplus": 3.0, "jacobian": "gaussian", "scale": 0.3, "smoothing": SmoothingRequest(shift=2)}
-    },
+    "cifar10-guide": {"energy": {"softplus": 3.0, "jacobian": "gaussian", "scale": 0.3, "smoothing": Smoothing(shift=2)}},
     "pixels": {"chamfer": {**_IN_PIXELS, "scale": 0.2}, "energy": {**_IN_PIXELS, "scale": 0.05}},
 }
+
+
+_NAME_IT = "Name a model of the zoo, such as digits, or a model's directory (--model)."
+_DEVICE: dict[str, JsonValue] = {"problem": "there is no such device", "remedy": "Choose auto, cpu, cuda, cuda:N or mps."}
 
 
 class ModelRequest(Request):
@@ -75,7 +95,7 @@ class ModelRequest(Request):
         vae_slicing, vae_tiling: Decode image by image, or tile by tile.
     """
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1, json_schema_extra={"missing": _NAME_IT})]
     null_class: Annotated[int, Field(ge=0)] | None = None
     classes: ClassNames | None = None
     resolution: tuple[Positive, Positive] | None = None
@@ -90,7 +110,7 @@ class ModelRequest(Request):
     revision: str | None = None
     variant: str | None = None
     trust_pickle: bool = False
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", json_schema_extra=_DEVICE)] = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attention: str | None = None
     compile: bool = False
@@ -152,7 +172,7 @@ class Recipe(Request):
     """
 
     format: Literal[1] = 1
-    model: ModelRequest
+    model: Annotated[ModelRequest, Field(json_schema_extra={"missing": _NAME_IT})]
     exemplars: ExemplarsRequest = ExemplarsRequest()
     classes: ClassNames | None = None
     per_class: Positive = 64
@@ -167,18 +187,6 @@ class Recipe(Request):
         return self.model_dump(mode="json")
 
 
-Parts = Mapping[tuple[str, ...], type[Request]]
-
-# By the keys that lead there (without places in a list), what takes the keys below.
-PARTS: Parts = {
-    (): Recipe,
-    ("model",): ModelRequest,
-    ("exemplars",): ExemplarsRequest,
-    ("sampler",): SamplerRequest,
-    **{("guidance", method): part for method, part in METHODS.items()},
-}
-
-
 def recipe_from(data: Mapping[str, Any]) -> Recipe:
     """Checks plain data, such as YAML gives, and makes a recipe of it. No type is guessed: `steps: "18"` is refused.
 
@@ -189,7 +197,7 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
         # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
         return Recipe.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise first_of([told(fault) for fault in error.errors(include_url=False)]) from None
+        raise refusal(error, Recipe) from None
     except TypeError as error:  # a date, a set: YAML knows more types than a recipe does
         raise RequestError(
             "recipe",
@@ -211,21 +219,15 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
     notes: list[str] = []
     guidance = recipe.guidance
     if guidance is None:
-        guidance = (ChamferRequest(),) if recipe.exemplars.path else ()
+        guidance = (_term({"method": "chamfer"}, None),) if recipe.exemplars.path else ()
         notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
-    chosen = []
-    for index, term in enumerate(guidance):
-        if isinstance(term, PotentialRequest):
-            automatic = getattr(term, "features", None) == "auto"
-            term = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
-            if isinstance(term, ClassifierRequest) and term.softplus is None and term.scale:
-                notes.append(
-                    f"guidance[{index}].softplus: none; a classifier with ReLUs guides better with one, 3 is a good "
-                    "first try, and handful calibrate finds the best"
-                )
-            if automatic and isinstance(term, FeaturesRequest):
-                notes.append(f"guidance[{index}].features: auto became {term.features}")
-        chosen.append(term)
+    chosen = list(guidance)
+    for index, term in potentials(guidance):
+        chosen[index] = done = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
+        if done.advice:
+            notes.append(f"guidance[{index}].{done.advice}")
+        if isinstance(done, FeaturesRequest) and done.features != getattr(term, "features", None):
+            notes.append(f"guidance[{index}].features: auto became {done.features}")
     return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
 
 
@@ -236,94 +238,10 @@ def for_model(term: Term, model: str, steps: int) -> Term:
     """Fills in what the term leaves open but `reduce`: features by the model, the rest by the features and the steps."""
     if isinstance(term, FeaturesRequest):
         features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
-        own = DEFAULTS_BY_FEATURES.get(features, {}).get(getattr(term, "method", ""), {})
+        own = DEFAULTS_BY_FEATURES.get(features, {}).get(term.method, {})
         update = {key: value for key, value in own.items() if key not in term.model_fields_set}
         term = term.model_copy(update={**update, "features": features})
     every = term.every or max(1, steps // GUIDED_STEPS)
     can_hold = term.rule == "shift" and term.normalize in ("rms", "rms-image")
     hold = (every > 1 and can_hold) if term.hold is None else term.hold
     return term.model_copy(update={"every": every, "hold": hold})
-
-
-def first_of(faults: Sequence[tuple[str, object, str, str]]) -> RequestError:
-    """Several faults, from `told`, as one error."""
-    first, *others = faults
-    also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
-    more = f" And {len(others) - 5} more." if len(others) > 5 else ""
-    return RequestError(first[0], first[1], first[2], first[3] + also + more)
-
-
-def told(fault: ErrorDetails, parts: Parts = PARTS) -> tuple[str, object, str, str]:
-    """A fault of pydantic's in our words: field, value, problem, remedy.
-
-    Args:
-        parts: Of the model that was validated.
-    """
-    # behind a term's place stands the union's tag, which is no key of the recipe
-    loc = fault["loc"]
-    place = [part for i, part in enumerate(loc) if not (part in METHODS and i and isinstance(loc[i - 1], int))]
-    field, value, kind = dotted(place), fault["input"], fault["type"]
-    if kind == "extra_forbidden":
-        part = tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int))
-        keys = list(parts[part].model_fields) if part in parts else []
-        return field, value, "there is no such key", did_you_mean(str(place[-1]), keys, "Keys here")
-    if kind == "missing":
-        remedy = "State it."
-        if field.startswith("model"):
-            remedy = "Name a model of the zoo, such as digits, or a model's directory (--model)."
-        elif field.endswith(".embeddings"):
-            remedy = "Name the file that handful invert wrote (--embeddings FILE)."
-        elif field.endswith(".classifier"):
-            remedy = "Name a classifier (--classifier NAME): a directory or hub name of transformers, FILE.py:FUNCTION, clip."
-            if "noisy-classifier" in loc:
-                remedy = "Name a function that returns it (--classifier FILE.py:FUNCTION)."
-        return field, None, "it is missing", remedy
-    if kind.startswith("union_tag"):
-        given = value.get("method") if isinstance(value, Mapping) else value
-        return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
-    if kind == "model_type" or kind == "model_attributes_type":
-        part = parts.get(tuple(str(p) for p in fault["loc"] if not isinstance(p, int)))
-        keys = ", ".join(part.model_fields) if part else ""
-        return field, value, "this takes several keys, not one value", f"Write keys below it: {keys}."
-    if kind == "literal_error":
-        choices = _choices(fault, parts)
-        return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
-    problem = fault["msg"].replace("Input should", "it should").replace("valid array", "list").replace("valid string", "text")
-    remedy = "Correct it."
-    if isinstance(value, str) and ("_type" in kind or "_parsing" in kind):
-        remedy = "Write a plain number, without quotes." if kind.startswith(("int", "float")) else "Write it without quotes."
-    elif kind == "finite_number":
-        problem, remedy = "it is not finite", "Write null where there shall be no limit."
-    elif kind == "string_type":
-        remedy = "Put quotes around it."
-    elif kind == "string_pattern_mismatch":
-        problem, remedy = "there is no such device", "Choose auto, cpu, cuda, cuda:N or mps."
-        if field.endswith(".classifier"):
-            problem, remedy = "it is no FILE.py:FUNCTION", "Name a function that returns a module of noisy states and the time."
-    elif kind.startswith(("greater_than", "less_than")):
-        remedy = "Choose a number in that range."
-    elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
-        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list", "list": "a list"}
-        remedy = f"Give {wanted[kind.partition('_')[0]]}."
-    return field, value, problem, remedy
-
-
-def _choices(fault: ErrorDetails, parts: Parts) -> list[str]:
-    part = parts.get(tuple(str(p) for p in fault["loc"][:-1] if not isinstance(p, int)), Recipe)
-    return [str(choice) for choice in get_args(part.model_fields[str(fault["loc"][-1])].annotation)]
-
-
-def dotted(place: Iterable[str | int]) -> str:
-    """("guidance", 0, "scale") -> "guidance[0].scale"."""
-    text = ""
-    for part in place:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
-    return text or "recipe"
-
-
-def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:
-    """A remedy for a name that does not exist: the nearest one that does, and all of them while they are few."""
-    known = list(known)
-    near = difflib.get_close_matches(given, known, n=1)
-    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    return (f"Did you mean '{near[0]}'? " if near else "") + f"{kind}: {listed or 'none'}."

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from handful.data.images import image_folder
 from handful.data.shared_exemplars import ExemplarFeatures, features_file
 from handful.errors import RequestError
-from handful.guidance.requests import ByExemplarsRequest, GuidanceRequest
+from handful.guidance.method import needing
 from handful.recipe.inverting import read_inversion
 from handful.recipe.resolve import complete
-from handful.recipe.schema import ExemplarsRequest, Recipe, SamplerRequest, did_you_mean
+from handful.recipe.schema import ExemplarsRequest, GuidanceRequest, Recipe, SamplerRequest, did_you_mean
 from handful.sweep.request import MethodRequest, SweepRequest, check_request
 
 
@@ -121,14 +121,14 @@ def _numbers(request: SweepRequest, name: str) -> tuple[int, ...]:
     method = request.methods[name]
     if method.k is not None:
         return method.k
-    guided = next((term.method for term in method.guidance if isinstance(term, ByExemplarsRequest)), None)
-    if guided is None:
+    guided = needing(method.guidance, "exemplars")
+    if not guided:
         return (0,)
     if request.recipe.exemplars.path is None:
         raise RequestError(
             "recipe.exemplars.path",
             None,
-            f"{guided} guidance (methods.{name}) needs exemplars",
+            f"{guided[0][1].method} guidance (methods.{name}) needs exemplars",
             "Give a folder with a folder of images per class.",
         )
     if request.k is None:
@@ -143,7 +143,7 @@ def _numbers(request: SweepRequest, name: str) -> tuple[int, ...]:
 def _with_exemplars(recipe: Recipe, method: MethodRequest, k: int, seed: int) -> Recipe:
     """The recipe with k exemplars drawn by the seed; without any for a method that none guide."""
     path = recipe.exemplars.path
-    if method.k is None and not any(isinstance(term, ByExemplarsRequest) for term in method.guidance):
+    if method.k is None and not needing(method.guidance, "exemplars"):
         drawn = ExemplarsRequest()
     elif path is not None and features_file(path) is not None:  # its draw was made with a seed of its own
         drawn = ExemplarsRequest(path=path, per_class=k)

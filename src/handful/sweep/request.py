@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
-from pydantic_core import ErrorDetails
 
-from handful.errors import RequestError
-from handful.guidance.requests import METHODS, GuidanceRequest, Positive, Request, Weight
+from handful.errors import RequestError, did_you_mean
+from handful.guidance.settings import Positive, Request, Weight, refusal
 from handful.recipe.file import anchored, anchored_extractor, overridden, plain_mapping, read_mapping
-from handful.recipe.schema import PARTS, Parts, Recipe, SamplerRequest, did_you_mean, first_of, told
+from handful.recipe.schema import GuidanceRequest, Recipe, SamplerRequest
 from handful.sweep.columns import NUMBERS, ROBUST
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a method; it names a folder
@@ -99,14 +98,6 @@ class SweepRequest(Request):
         return self.model_dump(mode="json")
 
 
-_SWEEP: Parts = {(): SweepRequest, ("utility",): UtilityRequest}
-_METHOD: Parts = {
-    (): MethodRequest,
-    ("sampler",): SamplerRequest,
-    **{("guidance", method): part for method, part in METHODS.items()},
-}
-
-
 def sweep_from(data: Mapping[str, Any], base: str | Path | None = None) -> SweepRequest:
     """Checks plain data, such as YAML gives, and makes a sweep's request of it. No type is guessed.
 
@@ -121,7 +112,7 @@ def sweep_from(data: Mapping[str, Any], base: str | Path | None = None) -> Sweep
     try:
         request = SweepRequest.model_validate_json(json.dumps(plain), strict=True)
     except ValidationError as error:
-        raise first_of([_told(fault) for fault in error.errors(include_url=False)]) from None
+        raise refusal(error, SweepRequest) from None
     except TypeError as error:  # a date, a set: YAML knows more types than a request does
         raise RequestError(
             "sweep",
@@ -170,18 +161,6 @@ def _anchored(data: dict[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(utility, dict) and isinstance(utility.get("test"), str) and utility["test"]:
         data["utility"] = {**utility, "test": str((base / Path(utility["test"]).expanduser()).resolve())}
     return data
-
-
-def _told(fault: ErrorDetails) -> tuple[str, object, str, str]:
-    """A fault of pydantic's in our words. What lies below a recipe or a method is told as there, under its own name."""
-    depth, parts = {"recipe": (1, PARTS), "methods": (2, _METHOD)}.get(str(fault["loc"][0]), (0, _SWEEP))
-    if not depth or len(fault["loc"]) < depth:
-        return told(fault, _SWEEP)
-    name = ".".join(map(str, fault["loc"][:depth]))
-    inside = fault.copy()
-    inside["loc"] = fault["loc"][depth:]
-    field, value, problem, remedy = told(inside, parts)
-    return (name if field == "recipe" else f"{name}.{field}"), value, problem, remedy
 
 
 def check_request(request: SweepRequest) -> None:

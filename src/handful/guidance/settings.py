@@ -1,0 +1,130 @@
+"""What every part of a request is: data that is checked in one place, whether it comes from Python or from a file.
+
+A fault is said in our words, by its dotted name, its value, the problem and a remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from handful.errors import RequestError, did_you_mean
+from handful.guidance import METHODS, request_of
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Request(BaseModel):
+    """Part of a request. A misspelt key is refused, never ignored; no number is infinite or NaN.
+
+    Values may be given in the order of the fields, too. A validator raises a `RequestError` that names the field.
+
+    Raises:
+        RequestError: If a value is out of its range, or values contradict each other.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        try:
+            super().__init__(**dict(zip(type(self).model_fields, values, strict=False)), **named)
+        except ValidationError as error:
+            raise refusal(error, type(self)) from None
+
+    # pydantic calls a model's own __init__ for each part of a whole; a fault must reach the whole, which knows its place
+    __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:
+    """pydantic's faults as one error: the first, and the others behind it.
+
+    Args:
+        whole: What was validated.
+    """
+    first, *others = [_said(fault, whole) for fault in error.errors(include_url=False)]
+    also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
+    more = f" And {len(others) - 5} more." if len(others) > 5 else ""
+    return RequestError(first[0], first[1], first[2], first[3] + also + more)
+
+
+def dotted(place: Iterable[str | int]) -> str:
+    """("guidance", 0, "scale") -> "guidance[0].scale"."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text or "recipe"
+
+
+def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str, str]:
+    """Field, value, problem, remedy."""
+    loc = fault["loc"]
+    # behind a term's place stands its method, which is no key of the recipe
+    place = [part for i, part in enumerate(loc) if not (part in METHODS and i and isinstance(loc[i - 1], int))]
+    field, value, kind = dotted(place), fault["input"], fault["type"]
+    inner = fault.get("ctx", {}).get("error")
+    if isinstance(inner, RequestError):
+        return dotted([*place, inner.field]), inner.value, inner.problem, inner.remedy
+    part, name = _part(whole, loc[:-1]), str(place[-1]) if place else ""
+    about = part.model_fields.get(name) if part else None
+    own = about.json_schema_extra if about and isinstance(about.json_schema_extra, Mapping) else {}
+    if kind == "extra_forbidden":
+        return field, value, "there is no such key", did_you_mean(name, part.model_fields if part else (), "Keys here")
+    if kind == "missing":
+        return field, None, "it is missing", str(own.get("missing", "State it."))
+    if kind.startswith("union_tag"):
+        given = value.get("method") if isinstance(value, Mapping) else value
+        return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
+        inside = _part(whole, loc)
+        keys = f": {', '.join(inside.model_fields)}" if inside else ""
+        return field, value, "this takes several keys, not one value", f"Write keys below it{keys}."
+    if kind == "literal_error" and about:
+        choices = [str(choice) for choice in _literals(about.annotation)]
+        return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
+    problem = fault["msg"].replace("Input should", "it should").replace("valid array", "list").replace("valid string", "text")
+    remedy = "Correct it."
+    if isinstance(value, str) and ("_type" in kind or "_parsing" in kind):
+        remedy = "Write a plain number, without quotes." if kind.startswith(("int", "float")) else "Write it without quotes."
+    elif kind == "finite_number":
+        problem, remedy = "it is not finite", "Write null where there shall be no limit."
+    elif kind == "string_type":
+        remedy = "Put quotes around it."
+    elif kind == "string_pattern_mismatch":
+        problem, remedy = str(own.get("problem", problem)), str(own.get("remedy", remedy))
+    elif kind.startswith(("greater_than", "less_than")):
+        remedy = "Choose a number in that range."
+    elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
+        wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list", "list": "a list"}
+        remedy = f"Give {wanted[kind.partition('_')[0]]}."
+    return field, value, problem, remedy
+
+
+def _part(whole: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel] | None:
+    """The model that a place lies in."""
+    here: type[BaseModel] | None = whole
+    keyed = False
+    for i, step in enumerate(loc):
+        if isinstance(step, int) or keyed:
+            keyed = False
+        elif i and isinstance(loc[i - 1], int) and step in METHODS:
+            here = request_of(step)
+        else:
+            annotation = here.model_fields[step].annotation if here and step in here.model_fields else None
+            keyed, here = get_origin(annotation) is dict, _model(annotation)
+    return here
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _model(each))), None)
+
+
+def _literals(annotation: Any) -> list[Any]:
+    """The choices of a Literal, also of one that may be None."""
+    return [each for part in get_args(annotation) for each in (_literals(part) if get_args(part) else [part])]
