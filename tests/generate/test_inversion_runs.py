@@ -206,7 +206,7 @@ REFUSALS = [
     ({}, {"sampler": {"steps": 18}}, "sampler.steps", "fitted with steps 10"),
     ({}, {"sampler": {"spacing": "leading"}}, "sampler.spacing", "fitted with spacing trailing"),
     ({}, {"sampler": {"clamp": False}}, "sampler.clamp", "fitted with clamp true"),
-    ({"every": 9}, {}, "guidance[0].every", "of 8 steps none has its turn"),
+    ({"every": 9}, {}, "guidance[0].every", "it acts on none of 8 steps"),
     ({}, {"classes": ["a", "a"]}, "classes", "named twice"),
 ]
 

@@ -43,8 +43,6 @@ def test_what_is_impossible_is_said_before_anything_is_written(
         ("classes", tiny_recipe("digits", exemplars=real, classes=["11"]), tmp_path / "out"),
         ("classes", tiny_recipe(plain, exemplars={"path": str(nul)}, guidance=[]), tmp_path / "out"),
         ("guidance[0].features", digits_recipe(digits_folder, guidance=[chamfer | {"features": "/no"}]), tmp_path / "out"),
-        ("guidance[0].interval", tiny_recipe(plain, guidance=[{"method": "cfg", "interval": [1, 0]}]), tmp_path / "out"),
-        ("guidance[0].hold", tiny_recipe(plain, guidance=[chamfer | {"hold": True, "normalize": "none"}]), tmp_path / "out"),
         (
             "guidance[0].margin",
             tiny_recipe("digits", exemplars=real | {"per_class": 1}, guidance=[chamfer | {"margin": 1}]),

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from handful.core.denoiser import Clamped, Condition, shrunk
+from handful.core.images import any_range
 from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import default_cache
 from handful.data.images import encode_png, from_uint8, read_image, to_uint8
@@ -286,6 +287,7 @@ def _remedy(job: Job) -> str:
     return "The model's weights may be damaged: copy it again."
 
 
+@any_range()  # they come out of files
 @torch.no_grad()
 def _rows(
     job: Job, cohort: Cohort, seeds: Sequence[int], terms: Sequence[Guidance], images: Tensor, contents: Sequence[bytes]

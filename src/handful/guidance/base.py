@@ -30,7 +30,9 @@ Rule = Literal["shift", "held", "ancestral", "before"]
 
 def _open_end(interval: object) -> object:
     """(2, inf), as Python writes it, has no upper end; a file says null."""
-    return (interval[0], None) if isinstance(interval, tuple) and interval[1:] == (math.inf,) else interval
+    if isinstance(interval, tuple) and interval[1:] == (math.inf,):
+        return interval[0], None
+    return tuple(interval) if isinstance(interval, list) else interval
 
 
 def _rising(interval: tuple[float, float | None]) -> tuple[float, float | None]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from handful.core.denoiser import Around, Condition, Denoiser
+from handful.core.images import any_range
 from handful.core.noise import Level, Levels, posterior_deviation
 from handful.errors import RequestError, RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
@@ -91,7 +92,8 @@ class Guided(Around):
         """`call`, in smaller chunks for as long as the device is out of memory."""
         while True:
             try:
-                return call()
+                with any_range():  # estimates are no finished images
+                    return call()
             except torch.OutOfMemoryError:
                 now = min(self.chunk or n, n)
                 if now == 1 or isinstance(self.denoiser, Guided):

@@ -89,7 +89,7 @@ def sweep(
 
     if isinstance(request, (str, Path)):
         request = read_sweep(request)
-    elif not isinstance(request, SweepRequest):
+    elif isinstance(request, Mapping):
         request = sweep_from(request)
     job = prepare_sweep(request, out, only=only, allow_version_change=allow_version_change)
     return run_sweep(job, progress, order=order, cache=cache)
