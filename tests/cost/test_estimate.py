@@ -86,7 +86,7 @@ def counted(asked: Recipe) -> Count:
     channels, height, width = denoiser.image_shape
     with torch.no_grad():
         features = {
-            (name, reduce): extractors[name](torch.randn(K, channels, height // reduce, width // reduce))
+            (name, reduce): extractors[name](torch.randn(K, channels, height // reduce, width // reduce).clamp(-1, 1))
             for name, reduce in views(guidance)
         }
     guided = Guided(denoiser, make_terms(guidance, Context(extractors, features, range(N))), asked.chunk)

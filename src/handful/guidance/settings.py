@@ -86,7 +86,14 @@ def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str
     if kind == "literal_error" and about:
         choices = [str(choice) for choice in _literals(about.annotation)]
         return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
-    problem = fault["msg"].removeprefix("Value error, ").replace("Input should", "it should").replace("valid array", "list").replace("valid string", "text")
+    problem = fault["msg"]
+    for theirs, ours in (
+        ("Value error, ", ""),
+        ("Input should", "it should"),
+        ("valid array", "list"),
+        ("valid string", "text"),
+    ):
+        problem = problem.replace(theirs, ours)
     remedy = "Correct it."
     if isinstance(value, str) and ("_type" in kind or "_parsing" in kind):
         remedy = "Write a plain number, without quotes." if kind.startswith(("int", "float")) else "Write it without quotes."
