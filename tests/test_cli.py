@@ -77,9 +77,37 @@ def test_help_answers_within_half_a_second():
     assert min(seconds() for _ in range(5)) < 0.5
 
 
-def test_without_a_command_it_shows_the_help(capsys: pytest.CaptureFixture[str]):
+def test_without_a_command_it_shows_the_three_commands_of_the_quickstart(capsys: pytest.CaptureFixture[str]):
     assert handful() == 0
-    assert "generate" in capsys.readouterr().out
+    shown = [line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith("  handful ")]
+    assert shown == [["handful", "generate"], ["handful", "evaluate"], ["handful", "report"]]
+
+
+def test_help_lists_every_command_once_by_what_people_want(capsys: pytest.CaptureFixture[str]):
+    assert handful("--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    groups = [line for line in lines if line in [f"{group}:" for group in cli.COMMANDS]]
+    assert groups == ["Make:", "Judge:", "Choose:", "Inspect:"]
+    listed = [line.split()[0] for line in lines[lines.index("Make:") :] if line.startswith("  ")]
+    assert sorted(listed) == sorted(command.callback.__name__ for command in cli.app.registered_commands)
+
+
+def test_every_commands_help_has_examples_of_it(capsys: pytest.CaptureFixture[str]):
+    for of_group in cli.COMMANDS.values():
+        for command in of_group:
+            assert handful(command.__name__, "--help") == 0
+            help_text = capsys.readouterr().out
+            assert f"\n    handful {command.__name__}" in help_text, command
+
+
+def test_a_shell_completes_commands_and_options(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    for typed, completed in (("handful gen", "generate"), ("handful evaluate --base", "--baseline")):
+        monkeypatch.setenv("_HANDFUL_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        with pytest.raises(SystemExit):
+            handful()
+        assert capsys.readouterr().out.split() == [completed]
 
 
 def test_a_run_says_what_it_did_on_stdout_and_the_rest_on_stderr(

@@ -6,14 +6,16 @@ it raises into one line and an exit code.
 
 from __future__ import annotations
 
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from handful import __version__, console
 from handful.commands.calibrate import calibrate
 from handful.commands.cost import cost
 from handful.commands.demo import demo
+from handful.commands.doctor import doctor
 from handful.commands.evaluate import evaluate
 from handful.commands.exemplars import exemplars
 from handful.commands.generate import generate
@@ -22,8 +24,54 @@ from handful.commands.report import report
 from handful.commands.sweep import sweep
 from handful.commands.utility import utility
 
+# What people want: the commands for it, each with a line for somebody who has never used it.
+COMMANDS: dict[str, dict[Any, str]] = {
+    "Make": {
+        generate: "Make new images of your classes with a pretrained model.",
+        invert: "Prepare a model for a new kind of image, from about ten of them.",
+        exemplars: "Keep your real images as numbers, to share those instead.",
+    },
+    "Judge": {
+        evaluate: "How good and how varied are the new images? Is the gain real?",
+        utility: "Is it worth it? Train classifiers with and without the new images.",
+        report: "One page to look at: images, copies, metrics, cost.",
+    },
+    "Choose": {
+        sweep: "Try methods and settings, and take the best.",
+        calibrate: "Find how a classifier of your own guides best.",
+        cost: "What will it cost? Count before anything runs.",
+    },
+    "Inspect": {
+        demo: "See it work on packaged images, without any of your own.",
+        doctor: "What is installed, what is missing, and what to do.",
+    },
+}
+QUICKSTART = """\
+handful: turn a handful of real images into a training set.
+
+  photos/cat/1.jpg, photos/cat/2.jpg, photos/dog/1.jpg ...     a folder per class
+
+  handful generate --model MODEL --exemplars photos --k 8 --out out
+  handful evaluate out
+  handful report out
+
+MODEL is a directory or hub name of a diffusion model, or a packaged one: digits. To see it work first: handful demo
+All commands: handful --help"""
+
+
+class _Grouped(TyperGroup):
+    """Lists the commands by what people want."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        named = {group: {command.__name__: text for command, text in of.items()} for group, of in COMMANDS.items()}
+        for group, of_group in named.items():
+            with formatter.section(group):
+                formatter.write_dl(list(of_group.items()))
+
+
 app = typer.Typer(
-    add_completion=False,
+    cls=_Grouped,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -38,6 +86,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _handful(
+    ctx: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
 ) -> None:
     """Turn a handful of real images into a training set.
@@ -45,18 +94,13 @@ def _handful(
     Guides pretrained diffusion models by a few real images of each class, without training them, and measures whether
     what comes out has the quality and the diversity of real data.
     """
+    if ctx.invoked_subcommand is None:
+        print(QUICKSTART)
 
 
-app.command(short_help="Generate a labelled image set from exemplars.")(generate)
-app.command(short_help="Fit a few images of a new domain, to generate many.")(invert)
-app.command(short_help="Find which pre-conditioning suits a classifier that guides.")(calibrate)
-app.command(short_help="Judge a generated set against real images.")(evaluate)
-app.command(short_help="Train with and without the images: is it worth it?")(utility)
-app.command(short_help="Write one page that shows a run.")(report)
-app.command(short_help="Compare methods x scales x k x seeds, and choose.")(sweep)
-app.command(short_help="Keep exemplars as features alone, to share.")(exemplars)
-app.command(short_help="Say what a recipe costs, before anything runs.")(cost)
-app.command(short_help="The main job on packaged digits, end to end.")(demo)
+for _of_group in COMMANDS.values():
+    for _command, _text in _of_group.items():
+        app.command(short_help=_text)(_command)
 
 
 def main() -> NoReturn:

@@ -47,12 +47,15 @@ def main(app: typer.Typer) -> NoReturn:
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    sys.exit(answer(app, sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if sys.stderr.isatty() and len(arguments) > 1 and not {"-h", "--help", "-q", "--quiet"} & set(arguments):
+        print("loading libraries ...", file=sys.stderr)  # they take seconds, and nobody likes a silent terminal
+    sys.exit(answer(app, arguments))
 
 
 def answer(app: typer.Typer, arguments: list[str]) -> int:
     """Runs a command; its exit code."""
-    json_wanted, arguments = "--json" in arguments, arguments or ["--help"]
+    json_wanted = "--json" in arguments
     try:
         code = app(arguments, prog_name="handful", standalone_mode=False)
         if code == 130:  # how typer answers Ctrl-C

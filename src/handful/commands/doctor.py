@@ -1,0 +1,40 @@
+"""`handful doctor`."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from handful.commands.shared import Json
+
+
+def doctor(
+    json_wanted: Json = False, fast: Annotated[bool, typer.Option("--fast", help="Import nothing that takes seconds.")] = False
+) -> None:
+    """Say what is installed, on which device it runs, where caches are, and what is wrong and how to mend it.
+
+    Exits with 1 where something that handful needs is broken.
+
+    \b
+    Examples:
+      handful doctor
+      handful doctor --json
+    """
+    from handful.runs.environment import examine
+
+    found = examine(imports=not fast)
+    wrong = [each for each in found if each.state == "broken"]
+    if json_wanted:
+        print(json.dumps({"findings": [each.__dict__ for each in found], "broken": len(wrong)}))
+    else:
+        width = max(len(each.name) for each in found)
+        for each in found:
+            mark = {"good": "ok", "absent": "--", "broken": "!!"}[each.state]
+            print(f"{mark}  {each.name:<{width}}  {each.text}")
+            if each.remedy:
+                print(f"    {'':<{width}}  -> {each.remedy}")
+        print(f"\n{len(wrong)} problems" if wrong else "\nhandful can run here")
+    if wrong:
+        raise typer.Exit(1)
