@@ -209,7 +209,7 @@ def main() -> None:
         key = f"{name} seed {args.seed}"
         asked = {
             "model": {"name": str(SHARED / "models/cifar10-unet"), "null_class": 10, "classes": CLASSES},
-            "exemplars": {"path": str(pool.resolve()), "per_class": k, "seed": args.seed} if k else {},
+            "exemplars": {"path": str(pool.resolve()), "k": k, "seed": args.seed} if k else {},
             "sampler": {"steps": args.sampler_steps},
             "guidance": guidance,
             "per_class": args.per_class,

@@ -62,7 +62,7 @@ def recipe(name: str, *guidance: dict[str, Any], **changes: Any) -> Recipe:
     """Of N images at four steps."""
     asked: dict[str, Any] = {
         "model": {"name": name},
-        "exemplars": {"path": "there is no such folder", "per_class": K},
+        "exemplars": {"path": "there is no such folder", "k": K},
         "per_class": N,
         "cohort": N,
         "classes": ["cat"] if name.endswith("prompts") else None,

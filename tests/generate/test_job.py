@@ -39,13 +39,13 @@ def test_what_is_impossible_is_said_before_anything_is_written(
         ("exemplars", tiny_recipe(plain, exemplars={"path": str(tmp_path / "nothing")}), tmp_path / "out"),
         ("exemplars", tiny_recipe(plain, exemplars=real), tmp_path / "out"),  # ten classes for two labels
         ("exemplars", tiny_recipe("digits", exemplars={"path": str(tmp_path / "one")}), tmp_path / "out"),
-        ("exemplars.per_class", tiny_recipe("digits", exemplars=real | {"per_class": 9}), tmp_path / "out"),
+        ("exemplars.k", tiny_recipe("digits", exemplars=real | {"k": 9}), tmp_path / "out"),
         ("classes", tiny_recipe("digits", exemplars=real, classes=["11"]), tmp_path / "out"),
         ("classes", tiny_recipe(plain, exemplars={"path": str(nul)}, guidance=[]), tmp_path / "out"),
         ("guidance[0].features", digits_recipe(digits_folder, guidance=[chamfer | {"features": "/no"}]), tmp_path / "out"),
         (
             "guidance[0].margin",
-            tiny_recipe("digits", exemplars=real | {"per_class": 1}, guidance=[chamfer | {"margin": 1}]),
+            tiny_recipe("digits", exemplars=real | {"k": 1}, guidance=[chamfer | {"margin": 1}]),
             tmp_path / "out",
         ),
         (

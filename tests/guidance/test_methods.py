@@ -53,7 +53,7 @@ LINE = Method("toy_light_method", "LightRequest", "as light as the exemplars")
 
 RECIPE = """
 model: {name: digits}
-exemplars: {path: DIGITS, per_class: 2}
+exemplars: {path: DIGITS, k: 2}
 classes: ['1']
 per_class: 4
 sampler: {steps: 4}
@@ -97,7 +97,7 @@ def test_what_is_wrong_with_it_is_said_like_any_other(toy: Path):
         with pytest.raises(RequestError) as caught:
             read_recipe(toy / "wrong.yaml")
         assert str(caught.value).startswith(said)
-    (toy / "none.yaml").write_text(RECIPE.replace("exemplars: {path: DIGITS, per_class: 2}\n", ""))
+    (toy / "none.yaml").write_text(RECIPE.replace("exemplars: {path: DIGITS, k: 2}\n", ""))
     result = CliRunner().invoke(app, ["generate", str(toy / "none.yaml"), "--out", str(toy / "x")])
     assert "light guidance needs exemplars" in str(result.exception)
 

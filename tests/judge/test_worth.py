@@ -92,7 +92,7 @@ def run(folders, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     recipe = {
         "model": {"name": "digits"},
-        "exemplars": {"path": str(folders["photos"]), "per_class": 4},
+        "exemplars": {"path": str(folders["photos"]), "k": 4},
         "per_class": 4,
         "sampler": {"steps": 4},
     }

@@ -110,7 +110,7 @@ def test_the_recipe_of_a_run_is_run_again_with_the_seed_of_the_draw(digits_folde
         ({"guidance": [{"method": "chamfer"}]}, "guidance[0].features", "holds none of it"),
         ({"guidance": [GUIDED[0] | {"reduce": 4}]}, "guidance[0].features", "reduce 4"),
         ({"guidance": [{"method": "cfg"}, GUIDED[0] | {"features": "digits-judge"}]}, "guidance[1].features", "digits-judge"),
-        ({"exemplars": {"per_class": 5}}, "exemplars.per_class", "'1' has 4"),
+        ({"exemplars": {"k": 5}}, "exemplars.k", "'1' has 4"),
         ({"classes": ["1", "eleven"]}, "classes", "there are no exemplars of this class"),
     ],
 )

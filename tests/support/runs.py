@@ -11,7 +11,7 @@ from handful.recipe.schema import Recipe, recipe_from
 def digits_recipe(folder: Path, **changes: Any) -> Recipe:
     asked = {
         "model": {"name": "digits"},
-        "exemplars": {"path": str(folder), "per_class": 4},
+        "exemplars": {"path": str(folder), "k": 4},
         "classes": ["1", "4"],
         "per_class": 6,
         "cohort": 4,

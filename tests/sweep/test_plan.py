@@ -28,7 +28,7 @@ def test_every_seed_has_every_setting_once_and_the_baseline_first(digits):
 
 def test_a_seed_is_of_the_noise_and_of_the_exemplars_draw_alike(digits):
     sets = [each for each in plan(digits, seeds=[5]) if each.setting.k]
-    assert {(each.recipe.seed, each.recipe.exemplars.seed, each.recipe.exemplars.per_class) for each in sets} == {(5, 5, 4)}
+    assert {(each.recipe.seed, each.recipe.exemplars.seed, each.recipe.exemplars.k) for each in sets} == {(5, 5, 4)}
 
 
 def test_methods_that_no_exemplars_guide_are_given_none(digits):

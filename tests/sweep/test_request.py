@@ -32,7 +32,7 @@ def test_paths_are_relative_to_the_sweeps_file_and_a_recipe_may_be_a_file(tmp_pa
     (tmp_path / "sweeps").mkdir()
     recipe = {
         "model": {"name": "digits"},
-        "exemplars": {"path": "pool", "per_class": 4, "seed": 7},
+        "exemplars": {"path": "pool", "k": 4, "seed": 7},
         "seed": 3,
         "guidance": [{"method": "cfg"}],
     }

@@ -193,7 +193,7 @@ def test_features_that_are_automatic_are_the_guides():
 def test_the_packaged_exemplars_guide_the_packaged_model(tmp_path):
     asked = {
         "model": {"name": "cifar10"},
-        "exemplars": {"path": "cifar10-exemplars", "per_class": 4},
+        "exemplars": {"path": "cifar10-exemplars", "k": 4},
         "classes": ["frog"],
         "per_class": 2,
         "sampler": {"steps": 2},

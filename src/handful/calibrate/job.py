@@ -45,10 +45,11 @@ from handful.models import skeleton
 from handful.recipe.file import PROVENANCE
 from handful.recipe.resolve import model_options
 from handful.recipe.schema import Recipe
+from handful.runs.comparison import changed_versions, compared
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.progress import Progress, Words
 from handful.runs.provenance import CONTENTS, DECIDING
-from handful.runs.run_directory import differences, full_disk_told
+from handful.runs.run_directory import full_disk_told
 
 REQUEST, RESULT, ROWS, PICTURE, GUIDANCE = (
     "request.yaml",
@@ -402,23 +403,13 @@ def _compare(job: CalibrateJob, stored: dict[str, Any] | None) -> None:
     if stored is None:
         return
     stored = dict(stored)
-    before, now = stored.pop(PROVENANCE), job.provenance
-    contents = [
-        f"{key}: {before.get(key)} there, {now[key]} now"
-        for key in ("model_sha256", "classifier_sha256")
-        if before.get(key) != now[key]
-    ]
-    unlike = differences(stored, json.loads(json.dumps(job.asked))) + contents
-    if unlike:
-        raise RequestError(
-            "out",
-            job.directory.path,
-            "it holds another calibration:\n  " + "\n  ".join(unlike[:12]),
-            "Choose another --out, or ask for what was asked then.",
-        )
+    before = stored.pop(PROVENANCE)
+    comparison = compared(stored, job.asked, before, job.provenance, ("model_sha256", "classifier_sha256"))
+    comparison.refuse(job.directory.path, "it holds another calibration")
     with suppress(OSError, ValueError):
         job.kept = json.loads((job.directory.path / RESULT).read_text(encoding="utf-8"))
-    changed = [f"{name} {before.get(name)} then, {now[name]} now" for name in DECIDING if before.get(name) != now[name]]
+    changed = changed_versions(before, job.provenance)
+    job.notes += [line for line in comparison.how if line not in job.notes]
     if changed and job.kept is None:
         raise RequestError(
             "out",

@@ -113,7 +113,7 @@ def generate(
         "model.trust_pickle": trust_pickle or None,
         "model.device": device,
         "exemplars.path": exemplars,
-        "exemplars.per_class": k,
+        "exemplars.k": k,
         "classes": listed(classes),
         "per_class": per_class,
         "cohort": cohort,

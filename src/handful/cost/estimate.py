@@ -135,7 +135,7 @@ def cost_of(recipe: Recipe) -> Cost:
         _walked(settled.levels, recipe),
         min(recipe.cohort, recipe.per_class),
         recipe.chunk,
-        recipe.exemplars.per_class or UNKNOWN_EXEMPLARS,
+        recipe.exemplars.k or UNKNOWN_EXEMPLARS,
         inverted,
     )
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)

@@ -154,7 +154,7 @@ def _row(
     entry: Entry, seed: int, per_class: int, steps: int, out: Path, exemplars: Mapping[str, torch.Tensor],
     judges: Mapping[str, Judge], real: LabelledImages | None,
 ) -> Row:
-    asked = ExemplarsRequest(path=EXEMPLARS, per_class=entry.k) if entry.k else ExemplarsRequest()
+    asked = ExemplarsRequest(path=EXEMPLARS, k=entry.k) if entry.k else ExemplarsRequest()
     recipe = Recipe(
         model=ModelRequest(name="cifar10"), seed=seed, per_class=per_class, cohort=per_class, guidance=entry.guidance,
         exemplars=asked, sampler=SamplerRequest(steps=steps),

@@ -165,7 +165,7 @@ def _real_images(out: Path) -> tuple[Path, LabelledImages]:
 
 
 def _row(entry: Entry, seed: int, per_class: int, out: Path, pool: Path, referee: Referee) -> Row:
-    asked = ExemplarsRequest(path=str(pool.resolve()), per_class=entry.k, seed=seed) if entry.k else ExemplarsRequest()
+    asked = ExemplarsRequest(path=str(pool.resolve()), k=entry.k, seed=seed) if entry.k else ExemplarsRequest()
     recipe = Recipe(
         model=ModelRequest(name="digits"), seed=seed, per_class=per_class, cohort=per_class, guidance=entry.guidance,
         exemplars=asked,

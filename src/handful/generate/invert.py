@@ -34,9 +34,9 @@ from handful.recipe.inverting import Told
 from handful.recipe.plan import assign_labels
 from handful.recipe.resolve import model_options, null_may_be_unsaid
 from handful.recipe.schema import Recipe, did_you_mean, recipe_from
+from handful.runs.comparison import compared
 from handful.runs.progress import Progress, Words
 from handful.runs.provenance import choose_device, describe_device, model_digest
-from handful.runs.run_directory import differences
 
 EPOCHS_DONE = Words("fitting", "fitted", "epochs")
 PAPER = (5, 20, 25)  # the guided steps lo <= i < hi of so many
@@ -430,7 +430,5 @@ def _kept(out: Path, asked: Mapping[str, Any]) -> Embeddings | None:
         kept = Embeddings.load(out, field="out")
     except RequestError as error:
         raise RequestError("out", out, error.problem, _ANOTHER) from None
-    unlike = differences(kept.fitted.get("asked", {}), asked)
-    if unlike:
-        raise RequestError("out", out, "it holds the embeddings of another fit:\n  " + "\n  ".join(unlike), _ANOTHER)
+    compared(kept.fitted.get("asked", {}), asked).refuse(out, "it holds the embeddings of another fit", _ANOTHER)
     return kept

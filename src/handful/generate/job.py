@@ -30,10 +30,11 @@ from handful.recipe.file import PROVENANCE
 from handful.recipe.inverting import Inverted, read_inversion
 from handful.recipe.plan import Cohort, plan_cohorts
 from handful.recipe.resolve import complete, model_options, settle
-from handful.recipe.schema import Recipe
+from handful.recipe.schema import Recipe, with_new_fields
+from handful.runs.comparison import changed_versions, compared
 from handful.runs.manifest import manifest_schema
-from handful.runs.provenance import CONTENTS, DECIDING, choose_device, provenance_of
-from handful.runs.run_directory import RunDirectory, differences
+from handful.runs.provenance import CONTENTS, choose_device, provenance_of
+from handful.runs.run_directory import RunDirectory
 from handful.runs.writers import check_class_names
 
 _BLOCK = 4096  # bytes a small file takes on a disk
@@ -217,44 +218,24 @@ def check_against_stored(job: Job) -> None:
         RequestError: If another recipe's run lies there, one of other versions, or the disk is too small.
     """
     stored = job.directory.stored()
+    stored = stored if job.directory.anything_finished() else None
+    before, how = {}, []
     if stored is not None:
-        before, now = stored.pop(PROVENANCE), job.provenance
-        contents = [f"{key}: {before.get(key)} there, {now[key]} now" for key in CONTENTS if before.get(key) != now[key]]
-        # What lies at another path but is the same, to the byte, is the same.
-        moved = {"model": "name"} if before.get("model_sha256") == now["model_sha256"] else {}
-        moved |= {"exemplars": "path"} if before.get("exemplars_sha256") == now["exemplars_sha256"] else {}
-        there, here = stored, job.recipe.as_dict()
-        for part, key in moved.items():
-            for data in (there, here):
-                if isinstance(data.get(part), dict) and data[part].get(key) is not None:
-                    data[part][key] = "..."
-        if before.get("embeddings_sha256") == now["embeddings_sha256"]:
-            for term in [*(there.get("guidance") or ()), *(here["guidance"] or ())]:
-                if "embeddings" in term:
-                    term["embeddings"] = "..."
-        unlike = differences(there, here) + contents
-        if unlike:
-            raise RequestError(
-                "out",
-                job.directory.path,
-                "it holds the run of another recipe:\n  " + "\n  ".join(unlike),
-                "Choose another --out, or ask for what was asked then.",
-            )
+        before = stored.pop(PROVENANCE)
+        comparison = compared(with_new_fields(stored), job.recipe.as_dict(), before, job.provenance, CONTENTS)
+        comparison.refuse(job.directory.path, "it holds the run of another recipe")
+        how = comparison.how
     job.done = {cohort.key for cohort in job.cohorts if stored is not None and job.directory.finished(cohort, job.schema)}
     left = [cohort for cohort in job.cohorts if cohort.key not in job.done]
     job.threads, job.changes = job.provenance["threads"], []
-    if stored is not None and job.done and left:
-        job.changes = _changes(job, before)
+    if job.done and left:
+        job.changes = [f"{line}; the last bits may differ" for line in how] + _changes(job, before)
         job.threads = before.get("threads", job.threads)
     _check_space(job, sum(cohort.count for cohort in left))
 
 
 def _changes(job: Job, before: dict[str, Any]) -> list[str]:
-    changed = [
-        f"{name} {before.get(name)} then, {job.provenance[name]} now"
-        for name in DECIDING
-        if before.get(name) != job.provenance[name]
-    ]
+    changed = changed_versions(before, job.provenance)
     if changed and not job.allow_version_change:
         problem = f"its run was begun with other versions ({'; '.join(changed)}), whose images may differ from these ones'"
         remedy = "Install the former versions, choose another --out, or accept it with --allow-version-change."

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from handful.core.denoiser import Clamped, Condition, shrunk
 from handful.core.images import any_range
+from handful.core.memory import in_smaller_parts, is_out_of_memory
 from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import default_cache
 from handful.data.images import encode_png, from_uint8, read_image, to_uint8
@@ -225,12 +226,14 @@ def _make(
         contents = [encode_png(image) for image in images]
         # Measured as the files hold them, so that anyone can measure the same.
         rows = _rows(job, cohort, seeds, terms, from_uint8(to_uint8(images)).to(job.device), contents)
-    except (_NotFinite, RunError, torch.OutOfMemoryError) as error:
+    except Exception as error:
+        if not (isinstance(error, _NotFinite | RunError) or is_out_of_memory(error)):
+            raise
         progress.advance(cohort.count - told)  # done with, if not done
         if isinstance(error, _NotFinite):
             error = RunError("the denoised images hold NaN or infinite values. " + _remedy(job))
-        elif isinstance(error, torch.OutOfMemoryError):  # `Guided` has tried smaller chunks already
-            error = RunError("out of memory. State a smaller chunk, or use model.dtype bfloat16.")
+        elif is_out_of_memory(error):  # smaller chunks have been tried already
+            error = RunError("out of memory with one image at once. " + _memory_remedy(job))
         place = f"step {at + 1} of {steps}" if at < steps else "decoding and measuring"
         raise RunError(f"model '{job.recipe.model.name}', {cohort}, {place}: {error}") from None
     return contents, rows
@@ -263,13 +266,7 @@ def sample_cohort(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Se
 
 def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Tensor:
     """`call` on parts of a cohort, smaller ones for as long as the device is out of memory."""
-    while True:
-        try:
-            return torch.cat([call(part) for part in cohort.split(size)])
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            size = (size + 1) // 2
+    return in_smaller_parts(lambda at_once: torch.cat([call(part) for part in cohort.split(at_once)]), size)
 
 
 def _condition(job: Job, cohort: Cohort, guided: Guided) -> Condition:
@@ -285,6 +282,18 @@ def _remedy(job: Job) -> str:
     if job.recipe.guidance:
         return "Lower the guidance scale; if that does not help, the model's weights may be damaged."
     return "The model's weights may be damaged: copy it again."
+
+
+def _memory_remedy(job: Job) -> str:
+    asked = job.recipe.model
+    ways = []
+    if isinstance(job.denoiser, LatentDenoiser) and not asked.vae_tiling:
+        ways.append("--set model.vae_tiling=true, which decodes in tiles")
+    if job.device.type != "cpu":
+        ways.append("--device cpu, which is slower")
+    if asked.dtype == "float32":
+        ways.append("--dtype bfloat16, which takes half" + (", and another --out: its images differ" if job.done else ""))
+    return f"Repeat the command with {', or with '.join(ways)}." if ways else "Use a smaller model or resolution."
 
 
 @any_range()  # they come out of files

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from handful.core.denoiser import Around, Condition, Denoiser
 from handful.core.images import any_range
+from handful.core.memory import in_smaller_parts
 from handful.core.noise import Level, Levels, posterior_deviation
 from handful.errors import RequestError, RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
@@ -90,16 +91,18 @@ class Guided(Around):
 
     def _retrying(self, n: int, call: Callable[[], Result]) -> Result:
         """`call`, in smaller chunks for as long as the device is out of memory."""
-        while True:
-            try:
-                with any_range():  # estimates are no finished images
-                    return call()
-            except torch.OutOfMemoryError:
-                now = min(self.chunk or n, n)
-                if now == 1 or isinstance(self.denoiser, Guided):
-                    raise
-                self.chunk = (now + 1) // 2
-                warnings.warn(f"out of memory with {now} images at once; going on with {self.chunk}", stacklevel=3)
+        whole, inside = min(self.chunk or n, n), isinstance(self.denoiser, Guided)  # which couples its cohort: it halves
+
+        def at_most(size: int) -> Result:
+            if size < whole and not inside:
+                self.chunk = size
+            with any_range():  # estimates are no finished images
+                return call()
+
+        def told(now: int, then: int) -> None:
+            warnings.warn(f"out of memory with {now} images at once; going on with {then}", stacklevel=5)
+
+        return in_smaller_parts(at_most, 1 if inside else whole, told)
 
     def _parts(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor | None]:
         if not level.index:

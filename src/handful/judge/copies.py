@@ -42,7 +42,7 @@ class CopyCheck:
             channels=channels,
             size=(height, width),
             minimum=1,
-            k=drawn.per_class if same and drawn else None,
+            k=drawn.k if same and drawn else None,
             seed=drawn.seed if same and drawn else 0,
         )
         self.exemplars = {name: found.images[name].flatten(1) for name in classes}

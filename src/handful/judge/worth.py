@@ -250,7 +250,7 @@ class _Sets:
         if folder.is_file():
             problem = "these exemplars are features alone, and a classifier learns from images"
             raise RequestError("exemplars", folder, problem, "Give the images' folder with --exemplars DIR.")
-        k, draw = (drawn.per_class, drawn.seed) if exemplars is None and drawn is not None else (None, 0)
+        k, draw = (drawn.k, drawn.seed) if exemplars is None and drawn is not None else (None, 0)
         guided = drawn_files(image_folder(folder, classes=self.classes, field="exemplars"), k, draw)
         if test is None:
             tested = self._left(folder, guided)

@@ -55,7 +55,7 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | Non
             raise RequestError(
                 "classes", name, "there are no exemplars of this class", did_you_mean(name, counts, "The exemplars' classes")
             )
-    _refuse_few(asked.path, asked.per_class or 1, {name: counts[name] for name in recipe.classes or counts})
+    _refuse_few(asked.path, asked.k or 1, {name: counts[name] for name in recipe.classes or counts})
     return recipe, list(counts)
 
 
@@ -64,7 +64,7 @@ def _refuse_few(path: str, wanted: int, counts: Mapping[str, int]) -> None:
     if few:
         listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         raise RequestError(
-            "exemplars.per_class",
+            "exemplars.k",
             wanted,
             f"there are fewer in '{path}': {listed}",
             f"Ask for {min(counts.values())} (--k), or add images.",
@@ -90,9 +90,9 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
             asked.path,
             channels=image_shape[0],
             size=image_shape[1:],
-            k=asked.per_class,
+            k=asked.k,
             seed=asked.seed,
-            minimum=1 if asked.per_class == 1 else 2,
+            minimum=1 if asked.k == 1 else 2,
         )
         return drawn if set(classes) == set(drawn.classes) else drawn.only(classes)
     drawn = ExemplarFeatures.load(file)
@@ -105,7 +105,7 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
             f"Make it for this model: handful exemplars DIR --model {recipe.model.name} ...",
         )
     drawn = drawn.only(classes)
-    return drawn if asked.per_class is None else drawn.select(asked.per_class)
+    return drawn if asked.k is None else drawn.select(asked.k)
 
 
 def fitting(exemplars: Given | None, guidance: Requests, extractors: Mapping[str, FeatureExtractor]) -> Given | None:

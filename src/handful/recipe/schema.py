@@ -7,11 +7,21 @@ against the world). Together with the device it decides every byte of a run dire
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, TypeAdapter, ValidationError, WrapValidator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    JsonValue,
+    SerializeAsAny,
+    TypeAdapter,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
 
 from handful.errors import RequestError
 from handful.errors import did_you_mean as did_you_mean
@@ -124,13 +134,29 @@ class ExemplarsRequest(Request):
 
     Attributes:
         path: A folder with a folder of images per class; None guides without exemplars.
-        per_class: k, how many of each class are drawn; None takes all.
+        k: How many of each class are drawn; None takes all.
         seed: Of the draw.
     """
 
     path: Annotated[str, Field(min_length=1)] | None = None
-    per_class: Positive | None = None
+    k: Positive | None = None
     seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, data: Any) -> Any:
+        """Until the next release `per_class` means k here."""
+        if not isinstance(data, Mapping) or "per_class" not in data:
+            return data
+        if data.get("k") is not None:
+            raise RequestError("per_class", data["per_class"], "k says this already", "Leave per_class out: k is its new name.")
+        warnings.warn("exemplars.per_class is now called exemplars.k", FutureWarning, stacklevel=2)
+        return {("k" if key == "per_class" else key): value for key, value in data.items() if key != "k"}
+
+    @property
+    def per_class(self) -> int | None:
+        """The former name of k."""
+        return self.k
 
 
 class SamplerRequest(Request):
@@ -205,6 +231,14 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
             f"it holds a value that no field takes ({error})",
             "Put quotes around dates and other special values.",
         ) from None
+
+
+def with_new_fields(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored recipe data as this version writes it: keys of before renamed, fields that came since at their defaults."""
+    try:
+        return recipe_from(data).as_dict()
+    except RequestError:  # of a version that knew other fields: it is compared unchanged
+        return dict(data)
 
 
 def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, list[str]]:

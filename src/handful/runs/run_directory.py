@@ -15,7 +15,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,10 @@ class RunDirectory(OwnedDirectory):
             return None
         return rows if all(self._sha256(row["file"]) == row["sha256"] for row in rows) else None
 
+    def anything_finished(self) -> bool:
+        """Whether any cohort of any recipe is done here, as its marker says; without one the directory is free."""
+        return any((self.path / OURS / "cohorts").glob("*.parquet"))
+
     def _marker(self, cohort: Cohort) -> str:
         return f"{OURS}/cohorts/{cohort.key}.parquet"
 
@@ -91,29 +95,3 @@ def full_disk_told(path: Path) -> Iterator[None]:
             f"out: '{path}': the disk is full ({os.strerror(error.errno or 0)}). The cohorts that were finished are kept: "
             "free some space and repeat the same command, which goes on from there."
         ) from error
-
-
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """What two recipes (plain data) differ in: a line for each field, in the fields' order."""
-    one, other = dict(_flat(there)), dict(_flat(here))
-    return [
-        f"{key}: {_shown(one, key)} there, {_shown(other, key)} now"
-        for key in dict.fromkeys([*one, *other])
-        if _shown(one, key) != _shown(other, key)
-    ]
-
-
-def _shown(flat: Mapping[str, Any], key: str) -> str:
-    text = repr(flat[key]) if key in flat else "nothing"
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _flat(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(data, Mapping):
-        for name, value in data.items():
-            yield from _flat(value, f"{key}.{name}" if key else str(name))
-    elif isinstance(data, list) and any(isinstance(item, Mapping) for item in data):
-        for index, value in enumerate(data):
-            yield from _flat(value, f"{key}[{index}]")
-    else:
-        yield key, data

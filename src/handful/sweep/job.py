@@ -14,13 +14,14 @@ from handful.features.extractor import FeatureExtractor
 from handful.features.registry import load_extractor
 from handful.generate.job import prepare
 from handful.recipe.file import PROVENANCE
+from handful.runs.comparison import changed_versions
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.provenance import DECIDING
 from handful.sweep.plan import PlannedSet, chosen_methods, completed, planned_sets
 from handful.sweep.real import Folder, look_into, refuse_shared, split_places
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Record
-from handful.sweep.store import changed_versions, check_same_sweep, read_records, sweep_directory
+from handful.sweep.store import check_same_sweep, read_records, sweep_directory
 
 _BY_CLASSIFIER = ("judge_accuracy", "robust_judge_accuracy", "gain_judge_accuracy", "gain_robust_judge_accuracy")
 
@@ -229,7 +230,7 @@ def _check_judge(job: SweepJob, request: SweepRequest) -> None:
 
 
 def _check_versions(job: SweepJob, stored: dict[str, Any], known: dict[str, Any]) -> None:
-    changed = changed_versions(stored, known)
+    changed = changed_versions(stored[PROVENANCE], known)
     if changed and not job.allow_version_change:
         problem = f"it was begun with other versions ({'; '.join(changed)}), whose rows may differ from these ones'"
         remedy = "Install the former versions, choose another --out, or accept it with --allow-version-change."

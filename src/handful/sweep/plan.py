@@ -56,7 +56,7 @@ def completed(request: SweepRequest) -> SweepRequest:
     """
     check_request(request)
     asked = request.recipe.exemplars
-    k = request.k or ((asked.per_class,) if asked.per_class else None)
+    k = request.k or ((asked.k,) if asked.k else None)
     # what each set has of its own
     recipe = request.recipe.model_copy(update={"guidance": (), "seed": 0, "exemplars": ExemplarsRequest(path=asked.path)})
     if recipe.classes is None and asked.path is not None:
@@ -146,9 +146,9 @@ def _with_exemplars(recipe: Recipe, method: MethodRequest, k: int, seed: int) ->
     if method.k is None and not needing(method.guidance, "exemplars"):
         drawn = ExemplarsRequest()
     elif path is not None and features_file(path) is not None:  # its draw was made with a seed of its own
-        drawn = ExemplarsRequest(path=path, per_class=k)
+        drawn = ExemplarsRequest(path=path, k=k)
     else:
-        drawn = ExemplarsRequest(path=path, per_class=k, seed=seed)
+        drawn = ExemplarsRequest(path=path, k=k, seed=seed)
     return recipe.model_copy(update={"exemplars": drawn})
 
 

@@ -66,7 +66,7 @@ class SweepRequest(Request):
     Attributes:
         recipe: What all sets have in common. Its guidance, seeds and number of exemplars are the methods' own.
         methods: By name.
-        k: Exemplars of each class, for methods that are guided by them; None: the recipe's `exemplars.per_class`.
+        k: Exemplars of each class, for methods that are guided by them; None: the recipe's `exemplars.k`.
         seeds: Of the noise and of the exemplars' draw alike.
         real: Real images to judge against, a folder per class: never the exemplars.
         judge: The extractor that judges; it should be unrelated to what guides.

@@ -15,11 +15,10 @@ from typing import Any
 
 import yaml
 
-from handful.errors import RequestError
 from handful.recipe.file import PROVENANCE
+from handful.recipe.schema import with_new_fields
+from handful.runs.comparison import Comparison, compared
 from handful.runs.job_directory import OwnedDirectory
-from handful.runs.provenance import DECIDING
-from handful.runs.run_directory import differences
 from handful.sweep.columns import SPLITS
 from handful.sweep.plan import PlannedSet
 from handful.sweep.request import SweepRequest
@@ -87,53 +86,24 @@ def check_same_sweep(
         RequestError: If rows that lie there would be others now; naming each difference.
     """
     before = stored[PROVENANCE]
-    unlike = [
-        f"{key}: {before.get(key)} there, {provenance[key]} now"
-        for key in _CONTENTS
-        if key in provenance and before.get(key) != provenance[key]
-    ]
     guides, now = before.get("features_sha256") or {}, provenance.get("features_sha256") or {}
-    unlike += [
+    there, here = ({key: data.get(key) for key in _DECIDING} for data in (_renewed(stored), request.as_dict()))
+    unlike = compared(there, here, before, provenance, _CONTENTS).unlike + [
         f"features {name}: {guides[name]} there, {now[name]} now" for name in now if guides.get(name, now[name]) != now[name]
     ]
-    moved = {key for key in ("exemplars_sha256", "real_sha256", "test_sha256") if before.get(key) == provenance.get(key)}
-    there, here = ({key: data.get(key) for key in _DECIDING} for data in (dict(stored), request.as_dict()))
-    unlike = differences(_unmoved(there, moved), _unmoved(here, moved)) + unlike
     by_sets: dict[str, list[str]] = {}
     for planned in sets:
         if (record := records.get(planned.name)) is not None:
-            of_set = differences(
-                _unmoved({"recipe": record["recipe"]}, moved), _unmoved({"recipe": planned.recipe.as_dict()}, moved)
-            )
-            for each in of_set:
+            of_set = compared(_renewed({"recipe": record["recipe"]}), {"recipe": planned.recipe.as_dict()}, before, provenance)
+            for each in of_set.unlike:
                 by_sets.setdefault(each, []).append(planned.name)
     for each, names in by_sets.items():
         if each not in unlike:  # else it is told of the whole sweep
             more = f" (and {len(names) - 1} more sets)" if len(names) > 1 else ""
             unlike.append(f"{names[0]}{more}: {each.removeprefix('recipe.')}")
-    if unlike:
-        more = [f"and {len(unlike) - 12} more"] if len(unlike) > 12 else []
-        problem = "it holds a sweep that was asked for otherwise:\n  " + "\n  ".join(unlike[:12] + more)
-        raise RequestError("out", directory.path, problem, _ASK_OTHERWISE)
+    Comparison(unlike, []).refuse(directory.path, "it holds a sweep that was asked for otherwise", _ASK_OTHERWISE)
 
 
-def changed_versions(stored: Mapping[str, Any], provenance: Mapping[str, Any]) -> list[str]:
-    """Versions of what decides bytes that are not what they were, in words."""
-    before = stored[PROVENANCE]
-    return [
-        f"{name} {before.get(name)} then, {provenance[name]} now"
-        for name in DECIDING
-        if name in provenance and before.get(name) != provenance[name]
-    ]
-
-
-def _unmoved(data: Mapping[str, Any], moved: set[str]) -> dict[str, Any]:
-    """The data without the paths of folders whose contents are known to be the same."""
-    found: dict[str, Any] = json.loads(json.dumps(data))
-    if "exemplars_sha256" in moved and (found["recipe"].get("exemplars") or {}).get("path"):
-        found["recipe"]["exemplars"]["path"] = "..."
-    if "real_sha256" in moved and found.get("real"):
-        found["real"] = "..."
-    if "test_sha256" in moved and (found.get("utility") or {}).get("test"):
-        found["utility"]["test"] = "..."
-    return found
+def _renewed(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What was stored, its recipe as this version writes it."""
+    return {**stored, "recipe": with_new_fields(stored["recipe"])} if "recipe" in stored else dict(stored)
