@@ -102,7 +102,7 @@ def _exemplars(run: Shown) -> dict[str, list[Path]]:
     except RequestError as error:
         run.notes.append(f"The exemplars are not shown: {error}")
         return {}
-    return drawn_files(files, drawn.per_class if drawn else None, drawn.seed if drawn else 0)
+    return drawn_files(files, drawn.k if drawn else None, drawn.seed if drawn else 0)
 
 
 def _same_noise(first: Shown, other: Shown) -> bool:

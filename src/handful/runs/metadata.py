@@ -15,7 +15,7 @@ class DrawnExemplars:
     """Which exemplars a recipe draws: so many a class (None: all) of a folder."""
 
     folder: Path
-    per_class: int | None
+    k: int | None
     seed: int
 
 
@@ -38,7 +38,7 @@ def exemplars_of(run: str | Path) -> DrawnExemplars | None:
     if not asked.get("path"):
         return None
     folder = Path(run).expanduser() / Path(asked["path"]).expanduser()  # a relative path is relative to the recipe
-    return DrawnExemplars(folder, asked.get("per_class"), asked.get("seed") or 0)
+    return DrawnExemplars(folder, asked.get("k", asked.get("per_class")), asked.get("seed") or 0)
 
 
 def _recipe(run: str | Path) -> dict[str, Any]:
