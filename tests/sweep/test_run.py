@@ -339,5 +339,5 @@ def test_exemplars_may_be_a_file_of_features_whose_draw_is_its_own(digits, tmp_p
     assert read_recipe(tmp_path / "out/sets/chamfer/scale-0.4-k-6/seed-3/recipe.yaml").exemplars.seed == 5
     with Image.open(tmp_path / "out/over_k.png") as picture:
         assert picture.format == "PNG"
-    with pytest.raises(RequestError, match="exemplars.k: 7"):
+    with pytest.raises(RequestError, match=r"exemplars\.k: 7"):
         sweep({**data, "methods": {**data["methods"], "chamfer": {**guided, "k": [7]}}}, tmp_path / "other")
