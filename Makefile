@@ -6,7 +6,7 @@ READY := $(VENV)/.handful-ready
 # Threads that spin while they wait make two busy cores ten times slower.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help setup demo test test-quick test-browser lint clean
+.PHONY: help setup demo test test-quick test-browser docs lint clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -26,7 +26,7 @@ demo: $(READY)  ## the main job on the packaged digits: exemplars, baselines, gu
 # The tests' networks are tiny: a second thread only waits, and on a busy machine holds up the first.
 test test-quick: export OMP_NUM_THREADS ?= 1
 
-test: lint  ## format, lint, types and every test
+test: lint docs  ## format, lint, types, the documentation, and every test
 	$(BIN)/python -m pytest $(ARGS)
 
 test-quick: $(READY)  ## the tests that take less than ten seconds each
@@ -37,6 +37,9 @@ test-browser: $(READY)  ## the report in a real, headless browser; HANDFUL_SCREE
 	@command -v chromedriver >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; } || \
 	  { echo "NO BROWSER: the report was NOT tested in one. Install chromium and chromedriver."; exit 1; }
 	HANDFUL_BROWSER=1 $(BIN)/python -m pytest tests/report/test_browser.py $(ARGS)
+
+docs: $(READY)  ## the documentation as a site in build/site, strictly
+	$(BIN)/mkdocs build --quiet
 
 lint: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .
