@@ -145,17 +145,6 @@ def test_other_versions_do_not_continue_a_run_unless_told_to(
     assert any("99 now" in note for note in stored["provenance"]["notes"])
 
 
-def test_a_second_process_is_kept_out(tiny_model: Callable[..., str], tmp_path: Path):
-    fcntl = pytest.importorskip("fcntl")
-    recipe, out = tiny_recipe(tiny_model(2)), tmp_path / "out"
-    (out / ".handful").mkdir(parents=True)
-    with (out / ".handful" / "lock").open("a") as held:  # flock is per open file: this stands for another process
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with pytest.raises(RequestError, match="another process"):
-            handful.generate(recipe, out)
-    assert handful.generate(recipe, out).cohorts_done == 4
-
-
 def test_a_run_that_began_meanwhile_is_noticed(tiny_model: Callable[..., str], tmp_path: Path):
     model, out = tiny_model(2), tmp_path / "out"
     late = prepare(tiny_recipe(model, seed=1), out)

@@ -5,7 +5,7 @@ What needs no model is checked first, then what needs it; nothing is written, so
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from handful.core.denoiser import Denoiser, NetworkDenoiser
 from handful.core.noise import Levels
+from handful.data.exemplars import Exemplars
+from handful.data.sources import ONLY_CLASS, labelled_files
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.classifier import classifying
@@ -33,10 +35,12 @@ from handful.recipe.resolve import complete, model_options, settle
 from handful.recipe.schema import Recipe, with_new_fields
 from handful.runs.comparison import changed_versions, compared
 from handful.runs.manifest import manifest_schema
+from handful.runs.metadata import drawn
 from handful.runs.provenance import CONTENTS, choose_device, provenance_of
 from handful.runs.run_directory import RunDirectory
-from handful.runs.writers import check_class_names
+from handful.runs.writers import Writer, check_class_names
 
+GROWING = ("classes", "per_class", "counts")  # of a recipe: what may change while all that is there stays
 _BLOCK = 4096  # bytes a small file takes on a disk
 _ROW = 1024  # more than a row of the manifest and of metadata.jsonl take, in the marker and in the final files
 
@@ -62,6 +66,8 @@ class Job:
         targets: For classifiers, by class and by the term's place: which of its classes that is.
         threads: Of the CPU; as many as the run was begun with, since another number adds up in another order.
         changes: What is not as it was when the run began, where cohorts of then are kept and others made now.
+        how: What only says how to compute, and is not as it was.
+        grown: Whether other classes or numbers of images are asked for than when the run began.
         done: Keys of the cohorts that lie finished in the directory.
         bytes_needed: Estimate of the disk space that the others take; the upper bound, as if nothing compressed.
     """
@@ -83,6 +89,8 @@ class Job:
     targets: dict[str, dict[int, int]] = field(default_factory=dict)
     threads: int | None = None
     changes: list[str] = field(default_factory=list)
+    grown: bool = False
+    how: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     bytes_needed: int = 0
 
@@ -90,6 +98,22 @@ class Job:
     def images(self) -> int:
         """How many images the finished run has."""
         return sum(cohort.count for cohort in self.cohorts)
+
+    @property
+    def model_name(self) -> str:
+        """The model, without the folders that lead to it."""
+        return Path(self.recipe.model.name).name
+
+    def refresh(self) -> None:
+        """Looks for cohorts that were made since `prepare`; markers that are not true go. By the holder of the lock."""
+        marked = self.directory.marked()
+        for cohort in self.cohorts:
+            if cohort.key in marked and cohort.key not in self.done:
+                if self.directory.finished(cohort, self.schema) is not None:
+                    self.done.add(cohort.key)
+                else:
+                    self.directory.forget(cohort)
+        self.done &= marked
 
 
 def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = False) -> Job:
@@ -112,11 +136,16 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         raise RequestError("exemplars.path", None, f"{guided[0][1].method} guidance needs exemplars", remedy)
     directory = RunDirectory(out)
     directory.stored()
+    asked, laid = recipe.classes, directory.plan()
+    kept = {name: laid.sizes[name][:count] for name, count in directory.begun().items()}
+    recipe = _with_kept_classes(recipe, kept)
     recipe, found = listed_exemplars(recipe, directory.path)
     device = choose_device(recipe.model.device)
 
     options = model_options(recipe)
     outline = skeleton(recipe.model.name, options)
+    if found == [ONLY_CLASS] and (outline.label_count or outline.prompted):
+        labelled_files(str(recipe.exemplars.path), field="exemplars")  # images alone have no class: it refuses them
     settled = settle(recipe, outline, found, inverted)
     placement = placement_of(recipe, device)
     check_placement(outline, placement)
@@ -156,6 +185,9 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
     notes += make_ready(denoiser, prompts, placement, settled.levels, told)
     energies = [column for column in energy_columns(guidance) if column]
+    recipe, cohorts, planned = _planned(recipe, labels.of, asked, kept)
+    notes += planned
+    directory.writer = Writer(recipe.output.format, recipe.output.image, tuple(labels.of))
     job = Job(
         recipe,
         directory,
@@ -164,7 +196,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         settled.levels,
         exemplars,
         extractors,
-        plan_cohorts(labels.of, recipe.per_class, recipe.cohort),
+        cohorts,
         manifest_schema(energies),
         image_shape,
         provenance,
@@ -174,7 +206,45 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         targets,
     )
     check_against_stored(job)
+    job.done = {
+        cohort.key
+        for cohort in job.cohorts
+        if cohort.key in directory.marked() and directory.finished(cohort, job.schema) is not None
+    }
+    check_rest(job)
     return job
+
+
+def _with_kept_classes(recipe: Recipe, kept: Mapping[str, Sequence[int]]) -> Recipe:
+    """The classes asked for, after those of which images are there: what is there stays."""
+    if recipe.classes is None or set(kept) <= set(recipe.classes):
+        return recipe
+    return recipe.model_copy(update={"classes": tuple(dict.fromkeys([*kept, *recipe.classes]))})
+
+
+def _planned(
+    recipe: Recipe, labels: Mapping[str, int | None], asked: Sequence[str] | None, kept: Mapping[str, Sequence[int]]
+) -> tuple[Recipe, list[Cohort], list[str]]:
+    """The cohorts, and the recipe that asks for them: what is there stays, whatever is asked for now."""
+    wanted = {name: recipe.images_of(name) if asked is None or name in asked else 0 for name in labels}
+    cohorts, notes = plan_cohorts(labels, wanted, recipe.cohort, kept), []
+    counts = dict.fromkeys(labels, 0)
+    for cohort in cohorts:
+        counts[cohort.class_name] += cohort.count
+    for name, sizes in kept.items():
+        if counts.get(name, 0) > wanted.get(name, 0):
+            notes.append(f"class '{name}': {counts[name]} images are there and stay; {wanted[name]} are asked for")
+        short = next((index for index, size in enumerate(sizes) if size < recipe.cohort), None)
+        if short is not None and counts.get(name, 0) > sum(sizes[: short + 1]):
+            notes.append(
+                f"class '{name}': its cohort {short} of {sizes[short]} images stays as it was made, and those after it are in "
+                f"cohorts of their own; a run of {counts[name]} at once would have other images from {sum(sizes[:short])} on"
+            )
+    if counts == wanted and not recipe.counts:
+        return recipe, cohorts, notes
+    same = len(set(counts.values())) == 1
+    update = {"per_class": max(counts.values()), "counts": {} if same else counts}
+    return recipe.model_copy(update=update), cohorts, notes
 
 
 def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, null_class: int | None) -> NetworkDenoiser:
@@ -212,24 +282,54 @@ def make_ready(
 
 
 def check_against_stored(job: Job) -> None:
-    """Compares a job with what lies in its directory, and counts what is done and what space the rest takes.
+    """Compares a job with what lies in its directory; a run of which no cohort is done binds nobody.
 
     Raises:
-        RequestError: If another recipe's run lies there, one of other versions, or the disk is too small.
+        RequestError: If another recipe's run lies there.
     """
-    stored = job.directory.stored()
-    stored = stored if job.directory.anything_finished() else None
-    before, how = {}, []
-    if stored is not None:
-        before = stored.pop(PROVENANCE)
-        comparison = compared(with_new_fields(stored), job.recipe.as_dict(), before, job.provenance, CONTENTS)
-        comparison.refuse(job.directory.path, "it holds the run of another recipe")
-        how = comparison.how
-    job.done = {cohort.key for cohort in job.cohorts if stored is not None and job.directory.finished(cohort, job.schema)}
+    job.how, job.grown = [], False
+    stored = job.directory.stored() if job.directory.marked() else None
+    if stored is None:
+        return
+    before, there, here = stored.pop(PROVENANCE), with_new_fields(stored), job.recipe.as_dict()
+    job.grown = any(there.get(key) != here[key] for key in GROWING if key in there)
+    for data in (there, here):
+        for key in GROWING:
+            data.pop(key, None)
+    if _same_exemplars(job):  # of the classes that are there; others may be asked for now
+        before["exemplars_sha256"] = job.provenance["exemplars_sha256"]
+    plan, labels = job.directory.plan(), {cohort.class_name: cohort.label for cohort in job.cohorts}
+    for name in job.directory.begun():
+        there[f"label of '{name}'"], here[f"label of '{name}'"] = plan.labels[name], labels.get(name)
+    if job.recipe.output.format == "parquet" and plan.labels:  # its shards name all classes, so none can be added
+        there["classes of the shards"], here["classes of the shards"] = list(plan.labels), list(labels)
+    comparison = compared(there, here, before, job.provenance, CONTENTS)
+    comparison.refuse(job.directory.path, "it holds the run of another recipe")
+    job.how = comparison.how
+
+
+def _same_exemplars(job: Job) -> bool:
+    """Whether the classes that are there were guided by the very images that guide them now."""
+    if not isinstance(job.exemplars, Exemplars):
+        return False
+    before, now = drawn(job.directory.path), job.exemplars.hashes
+    return bool(before) and all(
+        name in now and sorted(before.get(name, ())) == sorted(now[name]) for name in job.directory.begun()
+    )
+
+
+def check_rest(job: Job) -> None:
+    """Says what has changed since what is done was made, and what space the rest takes.
+
+    Raises:
+        RequestError: If it was made by other versions, or the disk is too small.
+    """
+    stored = job.directory.stored() if job.done else None
+    before = stored[PROVENANCE] if stored else {}
     left = [cohort for cohort in job.cohorts if cohort.key not in job.done]
     job.threads, job.changes = job.provenance["threads"], []
-    if job.done and left:
-        job.changes = [f"{line}; the last bits may differ" for line in how] + _changes(job, before)
+    if stored is not None and left:
+        job.changes = [f"{line}; the last bits may differ" for line in job.how] + _changes(job, before)
         job.threads = before.get("threads", job.threads)
     _check_space(job, sum(cohort.count for cohort in left))
 

@@ -22,10 +22,12 @@ from handful.core.denoiser import Clamped, Condition, shrunk
 from handful.core.images import any_range
 from handful.core.memory import in_smaller_parts, is_out_of_memory
 from handful.core.samplers import SAMPLERS, start
-from handful.data.exemplars import default_cache
-from handful.data.images import encode_png, from_uint8, read_image, to_uint8
+from handful.data.exemplars import Exemplars, default_cache
+from handful.data.images import from_uint8, read_image, to_uint8
 from handful.errors import RunError
-from handful.generate.job import Job, check_against_stored, prepare
+from handful.generate.finish import finish, planned_rows
+from handful.generate.job import GROWING, Job, prepare
+from handful.generate.share import at_work, claims_of, work
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
 from handful.guidance.inversion import no_condition
@@ -35,19 +37,17 @@ from handful.recipe.file import PROVENANCE, recipe_yaml
 from handful.recipe.plan import Cohort, ImageNoise, image_seed
 from handful.recipe.resolve import sampler_options
 from handful.recipe.schema import recipe_from
-from handful.runs.contact_sheet import contact_sheet_png
-from handful.runs.manifest import DONE, FAILED, guidance_text, parquet_bytes
+from handful.runs.manifest import DONE
+from handful.runs.metadata import drawn_json
 from handful.runs.progress import Progress
-from handful.runs.provenance import describe_device
-from handful.runs.run_directory import RECIPE, full_disk_told
-from handful.runs.writers import IMAGES, METADATA, image_file, metadata_jsonl
+from handful.runs.provenance import CONTENTS, describe_device
+from handful.runs.run_directory import EXEMPLARS, PLAN, RECIPE, Plan, full_disk_told
 
 __all__ = ["Job", "RunSummary", "prepare", "run"]
 
 _AT_ONCE = 16  # images through the decoder or an extractor where no chunk is stated
 _FITTED = 128  # exemplars that the linear preview is fitted to: every latent pixel of each counts
 _EXPLAINED = 0.5  # share of the colours' variance below which it is pointed out
-_SHEET_COLUMNS = 16  # of the contact sheet: no more images of a class are read back for it than two rows
 
 
 @dataclass
@@ -57,7 +57,8 @@ class RunSummary:
     Attributes:
         out: The run directory.
         images: How many lie there now.
-        cohorts_done, cohorts_resumed, cohorts_failed: Made now; found finished; failed.
+        cohorts_done, cohorts_resumed, cohorts_failed: Made now, by this process; found finished; failed.
+        cohorts_elsewhere: Made meanwhile by other processes on the same directory.
         seconds: Of sampling alone, in this process: noise to decoded images.
         images_per_second: Of the images made now; None where none was.
         failures: What went wrong, a text for each failed cohort.
@@ -69,6 +70,7 @@ class RunSummary:
     cohorts_done: int = 0
     cohorts_resumed: int = 0
     cohorts_failed: int = 0
+    cohorts_elsewhere: int = 0
     seconds: float = 0.0
     images_per_second: float | None = None
     failures: list[str] = field(default_factory=list)
@@ -86,7 +88,9 @@ class _NotFinite(Exception):
 def run(
     job: Job, progress: Progress | None = None, *, order: Iterable[int] | None = None, cache: Path | None = None
 ) -> RunSummary:
-    """Generates what is not there yet.
+    """Generates what is not there yet, together with all other processes that run the same job in the same directory.
+
+    Each cohort is made by one of them (`handful.runs.claims`); what a process leaves that dies is made by another.
 
     Args:
         job: From `prepare`.
@@ -98,50 +102,60 @@ def run(
         The summary. Cohorts that failed are counted there and told in `failures`; the next run makes them again.
 
     Raises:
-        RequestError: If another process works in the directory, or another recipe's run has begun there meanwhile.
+        RequestError: If another recipe's run has begun there meanwhile.
         RunError: If the disk is full.
     """
     progress = progress or Progress()
-    summary = RunSummary(job.directory.path)
-    with full_disk_told(job.directory.path), job.directory.locked(), ExitStack() as stack:
-        check_against_stored(job)  # again, now that nobody else can begin here
+    summary, claims = RunSummary(job.directory.path), claims_of(job)
+    with full_disk_told(job.directory.path), ExitStack() as stack:
+        stack.enter_context(at_work(job, claims, lambda alone: _write_request(job, alone)))
         stack.enter_context(same_arithmetic(job.threads))
-        _write_recipe(job)
-        features = _exemplar_features(job, cache or default_cache())
-        rows = dict(_finished(job))
-        pending = [cohort for cohort in _ordered(job.cohorts, order) if cohort.key not in rows]
-        summary.cohorts_resumed, summary.notes = len(rows), [*job.notes, *job.changes]
+        pending = [cohort for cohort in _ordered(job.cohorts, order) if cohort.key not in job.done]
+        summary.cohorts_resumed, summary.notes = len(job.done), [*job.notes, *job.changes]
+        features = _exemplar_features(job, cache or default_cache()) if pending else {}
         if pending:
             _fit_preview(job, progress)
         progress.begin(job.images, job.images - sum(cohort.count for cohort in pending))
+
+        def make(cohort: Cohort, claim: int) -> bool:
+            images, rows = _make(job, cohort, features, progress, summary, claims.beat)
+            if not claims.still_mine(cohort.key, claim):
+                return False  # this process was silent for so long that another took the cohort over
+            job.directory.commit(cohort, images, rows, job.schema)
+            summary.cohorts_done += 1
+            made.append(cohort.count)
+            return True
+
+        made: list[int] = []
         try:
-            for cohort in pending:
-                try:
-                    images, rows[cohort.key] = _make(job, cohort, features, progress, summary)
-                except RunError as error:
-                    summary.failures.append(str(error))
-                    progress.note(f"failed: {error}")
-                    continue
-                job.directory.commit(cohort, images, rows[cohort.key], job.schema)
-                summary.cohorts_done += 1
+            failures = work(job, claims, pending, make, progress)
         finally:
             progress.end()
+        summary.failures = [failures[cohort.key] for cohort in job.cohorts if cohort.key in failures]
         summary.cohorts_failed = len(summary.failures)
-        summary.images = sum(len(of_cohort) for of_cohort in rows.values())
-        made = sum(cohort.count for cohort in pending if cohort.key in rows)
-        summary.images_per_second = made / summary.seconds if made and summary.seconds else None
-        _finish(job, rows)
+        summary.cohorts_elsewhere = len(pending) - summary.cohorts_done - summary.cohorts_failed
+        summary.images_per_second = sum(made) / summary.seconds if made and summary.seconds else None
+        with job.directory.lock():
+            summary.images = finish(job)
     return summary
 
 
-def _write_recipe(job: Job) -> None:
+def _write_request(job: Job, alone: bool) -> None:
     """recipe.yaml says what made the images that are kept: it stays as it was written, but for what has changed since."""
-    if not job.done:
-        job.directory.publish(RECIPE, recipe_yaml(job.recipe, job.provenance).encode())
-    elif job.changes and (stored := job.directory.stored()) is not None:
+    stored = job.directory.stored() if job.done or not alone else None
+    if stored is None:
+        text = recipe_yaml(job.recipe, job.provenance)
+    else:
         provenance = stored.pop(PROVENANCE)
-        provenance["notes"] = list(dict.fromkeys([*provenance.get("notes", []), *job.changes]))
-        job.directory.publish(RECIPE, recipe_yaml(recipe_from(stored), provenance).encode())
+        if job.changes or job.grown:
+            provenance["notes"] = list(dict.fromkeys([*provenance.get("notes", []), *job.changes]))
+            provenance |= {key: job.provenance[key] for key in CONTENTS} if job.grown else {}
+            stored |= {key: value for key, value in job.recipe.as_dict().items() if key in GROWING}
+        text = recipe_yaml(recipe_from(stored), provenance)
+    job.directory.publish(RECIPE, text.encode())
+    job.directory.publish(PLAN, Plan.of(job.cohorts).to_json())
+    if isinstance(job.exemplars, Exemplars):
+        job.directory.publish(EXEMPLARS, drawn_json(job.recipe.exemplars.path, job.exemplars))
 
 
 def _ordered(cohorts: Sequence[Cohort], order: Iterable[int] | None) -> list[Cohort]:
@@ -151,12 +165,6 @@ def _ordered(cohorts: Sequence[Cohort], order: Iterable[int] | None) -> list[Coh
     if sorted(places) != list(range(len(cohorts))):
         raise ValueError(f"order must name each of the {len(cohorts)} cohorts once")
     return [cohorts[place] for place in places]
-
-
-def _finished(job: Job) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    for cohort in job.cohorts:
-        if cohort.key in job.done and (rows := job.directory.finished(cohort, job.schema)) is not None:
-            yield cohort.key, rows
 
 
 def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
@@ -190,7 +198,12 @@ def _fit_preview(job: Job, progress: Progress) -> None:
 
 
 def _make(
-    job: Job, cohort: Cohort, features: Mapping[str, Mapping[View, Tensor]], progress: Progress, summary: RunSummary
+    job: Job,
+    cohort: Cohort,
+    features: Mapping[str, Mapping[View, Tensor]],
+    progress: Progress,
+    summary: RunSummary,
+    beat: Callable[[], None],
 ) -> tuple[list[bytes], list[dict[str, Any]]]:
     """Samples and measures one cohort.
 
@@ -218,16 +231,21 @@ def _make(
             raise _NotFinite
         at, told = index + 1, told + cohort.count / steps
         progress.advance(cohort.count / steps)
+        beat()
 
     began = time.perf_counter()
     try:
         images = sample_cohort(job, cohort, terms, seeds, each)
         summary.seconds += time.perf_counter() - began
-        contents = [encode_png(image) for image in images]
+        writer = job.directory.writer
+        contents = [writer.encode(image) for image in images]
         # Measured as the files hold them, so that anyone can measure the same.
-        rows = _rows(job, cohort, seeds, terms, from_uint8(to_uint8(images)).to(job.device), contents)
+        held = from_uint8(to_uint8(images))
+        if not writer.lossless:
+            held = torch.stack([read_image(content, channels=len(images[0])) for content in contents])
+        rows = _rows(job, cohort, seeds, terms, held.to(job.device), contents)
     except Exception as error:
-        if not (isinstance(error, _NotFinite | RunError) or is_out_of_memory(error)):
+        if not isinstance(error, _NotFinite | RunError) and not is_out_of_memory(error):
             raise
         progress.advance(cohort.count - told)  # done with, if not done
         if isinstance(error, _NotFinite):
@@ -277,6 +295,8 @@ def _condition(job: Job, cohort: Cohort, guided: Guided) -> Condition:
 
 
 def _remedy(job: Job) -> str:
+    if float(job.levels.alpha[0]) == 0 and getattr(job.denoiser, "prediction", None) in ("eps", "epsilon"):
+        return "The path begins at alpha 0, where a network that predicts noise says nothing of the image: use another spacing."
     if job.recipe.model.dtype != "float32":
         return "Use model.dtype float32."
     if job.recipe.guidance:
@@ -314,7 +334,7 @@ def _rows(
     }
     compared = [(term, each) for (term, _), each in zip(potentials, seen, strict=True) if isinstance(term, ExemplarPotential)]
     nearest = _nearest(job, cohort, *compared[0]) if compared and job.exemplars else None
-    rows = _planned_rows(job, cohort, DONE)
+    rows = planned_rows(job, cohort, DONE)
     for place, row in enumerate(rows):
         row |= {column: values[place] for column, values in energies.items()}
         row |= {"seed": seeds[place], "sha256": hashlib.sha256(contents[place]).hexdigest()}
@@ -332,46 +352,6 @@ def _nearest(job: Job, cohort: Cohort, term: ExemplarPotential, seen: Tensor) ->
         (f"{cohort.class_name}/{called[place]}", distance)
         for place, distance in zip(places.tolist(), distances.sqrt().tolist(), strict=True)
     ]
-
-
-def _planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:
-    """What is known of a cohort's images before they are made."""
-    return [
-        {
-            "file": image_file(cohort.class_name, index) if status == DONE else None,
-            "class": cohort.class_name,
-            "label": cohort.label,
-            "index": index,
-            "seed": image_seed(job.recipe.seed, cohort.class_name, index),
-            "cohort": cohort.index,
-            "model": Path(job.recipe.model.name).name,
-            "guidance": guidance_text(job.recipe),
-            "status": status,
-        }
-        for index in _indices(cohort)
-    ]
-
-
-def _finish(job: Job, rows: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Writes what sums the run up: manifest, imagefolder metadata and contact sheet."""
-    ordered = [row for cohort in job.cohorts for row in rows.get(cohort.key) or _planned_rows(job, cohort, FAILED)]
-    job.directory.publish("manifest.parquet", parquet_bytes(ordered, job.schema))
-    done = [row for row in ordered if row["status"] == DONE]
-    if done:
-        text = metadata_jsonl((row["file"], row["class"]) for row in done)
-        job.directory.publish(f"{IMAGES}/{METADATA}", text.encode())
-        job.directory.publish("contact_sheet.png", _contact_sheet(job, done))
-
-
-def _contact_sheet(job: Job, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    files: dict[str, list[str]] = {}
-    for row in rows:
-        files.setdefault(row["class"], []).append(row["file"])
-    generated = {
-        name: torch.stack([read_image(job.directory.path / file, channels=job.image_shape[0]) for file in of_class])
-        for name, of_class in ((name, found[: 2 * _SHEET_COLUMNS]) for name, found in files.items())
-    }
-    return contact_sheet_png(job.exemplars.images if job.exemplars else {}, generated, columns=_SHEET_COLUMNS)
 
 
 @contextmanager

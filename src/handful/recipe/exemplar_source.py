@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from handful.data.exemplars import Exemplars
-from handful.data.images import image_folder
 from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
+from handful.data.sources import labelled_files
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.method import Requests, named, potentials
@@ -49,7 +49,7 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | Non
                 f"it lies in the folder of exemplars '{asked.path}', and would be taken for a class of it",
                 "Choose an --out beside it.",
             )
-        counts = {name: len(files) for name, files in image_folder(asked.path, field="exemplars").items()}
+        counts = labelled_files(asked.path, field="exemplars", flat=True).counts
     for name in recipe.classes or ():
         if name not in counts:
             raise RequestError(

@@ -196,13 +196,31 @@ def _refuse_twice(names: Sequence[str]) -> None:
         )
 
 
-def plan_cohorts(labels: Mapping[str, int | None], per_class: int, cohort: int) -> list[Cohort]:
-    """Cuts each class into cohorts; the last of a class may be smaller."""
-    return [
-        Cohort(name, label, index, first, min(cohort, per_class - first))
-        for name, label in labels.items()
-        for index, first in enumerate(range(0, per_class, cohort))
-    ]
+def plan_cohorts(
+    labels: Mapping[str, int | None],
+    per_class: int | Mapping[str, int],
+    cohort: int,
+    laid: Mapping[str, Sequence[int]] | None = None,
+) -> list[Cohort]:
+    """Cuts each class into cohorts; the last of a class may be smaller.
+
+    Args:
+        labels: By class, in order.
+        per_class: Images of each class, or by class.
+        cohort: Images of a cohort.
+        laid: By class the sizes of cohorts that are there already: they stay, and more images come after them in cohorts of
+            their own. A smaller one among them stays as small.
+    """
+    planned = []
+    for name, label in labels.items():
+        sizes = list((laid or {}).get(name, ()))
+        first, count = sum(sizes), per_class if isinstance(per_class, int) else per_class[name]
+        sizes += [min(cohort, count - begin) for begin in range(first, count, cohort)]
+        first = 0
+        for index, size in enumerate(sizes):
+            planned.append(Cohort(name, label, index, first, size))
+            first += size
+    return planned
 
 
 def image_seed(run_seed: int, class_name: str, index: int) -> int:

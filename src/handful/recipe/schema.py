@@ -75,6 +75,10 @@ DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 _NAME_IT = "Name a model of the zoo, such as digits, or a model's directory (--model)."
+_IMAGE: dict[str, JsonValue] = {
+    "problem": "there is no such kind of image",
+    "remedy": "Choose png, jpeg:QUALITY (1 to 100), webp:QUALITY or webp-lossless.",
+}
 _DEVICE: dict[str, JsonValue] = {"problem": "there is no such device", "remedy": "Choose auto, cpu, cuda, cuda:N or mps."}
 
 
@@ -181,6 +185,20 @@ class SamplerRequest(Request):
     clamp: bool | None = None
 
 
+class OutputRequest(Request):
+    """How the images are written.
+
+    Attributes:
+        format: `imagefolder`, `webdataset` or `parquet`; see `handful.runs.writers`.
+        image: `png`, `jpeg:QUALITY`, `webp:QUALITY` or `webp-lossless`.
+    """
+
+    format: Literal["imagefolder", "webdataset", "parquet"] = "imagefolder"
+    image: Annotated[str, Field(pattern=r"^(png|webp-lossless|(jpeg|webp):([1-9][0-9]?|100))$", json_schema_extra=_IMAGE)] = (
+        "png"
+    )
+
+
 class Recipe(Request):
     """A data set to generate.
 
@@ -189,12 +207,14 @@ class Recipe(Request):
         model: Which pretrained model.
         exemplars: Which real images guide.
         classes: Names of the classes to generate; None: those of the exemplars, else all that the model knows.
-        per_class: Images to generate of each class.
+        per_class: Images to generate of each class; or by class, such as {cat: 500, dog: 200}, which names the classes too.
+        counts: Of single classes, over per_class; where a mapping for per_class is kept.
         cohort: How many images are guided together; a class's last cohort may be smaller.
         seed: Of all noise.
         sampler: How noise becomes images.
         guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
         chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
+        output: How the images are written.
     """
 
     format: Literal[1] = 1
@@ -202,11 +222,17 @@ class Recipe(Request):
     exemplars: ExemplarsRequest = ExemplarsRequest()
     classes: ClassNames | None = None
     per_class: Positive = 64
+    counts: dict[str, Positive] = Field(default_factory=dict)
     cohort: Positive = 64
     seed: int = 0
     sampler: SamplerRequest = SamplerRequest()
     guidance: tuple[GuidanceRequest, ...] | None = None
     chunk: Positive | None = None
+    output: OutputRequest = OutputRequest()
+
+    def images_of(self, class_name: str) -> int:
+        """How many images of a class are asked for."""
+        return self.counts.get(class_name, self.per_class)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and texts, in the order of the fields."""
@@ -219,6 +245,9 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
     Raises:
         RequestError: Naming the dotted field, its value and what to do; several faults are told together.
     """
+    if isinstance(counts := data.get("per_class"), Mapping):  # by class: it names the classes too
+        data = {**data, "counts": counts, "classes": data.get("classes") or list(counts)}
+        del data["per_class"]
     try:
         # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
         return Recipe.model_validate_json(json.dumps(data), strict=True)

@@ -21,7 +21,7 @@ from handful.files.atomic import write_atomically
 _TILE = 64  # pixels: what small images are enlarged towards
 _LARGEST = 128  # pixels: what large ones are reduced to
 _GAP, _MARGIN, _TEXT = 2, 12, 15
-_MOST_CLASSES = 40  # what more would show, nobody looks at; a sheet of 1,000 classes would have a billion pixels
+MOST_CLASSES = 40  # what more would show, nobody looks at; a sheet of 1,000 classes would have a billion pixels
 _PAPER, _INK, _EXEMPLARS, _GENERATED = (255, 255, 255), (30, 30, 30), (214, 118, 20), (120, 120, 120)
 
 
@@ -54,7 +54,7 @@ def contact_sheet_png(
             "there is nothing to draw",
             "Give at least one class, column and row.",
         )
-    shown = classes[:_MOST_CLASSES]
+    shown = classes[:MOST_CLASSES]
     height, width = generated[shown[0]].shape[-2:]
     tile = tile_size(height, width)
     columns = min(columns, max(max(len(generated[name]), len(exemplars.get(name, ()))) for name in shown))

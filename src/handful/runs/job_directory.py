@@ -1,21 +1,23 @@
 """A directory that one kind of job of handful owns: what lies there, one process at a time, files whole or not at all.
 
 DIR/recipe.yaml or sweep.yaml   the mark: what was asked for, with its provenance
-DIR/.handful/lock               held by the one process that works here
+DIR/.handful/lock               held by the one process that works here (by a run's processes for moments only)
 DIR/.handful/tmp/               everything unfinished; emptied at every start and end
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from handful.errors import RequestError
+from handful.files.atomic import publish
+from handful.files.locks import held
 from handful.recipe.file import PROVENANCE, parse_yaml
 
 OURS = ".handful"
@@ -79,29 +81,34 @@ class OwnedDirectory:
         Raises:
             RequestError: Another process works here.
         """
-        self._own.mkdir(parents=True, exist_ok=True)
-        with (self._own / "lock").open("a") as handle:
-            with suppress(ImportError):  # Windows has no fcntl; there nobody is kept out
-                import fcntl
-
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise RequestError(
-                        "out",
-                        self.path,
-                        f"another process is {self._doing} into it",
-                        "Wait until it has finished, or choose another --out.",
-                    ) from None
-                except OSError as error:  # some network file systems lock nothing
-                    if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
-                        raise
+        with self.lock(0):
             self._clear()
             try:
-                self._temporary.mkdir()
+                self._temporary.mkdir(parents=True)
                 yield
             finally:
                 self._clear()
+
+    @contextmanager
+    def lock(self, seconds: float = 600) -> Iterator[None]:
+        """Creates the directory where needed, and is the only process inside the block.
+
+        Args:
+            seconds: To wait for another one, which holds it for moments.
+
+        Raises:
+            RequestError: Another process is there after that time.
+        """
+        self._own.mkdir(parents=True, exist_ok=True)
+        with held(self._own / "lock", seconds) as got:
+            if not got:
+                raise RequestError(
+                    "out",
+                    self.path,
+                    f"another process is {self._doing} into it",
+                    "Wait until it has finished, or choose another --out.",
+                )
+            yield
 
     def _clear(self) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
@@ -113,22 +120,7 @@ class OwnedDirectory:
             name: Relative to the directory; missing folders are made.
         """
         target = self.path / name
-        with suppress(OSError):
-            if target.read_bytes() == content:
-                return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._temporary / target.name
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
-        with suppress(OSError):  # the rename itself; not every file system can
-            folder = os.open(target.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        publish(target, content, self._temporary / f"{secrets.token_hex(4)}-{target.name}"[:200])
 
     def free_bytes(self) -> int:
         """Free space where the directory is or will be."""

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from handful.data.exemplars import Exemplars, content_hash
+from handful.data.images import read_all
+from handful.data.shared_exemplars import features_file
+from handful.data.sources import LabelledFiles, labelled_files
+from handful.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,76 @@ def exemplars_of(run: str | Path) -> DrawnExemplars | None:
         return None
     folder = Path(run).expanduser() / Path(asked["path"]).expanduser()  # a relative path is relative to the recipe
     return DrawnExemplars(folder, asked.get("k", asked.get("per_class")), asked.get("seed") or 0)
+
+
+def drawn_json(folder: str | None, exemplars: Exemplars) -> bytes:
+    """Which images guide a run, for .handful/exemplars.json: always the same bytes for the same ones."""
+    images = {
+        name: [[called, content] for called, content in zip(exemplars.called(name), hashes, strict=True)]
+        for name, hashes in exemplars.hashes.items()
+    }
+    shape = list(exemplars.shape)
+    return (json.dumps({"folder": folder, "shape": shape, "images": images}, ensure_ascii=False) + "\n").encode()
+
+
+def drawn(run: str | Path) -> dict[str, tuple[str, ...]]:
+    """By class the content hashes of the images that guided a run; {} where they were not recorded."""
+    try:
+        images = _drawn(run)["images"]
+        return {name: tuple(content for _, content in of_class) for name, of_class in images.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", remedy: str = "--real DIR") -> LabelledFiles:
+    """The images of the folder of a run's exemplars that guided nothing, of the classes that were generated.
+
+    An image that guided is known by its content: a copy of it under another name is left out too.
+
+    Args:
+        run: A run directory.
+        needed: How many of each class there must be.
+        field: What errors call them.
+        remedy: The option that names other images.
+
+    Raises:
+        RequestError: The run had no exemplars or only their features, their folder is gone, or too few are left.
+    """
+    root = Path(run).expanduser()
+    root = root.parent if root.name == "images" else root
+    asked, other = exemplars_of(root), f"Name a folder of real images ({remedy})."
+    if asked is None:
+        raise RequestError(field, root, "no exemplars guided it, so no real images are known", other)
+    if features_file(asked.folder) is not None:
+        raise RequestError(field, root, "its exemplars were a file of features, which holds no images", other)
+    listed = labelled_files(asked.folder, field=field, flat=True)
+    used = drawn(root)
+    if not used:
+        raise RequestError(field, root, "which images guided it was not recorded", other)
+    channels, height, width = _drawn(root)["shape"]
+    listed = listed.only([place for place, name in enumerate(listed.labels) if name in used])
+
+    def guided(place: int) -> bool:
+        return content_hash(listed.content(place), channels, (height, width)) in contents
+
+    contents = {content for of_class in used.values() for content in of_class}
+    known = read_all(guided, range(len(listed)), field=field, root=asked.folder)
+    left = listed.only([place for place, is_used in enumerate(known) if not is_used])
+    counts = {name: left.counts.get(name, 0) for name in used}
+    few = [f"'{name}' has {count} of {listed.counts.get(name, 0)}" for name, count in counts.items() if count < needed]
+    if few:
+        listed_few = ", ".join(few[:5]) + (f" and {len(few) - 5} more classes" if len(few) > 5 else "")
+        raise RequestError(
+            field,
+            asked.folder,
+            f"too few of its images are left that guided nothing: {listed_few}, and {needed} of each class are needed",
+            f"Generate with a smaller --k, add images to the folder, or name another one ({remedy}).",
+        )
+    return left
+
+
+def _drawn(run: str | Path) -> dict[str, Any]:
+    return json.loads((Path(run).expanduser() / ".handful" / "exemplars.json").read_text(encoding="utf-8"))
 
 
 def _recipe(run: str | Path) -> dict[str, Any]:

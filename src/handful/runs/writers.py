@@ -1,16 +1,175 @@
-"""Generated images as files: a folder per class and metadata.jsonl, which Hugging Face's "imagefolder" loads as it is."""
+"""Generated images as files: which file holds an image, how it is encoded, and how a cohort's images are packed.
+
+    imagefolder   images/CLASS/000000.png and metadata.jsonl, as Hugging Face's "imagefolder" has it
+    webdataset    data/CLASS-0000.tar, a shard a cohort: KEY.png, KEY.cls (the label) and KEY.json
+    parquet       data/CLASS-0000.parquet, a shard a cohort: image {bytes, path}, label (ClassLabel), index, seed
+
+A shard is a cohort, so it is bounded, is there whole or not at all, and has the same bytes whoever makes it. A manifest names
+an image in a shard as SHARD::NAME.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import re
-from collections.abc import Iterable
+import tarfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from torch import Tensor
+
+from handful.data.images import encode_png, to_uint8
 from handful.errors import RequestError
+from handful.recipe.plan import Cohort
 
-IMAGES = "images"
+IMAGES, SHARDS = "images", "data"
 METADATA = "metadata.jsonl"
+FORMATS = ("imagefolder", "webdataset", "parquet")
 _RESERVED = re.compile(r"^(con|prn|aux|nul|com[0-9]|lpt[0-9]|metadata)(\..*)?$", re.IGNORECASE)
+_SUFFIX = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "webp-lossless": ".webp"}
+_INSIDE = "::"
+
+
+@dataclass(frozen=True)
+class Writer:
+    """How a run's images become files.
+
+    Args:
+        format: One of `FORMATS`.
+        image: `png`, `jpeg:QUALITY`, `webp:QUALITY` or `webp-lossless`.
+        classes: All classes in order, for shards that number them.
+    """
+
+    format: str = "imagefolder"
+    image: str = "png"
+    classes: tuple[str, ...] = ()
+
+    @property
+    def _kind(self) -> tuple[str, int | None]:
+        kind, _, quality = self.image.partition(":")
+        return kind, int(quality) if quality else None
+
+    @property
+    def lossless(self) -> bool:
+        """Whether a file holds the very bytes that were made."""
+        return self._kind[0] in ("png", "webp-lossless")
+
+    @property
+    def suffix(self) -> str:
+        """Of an image's name."""
+        return _SUFFIX[self._kind[0]]
+
+    def encode(self, image: Tensor) -> bytes:
+        """One image (c, h, w) in [-1, 1] as a file's content, which its pixels (and Pillow's version) decide alone."""
+        kind, quality = self._kind
+        if kind == "png":
+            return encode_png(image)
+        values = np.ascontiguousarray(to_uint8(image).cpu().permute(1, 2, 0).numpy())
+        picture = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
+        options: dict[str, Any] = {"lossless": True} if kind == "webp-lossless" else {"quality": quality}
+        if kind == "jpeg":
+            options["subsampling"] = 0  # colours at full resolution: an image is generated once and judged for ever
+        encoded = io.BytesIO()
+        picture.save(encoded, kind.partition("-")[0].upper(), **options)
+        return encoded.getvalue()
+
+    def files(self, cohort: Cohort) -> list[str]:
+        """Where each image of a cohort lies, relative to the run directory."""
+        names = [f"{cohort.class_name}/{index:06d}{self.suffix}" for index in range(cohort.first, cohort.first + cohort.count)]
+        if self.format == "imagefolder":
+            return [f"{IMAGES}/{name}" for name in names]
+        return [f"{self.shard(cohort)}{_INSIDE}{name}" for name in names]
+
+    def shard(self, cohort: Cohort) -> str:
+        """The file of a cohort's images, in formats that have such."""
+        return f"{SHARDS}/{cohort.key}.{'tar' if self.format == 'webdataset' else 'parquet'}"
+
+    def pack(self, cohort: Cohort, images: Sequence[bytes], rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+        """The files that hold a cohort's images, by name relative to the run directory."""
+        files = self.files(cohort)
+        if self.format == "imagefolder":
+            return dict(zip(files, images, strict=True))
+        names = [file.partition(_INSIDE)[2] for file in files]
+        label = self.classes.index(cohort.class_name)
+        if self.format == "webdataset":
+            return {self.shard(cohort): _tar(cohort.label if cohort.label is not None else label, names, images, rows)}
+        return {self.shard(cohort): _parquet(label, self.classes, names, images, rows)}
+
+    def unpack(self, cohort: Cohort, root: Path) -> list[bytes] | None:
+        """What `pack` packed; None where a file is missing or damaged."""
+        files = self.files(cohort)
+        try:
+            if self.format == "imagefolder":
+                return [(root / file).read_bytes() for file in files]
+            content = io.BytesIO((root / self.shard(cohort)).read_bytes())
+            if self.format == "parquet":
+                return [
+                    cell["bytes"] for cell in pq.ParquetFile(content).read(["image"], use_threads=False)["image"].to_pylist()
+                ]
+            names, found = [file.partition(_INSIDE)[2] for file in files], []
+            with tarfile.open(fileobj=content) as archive:
+                for name in names:
+                    stream = archive.extractfile(name)
+                    found.append(stream.read() if stream else b"")
+            return found
+        except (OSError, pa.ArrowException, tarfile.TarError, LookupError, TypeError):
+            return None
+
+    def read(self, root: Path, file: str) -> bytes:
+        """The content of one image, by its name in the manifest."""
+        shard, inside, name = file.partition(_INSIDE)
+        if not inside:
+            return (root / file).read_bytes()
+        content = io.BytesIO((root / shard).read_bytes())
+        if shard.endswith(".parquet"):
+            cells = pq.ParquetFile(content).read(["image"], use_threads=False)["image"].to_pylist()
+            return next(cell["bytes"] for cell in cells if cell["path"] == name)
+        with tarfile.open(fileobj=content) as archive:
+            stream = archive.extractfile(name)
+            return stream.read() if stream else b""
+
+
+def _tar(label: int, names: Sequence[str], images: Sequence[bytes], rows: Sequence[Mapping[str, Any]]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for name, image, row in zip(names, images, rows, strict=True):
+            told = {key: row[key] for key in ("class", "label", "index", "seed")}
+            stem = name.rpartition(".")[0]
+            members = {name: image, f"{stem}.cls": str(label).encode(), f"{stem}.json": json.dumps(told).encode()}
+            for member, content in members.items():
+                info = tarfile.TarInfo(member)  # of no time and no user: the same bytes from everyone
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def _parquet(
+    label: int, classes: Sequence[str], names: Sequence[str], images: Sequence[bytes], rows: Sequence[Mapping[str, Any]]
+) -> bytes:
+    table = pa.table(
+        {
+            "image": pa.array(
+                [{"bytes": image, "path": name} for image, name in zip(images, names, strict=True)],
+                pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+            ),
+            "label": pa.array([label] * len(names), pa.int64()),
+            "index": pa.array([row["index"] for row in rows], pa.int64()),
+            "seed": pa.array([row["seed"] for row in rows], pa.int64()),
+        }
+    )
+    whole = {"dtype": "int64", "_type": "Value"}
+    features = {"image": {"_type": "Image"}, "label": {"names": list(classes), "_type": "ClassLabel"}}
+    told = {"info": {"features": features | {"index": whole, "seed": whole}}}
+    stream = io.BytesIO()
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(told)}), stream)
+    return stream.getvalue()
 
 
 def check_class_names(names: Iterable[str], field: str) -> None:
@@ -50,19 +209,6 @@ def _problem(name: str) -> str | None:
     return None
 
 
-def image_file(class_name: str, index: int) -> str:
-    """Where an image lies, relative to the run directory."""
-    return f"{IMAGES}/{class_name}/{index:06d}.png"
-
-
-def metadata_jsonl(rows: Iterable[tuple[str, str]]) -> str:
-    """The imagefolder's metadata.
-
-    Args:
-        rows: (file relative to the run directory, class name).
-    """
-    lines = (
-        json.dumps({"file_name": file.removeprefix(f"{IMAGES}/"), "label": label}, ensure_ascii=False) + "\n"
-        for file, label in rows
-    )
-    return "".join(lines)
+def metadata_line(file: str, label: str) -> str:
+    """A line of the imagefolder's metadata: the file relative to the run directory, and its class."""
+    return json.dumps({"file_name": file.removeprefix(f"{IMAGES}/"), "label": label}, ensure_ascii=False) + "\n"
