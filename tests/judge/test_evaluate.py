@@ -260,7 +260,6 @@ def test_folders_and_judges_that_are_not_there_are_refused_by_name(tmp_path, fol
 def test_a_judge_that_guided_the_images_is_pointed_out(tmp_path):
     from handful.generate import generate
     from handful.recipe.schema import recipe_from
-    from handful.runs.writers import image_file
 
     split = load_digits_split()
     for digit in (0, 1):
@@ -275,6 +274,6 @@ def test_a_judge_that_guided_the_images_is_pointed_out(tmp_path):
         "sampler": {"steps": 2},
     }
     generate(recipe_from(asked), tmp_path / "out")
-    assert (tmp_path / "out" / image_file("0", 0)).is_file()
+    assert (tmp_path / "out" / "images/0/000000.png").is_file()
     with pytest.warns(UserWarning, match="pixels guided these images"):
         evaluate(tmp_path / "out", tmp_path / "real", "pixels", audit=False)
