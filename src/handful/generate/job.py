@@ -136,7 +136,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         raise RequestError("exemplars.path", None, f"{guided[0][1].method} guidance needs exemplars", remedy)
     directory = RunDirectory(out)
     directory.stored()
-    asked, laid = recipe.classes, directory.plan()
+    asked_classes, laid = recipe.classes, directory.plan()
     kept = {name: laid.sizes[name][:count] for name, count in directory.begun().items()}
     recipe = _with_kept_classes(recipe, kept)
     recipe, found = listed_exemplars(recipe, directory.path)
@@ -185,7 +185,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
     notes += make_ready(denoiser, prompts, placement, settled.levels, told)
     energies = [column for column in energy_columns(guidance) if column]
-    recipe, cohorts, planned = _planned(recipe, labels.of, asked, kept)
+    recipe, cohorts, planned = _planned(recipe, labels.of, asked_classes, kept)
     notes += planned
     directory.writer = Writer(recipe.output.format, recipe.output.image, tuple(labels.of))
     job = Job(
