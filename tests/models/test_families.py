@@ -18,6 +18,7 @@ from support.edm import Preconditioned
 from support.pipelines import tiny_sdxl, tiny_stable_diffusion
 from support.pipelines_dit import tiny_dit
 from support.pipelines_flow import tiny_flux, tiny_sd3
+from support.pipelines_more import MORE, tiny
 from torch import Tensor
 
 import handful
@@ -25,7 +26,7 @@ from handful.core.denoiser import Clamped, Denoiser, NetworkDenoiser, shrunk
 from handful.core.samplers import SAMPLERS, start
 from handful.features.registry import pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Pull
-from handful.models import load
+from handful.models import from_pipeline, load
 from handful.models.edm import EDMDenoiser
 from handful.models.latent import LatentDenoiser
 
@@ -69,6 +70,8 @@ FAMILIES: dict[str, Callable[[Path], NetworkDenoiser]] = {
     "sdxl": saved_pipeline(tiny_sdxl),
     "sd3": saved_pipeline(tiny_sd3),
     "flux": saved_pipeline(tiny_flux, resolution=(32, 32)),
+    # but chroma, which rounds its times too in half precision, to whole ones and worse
+    **{name: lambda _, name=name: from_pipeline(tiny(name), resolution=(32, 32)) for name in MORE if name != "chroma"},
 }
 
 

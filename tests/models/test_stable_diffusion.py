@@ -438,3 +438,23 @@ def test_what_a_text_encoder_does_not_read_of_a_prompt_is_said():
     assert len(flux.unread(["word " * 80])) == 2
     sd.free_text_encoders()
     assert sd.unread([long])
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusionImg2ImgPipeline", "StableDiffusionPAGPipeline", "MyOwnPipeline"])
+def test_pipelines_of_the_same_parts_are_the_same_model(tmp_path, kind):
+    pipeline = tiny_stable_diffusion(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
+    assert type(skeleton(tmp_path)) is type(load(tmp_path))
+    x, at = torch.randn(1, 4, 8, 8), from_pipeline(pipeline).levels.spacing(4)[1]
+    answers = [made(x, at, made.condition(["a"])) for made in (load(tmp_path), from_pipeline(pipeline))]
+    torch.testing.assert_close(*answers)
+
+
+def test_a_pipeline_that_is_steered_by_pictures_is_refused(tmp_path):
+    tiny_stable_diffusion(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    more = {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **more}))
+    with pytest.raises(RequestError, match=r"StableDiffusionControlNetPipeline.*controlnet/"):
+        load(tmp_path)

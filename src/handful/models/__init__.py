@@ -23,6 +23,7 @@ from typing import Any
 
 from handful.core.denoiser import NetworkDenoiser
 from handful.errors import RequestError
+from handful.models.door import wrong_file, wrong_folder
 from handful.models.libraries import check_libraries
 from handful.models.options import ModelOptions
 from handful.models.pipelines import check_components, with_variant
@@ -40,6 +41,9 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "stable_diffusion3",
     "FluxPipeline": "flux",
 }
+# The class of a pipeline's transformer -> the family's file, whatever the pipeline is called.
+TRANSFORMERS = {"DiTTransformer2DModel": "dit", "SD3Transformer2DModel": "stable_diffusion3", "FluxTransformer2DModel": "flux"}
+BASE = "Use the family's base model for text to image."
 # A single file's ending -> the family's file, where the ending decides.
 FILES = {".pt": "adm", ".pth": "adm", ".pkl": "edm"}
 
@@ -87,9 +91,11 @@ def from_pipeline(pipeline: Any, options: ModelOptions | None = None, **words: A
     """
     check_libraries()
     kind = type(pipeline).__name__
-    if kind not in PIPELINES or PIPELINES[kind] == "unet2d":
-        raise RequestError("pipeline", kind, "this family is not known", f"Use one of: {', '.join(_latent())}.")
-    return _family(PIPELINES[kind]).from_pipeline(pipeline, replace(options or ModelOptions(), **words))
+    parts = {name: [None, type(part).__name__] for name, part in pipeline.components.items()}
+    family = PIPELINES.get(kind) or _by_parts(parts) or "any_pipeline"
+    if family == "unet2d":
+        raise RequestError("pipeline", kind, "it is loaded from its directory", "Use handful.load(DIRECTORY).")
+    return _family(family).from_pipeline(pipeline, replace(options or ModelOptions(), **words))
 
 
 def _found(
@@ -102,6 +108,8 @@ def _found(
     if path.endswith(".py") and function:
         return Source(name), options, _family("edm")
     source = Source(name, folder=zoo_path(name)) if name in ZOO else find_source(name_or_path, options.revision)
+    if source is None and Path(name).expanduser().is_file():
+        raise wrong_file(Path(name).expanduser(), name)
     if source is None:
         raise RequestError(
             "model",
@@ -123,8 +131,6 @@ def family_of(source: Source) -> str:
     """
     if source.file is not None:
         return FILES.get(source.file.suffix, "stable_diffusion")
-    if source.name in ZOO and (own := (source.read_json("handful.json") or {}).get("family")):
-        return own
     index = source.read_json("model_index.json")
     kind = "" if index is None else str(index.get("_class_name"))
     if kind in PIPELINES:
@@ -132,23 +138,22 @@ def family_of(source: Source) -> str:
     for path in ("unet/config.json", "config.json"):
         if (source.read_json(path) or {}).get("_class_name") == "UNet2DModel":
             return "unet2d"
-    if kind:
+    if index is None:
+        raise wrong_folder(source)
+    return _by_parts(index) or "any_pipeline"
+
+
+def _by_parts(index: dict[str, Any]) -> str | None:
+    """The family of a pipeline by the classes of its parts: one for image to image, or a subclass, has the same."""
+    parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
+    if more := [name for name in parts if name in ("controlnet", "adapter", "motion_adapter", "prior")]:
         raise RequestError(
-            "model",
-            source.name,
-            f"it is a {kind}, a family that is not known",
-            f"Use one of: UNet2DModel, {', '.join(_latent())}.",
+            "model", str(index.get("_class_name")), f"it is steered by more than a prompt ({', '.join(more)}/)", BASE
         )
-    raise RequestError(
-        "model",
-        source.name,
-        "it holds no model_index.json of a pipeline and no UNet2DModel (looked for unet/config.json and config.json)",
-        "Give the directory that a diffusers pipeline's save_pretrained wrote.",
-    )
-
-
-def _latent() -> list[str]:
-    return [kind for kind, file in PIPELINES.items() if file != "unet2d"]
+    if parts.get("transformer") in TRANSFORMERS:
+        return TRANSFORMERS[parts["transformer"]]
+    clip = str(parts.get("text_encoder")).startswith("CLIPText")
+    return "stable_diffusion" if parts.get("unet") == "UNet2DConditionModel" and clip else None
 
 
 def _family(name: str) -> ModuleType:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from handful.core.noise import VP
 from handful.errors import RequestError
+from handful.models.door import what_tensors_say
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import on_meta
 from handful.models.source import Source
@@ -242,6 +243,8 @@ def _architecture(file: Path, state: State) -> Architecture:
         "out.2.weight",
         "input_blocks.1.0.emb_layers.1.weight",
     )
+    if needed[0] not in state and (told := what_tensors_say(state)) is not None:
+        raise RequestError("model", str(file), f"it is {told[0]}", told[1])
     for name in needed:
         if name not in state or state[name].ndim < 2:
             raise _refused(file, f"it has no {name}")

@@ -68,11 +68,11 @@ class LatentDenoiser(NetworkDenoiser):
                     f"Use {near}.",
                 )
         tiny: Any = None if preview_vae is None else preview_vae.config
-        if tiny and tiny.latent_channels != config.latent_channels:
+        if tiny and tiny.latent_channels != channels_of(config):
             raise RequestError(
                 "model.preview_decoder",
                 f"latents of {tiny.latent_channels} channels",
-                f"this model's have {config.latent_channels}",
+                f"this model's have {channels_of(config)}",
                 "Name one of this model's latents.",
             )
         if tiny and 2 ** (len(tiny.decoder_block_out_channels) - 1) != factor:
@@ -83,7 +83,8 @@ class LatentDenoiser(NetworkDenoiser):
                 "Name one of this model's latents.",
             )
         height, width = (side // factor for side in resolution)
-        super().__init__(network, prediction, (config.latent_channels, height, width), levels)
+        super().__init__(network, prediction, (channels_of(config), height, width), levels)
+        self._frames = hasattr(config, "temperal_downsample")  # the autoencoder takes images as videos of one frame
         self.factor, self.resolution = factor, resolution
         self.vae = vae.eval().requires_grad_(False)
         self.preview_vae = None if preview_vae is None else preview_vae.eval().requires_grad_(False)
@@ -92,7 +93,7 @@ class LatentDenoiser(NetworkDenoiser):
     @property
     def image_shape(self) -> tuple[int, int, int]:
         config: Any = self.vae.config
-        return config.out_channels, *self.resolution
+        return getattr(config, "out_channels", 3), *self.resolution
 
     def components(self) -> Mapping[str, nn.Module]:
         held = {"network": self.network, "vae": self.vae, "preview_vae": self.preview_vae}
@@ -105,14 +106,17 @@ class LatentDenoiser(NetworkDenoiser):
     def decode(self, x0: Tensor) -> Tensor:
         """Latents (n, *shape) -> images (n, 3, *resolution); differentiable."""
         vae: Any = self.vae
-        return vae.decode(self._from_unit(x0).to(_dtype(vae)), return_dict=False)[0].to(x0.dtype)
+        z = self.scaled_for_vae(x0).to(_dtype(vae))
+        images = vae.decode(z.unsqueeze(2) if self._frames else z, return_dict=False)[0]
+        return (images[:, :, 0] if self._frames else images).to(x0.dtype)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (n, 3, *resolution) in [-1, 1] -> the mode of their latents, (n, *shape)."""
         vae: Any = self.vae
-        encoded = vae.encode(images.to(_dtype(vae)))
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return self._to_unit(latents.to(images.dtype))
+        images_ = images.to(_dtype(vae))
+        encoded = vae.encode(images_.unsqueeze(2) if self._frames else images_)
+        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded[0]
+        return self._to_unit((latents[:, :, 0] if self._frames else latents).to(images.dtype))
 
     def is_linear(self, reduce: int) -> bool:
         """Whether a preview at this reduction goes through the fitted linear map."""
@@ -178,24 +182,34 @@ class LatentDenoiser(NetworkDenoiser):
         if self.vae_overflows and dtype == torch.float16:
             self.vae.to(torch.float32)
 
-    def _from_unit(self, x0: Tensor) -> Tensor:
-        config: Any = self.vae.config
-        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-        if mean is not None and std is not None:
-            return x0 * _channels(std, x0) / config.scaling_factor + _channels(mean, x0)
-        return x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+    def scaled_for_vae(self, x0: Tensor) -> Tensor:
+        """Latents of unit scale (n, *shape) -> as the autoencoder has them."""
+        scale, shift = self._scale_and_shift(x0)
+        return x0 * scale + shift
 
     def _to_unit(self, latents: Tensor) -> Tensor:
+        scale, shift = self._scale_and_shift(latents)
+        return (latents - shift) / scale
+
+    def _scale_and_shift(self, like: Tensor) -> tuple[Any, Any]:
         config: Any = self.vae.config
         mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        factor = getattr(config, "scaling_factor", None) or 1.0
         if mean is not None and std is not None:
-            return (latents - _channels(mean, latents)) * config.scaling_factor / _channels(std, latents)
-        return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+            return _channels(std, like) / factor, _channels(mean, like)
+        return 1 / factor, getattr(config, "shift_factor", None) or 0.0
 
 
 def factor_of(vae: Any) -> int:
     """Pixels of an image to one of its latents, along a side, by an autoencoder's config."""
-    return 2 ** (len(vae.block_out_channels) - 1)
+    if (halvings := getattr(vae, "temperal_downsample", None)) is not None:  # diffusers' spelling; of autoencoders of videos
+        return 2 ** len(halvings)
+    return 2 ** (len(getattr(vae, "block_out_channels", None) or vae.encoder_block_out_channels) - 1)
+
+
+def channels_of(vae: Any) -> int:
+    """Channels of the latents, by an autoencoder's config."""
+    return getattr(vae, "latent_channels", None) or vae.z_dim
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

@@ -16,6 +16,7 @@ from handful.models.options import ModelOptions
 
 Embeddings = Mapping[str, Tensor]
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+LENGTHS = "lengths"  # of embeddings that were filled up with zeros, (n,): their true numbers of tokens
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
@@ -97,9 +98,23 @@ class Prompts:
         if len(set(prompts)) == 1:  # one row, seen n times: no memory for the copies
             joined = {name: names[name].to(device).expand(len(prompts), *names[name].shape[1:]) for name in names}
         else:
-            joined = {name: torch.cat([self._kept[prompt][name] for prompt in prompts]).to(device) for name in names}
+            rows = [self._kept[prompt] for prompt in prompts]
+            joined = {name: _joined([row[name] for row in rows]).to(device) for name in names}
+            lengths = [max((one.shape[1] for one in row.values() if one.ndim > 1), default=0) for row in rows]
+            if len(set(lengths)) > 1:
+                joined[LENGTHS] = torch.tensor(lengths, device=device)
         null = None if self._null is None else {name: each.to(device) for name, each in self._null.items()}
         return Condition(embeddings=joined, null_embeddings=null)
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    """Embeddings (1, tokens, ...) below each other; shorter ones end in zeros."""
+    most = max(row.shape[1] for row in rows) if rows[0].ndim > 1 else 0
+    short = [row if row.ndim < 2 or row.shape[1] == most else row.new_zeros(1, most, *row.shape[2:]) for row in rows]
+    for row, filled in zip(rows, short, strict=True):
+        if filled is not row:
+            filled[:, : row.shape[1]] = row
+    return torch.cat(short)
 
 
 class Prompted:

@@ -79,9 +79,9 @@ def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:
     import diffusers
 
     kind = str(config.get("_class_name", "DDPMScheduler"))
-    known = ("DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler")
-    if kind not in known and not config.get("use_flow_sigmas"):
-        return None  # multistep schedulers keep paths of their own; sampling them by ours would be another sampler
+    known = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep")
+    if kind.removesuffix("Scheduler") not in known and not config.get("use_flow_sigmas"):
+        return None  # others keep paths that only their own sampler walks
 
     def walked(steps: int) -> Path:
         scheduler: Any = getattr(diffusers, kind).from_config(config)

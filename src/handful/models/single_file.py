@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from handful.errors import RequestError, first_line
+from handful.models.door import what_tensors_say
 from handful.models.options import ModelOptions
 from handful.models.pipelines import load_pipeline
 from handful.models.source import Source
@@ -145,6 +146,8 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
         if key in network:
             return kind
     first = shapes.get(f"{PREFIX}input_blocks.0.0.weight")
+    if first is None and (told := what_tensors_say(shapes)) is not None:
+        raise RequestError("model", name, f"it is {told[0]}", told[1])
     if first is None:
         one = next(iter(sorted(shapes)), "none")
         raise RequestError(

@@ -120,8 +120,9 @@ def load(source: Source, options: ModelOptions) -> LatentDenoiser:
         pipeline = single_file.load_pipeline_file(source, options, kind)
     else:
         skeleton(source, options)  # what the configs can tell is said before the weights are read
-        index = source.read_json("model_index.json") or {}
-        pipeline = load_pipeline(source, options, str(index.get("_class_name")))
+        two = (source.read_json("model_index.json") or {}).get("text_encoder_2") not in (None, [None, None])
+        # by its parts: pipelines for image to image, and subclasses, have the same
+        pipeline = load_pipeline(source, options, PIPELINE_XL if two else PIPELINE)
     if _overflows(pipeline):
         pipeline.vae.to(torch.float32)
     return from_pipeline(pipeline, options)
