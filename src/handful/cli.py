@@ -21,6 +21,7 @@ from handful.commands.exemplars import exemplars
 from handful.commands.generate import generate
 from handful.commands.invert import invert
 from handful.commands.report import report
+from handful.commands.status import status, verify
 from handful.commands.sweep import sweep
 from handful.commands.utility import utility
 
@@ -43,6 +44,8 @@ COMMANDS: dict[str, dict[Any, str]] = {
     },
     "Inspect": {
         demo: "See it work on packaged images, without any of your own.",
+        status: "How far is a run, and who makes what?",
+        verify: "Are all images of a run there, and unchanged?",
         doctor: "What is installed, what is missing, and what to do.",
     },
 }

@@ -12,12 +12,18 @@ import yaml
 from support.runs import contents, digits_recipe, tiny_recipe
 
 import handful
+from handful.data.images import read_image
+from handful.data.sources import labelled_files
 from handful.errors import RequestError
 from handful.files.locks import held
+from handful.generate.again import make_again
 from handful.generate.job import prepare
 from handful.generate.run import run
 from handful.generate.share import claims_of
+from handful.generate.workers import run_with_workers
+from handful.recipe.file import read_recipe
 from handful.runs.metadata import unused_images
+from handful.runs.status import status, verify
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +116,77 @@ def test_the_images_that_guided_nothing_are_known_by_content(digits_folder: Path
     shutil.rmtree(photos)
     with pytest.raises(RequestError, match="no such folder"):
         unused_images(out)
+
+
+def test_shards_hold_the_same_images_and_the_real_loaders_read_them(model: str, tmp_path: Path):
+    import datasets
+    import webdataset
+
+    def made(name: str, **output: str) -> Path:
+        handful.generate(tiny_recipe(model, per_class=3, output=output), tmp_path / name)
+        return tmp_path / name
+
+    plain = made("plain")
+    wanted = [(plain / f"images/{name}/{index:06d}.png").read_bytes() for name in "01" for index in range(3)]
+    tar, parquet = made("tar", format="webdataset"), made("parquet", format="parquet")
+    samples = list(webdataset.WebDataset(sorted(map(str, (tar / "data").glob("*.tar"))), shardshuffle=False, empty_check=False))
+    assert [sample["png"] for sample in samples] == wanted
+    assert [int(sample["cls"]) for sample in samples] == [0, 0, 0, 1, 1, 1]
+    cache = str(tmp_path / "hf")
+    rows = datasets.load_dataset("parquet", data_files=str(parquet / "data/*.parquet"), split="train", cache_dir=cache)
+    assert rows.features["label"].names == ["0", "1"]
+    assert rows.cast_column("image", datasets.Image(decode=False))["image"][4]["bytes"] == wanted[4]
+    folder = datasets.load_dataset("imagefolder", data_dir=str(plain), split="train", cache_dir=cache)
+    assert sorted(folder["label"]) == ["0"] * 3 + ["1"] * 3
+    for out in (tar, parquet):
+        read = labelled_files(out)
+        assert (read.counts, [read.content(place) for place in range(6)]) == ({"0": 3, "1": 3}, wanted)
+        assert verify(out).whole
+        assert handful.generate(out / "recipe.yaml", out).cohorts_resumed == 4
+        shard = sorted((out / "data").iterdir())[0]
+        whole = shard.read_bytes()
+        shard.write_bytes(whole[:600])
+        assert len(verify(out).damaged + verify(out).missing) == 2
+        assert handful.generate(out / "recipe.yaml", out).cohorts_done == 1
+        assert shard.read_bytes() == whole
+    for kind, suffix in (("jpeg:95", "jpg"), ("webp:90", "webp"), ("webp-lossless", "webp")):
+        out = made(kind.replace(":", ""), image=kind)
+        image = read_image(out / f"images/0/000000.{suffix}", channels=1)
+        exact = read_image(plain / "images/0/000000.png", channels=1)
+        assert (image - exact).abs().max() < (1e-6 if kind == "webp-lossless" else 0.4)
+    with pytest.raises(RequestError, match=r"output.image.*jpeg:0.*no such kind"):
+        tiny_recipe(model, output={"image": "jpeg:0"})
+
+
+def test_one_image_is_made_again_and_status_and_verify_say_what_is_there(model: str, tmp_path: Path):
+    out = tmp_path / "out"
+    handful.generate(tiny_recipe(model, per_class=3), out)
+    done = status(out)
+    assert (done.images, done.images_done, done.cohorts_done, done.workers, done.failed) == (6, 6, 4, [], {})
+    assert verify(out).whole
+    target = out / "images/1/000002.png"
+    whole = target.read_bytes()
+    job = prepare(read_recipe(out / "recipe.yaml"), out)
+    again = make_again(job, "1/2")
+    assert (again.image, again.same, again.largest, again.restored) == ("images/1/000002.png", True, 0.0, False)
+    target.unlink()
+    (out / "images/0/000000.png").write_bytes(b"other")
+    (out / "images/0/extra.png").write_bytes(b"more")
+    found = verify(out)
+    assert (found.missing, found.damaged) == (["images/1/000002.png"], ["images/0/000000.png"])
+    assert found.extra == ["images/0/extra.png"]
+    again = make_again(job, "1/2")
+    assert again.same
+    assert again.restored
+    assert target.read_bytes() == whole
+    with pytest.raises(RequestError, match="no such image"):
+        make_again(job, "1/9")
+
+
+@pytest.mark.slow
+def test_two_processes_by_the_workers_option_make_the_bytes_of_one(model: str, tmp_path: Path):
+    recipe = tiny_recipe(model, per_class=8)
+    handful.generate(recipe, tmp_path / "one")
+    summary = run_with_workers(prepare(recipe, tmp_path / "two"), recipe, 2)
+    assert (summary.images, summary.cohorts_done, summary.failures) == (16, 8, [])
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")

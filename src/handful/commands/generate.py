@@ -37,7 +37,9 @@ def generate(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run directory; an interrupted run goes on there.")
     ] = None,
-    per_class: Annotated[int | None, typer.Option(help="Images to generate of each class.  [64]")] = None,
+    per_class: Annotated[
+        str | None, typer.Option(metavar="N|CAT=N,...", help="Images to generate of each class; or by class.  [64]")
+    ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Exemplars drawn of each class.  [all]")] = None,
     guidance: Annotated[
         list[str] | None,
@@ -78,6 +80,16 @@ def generate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
     ] = None,
+    image_format: Annotated[
+        str | None, typer.Option("--format", metavar="NAME", help="imagefolder, webdataset or parquet.  [imagefolder]")
+    ] = None,
+    image: Annotated[
+        str | None, typer.Option(metavar="KIND", help="png, jpeg:QUALITY, webp:QUALITY or webp-lossless.  [png]")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes of this machine to share the work.")] = 1,
+    only: Annotated[
+        str | None, typer.Option(metavar="CLASS/NUMBER", help="Make one image of a run again, and say whether it is the same.")
+    ] = None,
     dry_run: DryRun = False,
     allow_version_change: Annotated[
         bool, typer.Option("--allow-version-change", help="Go on with a run begun by other library versions.")
@@ -98,8 +110,11 @@ def generate(
       handful generate --model digits --guidance inversion --embeddings SGE.safetensors --per-class 100 --out many
       handful generate recipe.yaml --out out --set guidance.chamfer.every=1
       handful generate out/recipe.yaml --out again
+      handful generate out/recipe.yaml --out out --per-class cat=500,dog=200 --workers 4
+      handful generate out/recipe.yaml --only cat/17
 
-    The same command goes on where an interrupted run stopped, and ends with the same files.
+    The same command goes on where an interrupted run stopped, and ends with the same files. Started several times, here or
+    on other machines that see the same folder, it shares the work.
     """
     from handful.recipe.file import overridden, read_mapping
     from handful.recipe.schema import did_you_mean, recipe_from
@@ -115,7 +130,9 @@ def generate(
         "exemplars.path": exemplars,
         "exemplars.k": k,
         "classes": listed(classes),
-        "per_class": per_class,
+        "per_class": _counts(per_class),
+        "output.format": image_format,
+        "output.image": image,
         "cohort": cohort,
         "seed": seed,
         "sampler.name": sampler,
@@ -133,8 +150,10 @@ def generate(
             settings=settings or (),
         )
     )
+    if out is None and only is not None and recipe is not None and (recipe.parent / ".handful").is_dir():
+        out = recipe.parent
     if out is None:
-        raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
+        raise RequestError("out", None, "--out is missing", "Give a new or empty directory with --out DIR.")
     if order not in ("plan", "reversed"):
         raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
 
@@ -155,21 +174,44 @@ def generate(
 
         print(json.dumps(plan_as_dict(job)) if json_wanted else plan_as_text(job))
         return
-    summary = run(job, progress_for(quiet), order=_places(job, order))
+    if only is not None:
+        from handful.generate.again import make_again
+
+        again = make_again(job, only)
+        print(json.dumps(again.as_dict()) if json_wanted else again.as_text())
+        raise typer.Exit(0 if again.same else 1)
+    if workers > 1:
+        from handful.generate.workers import run_with_workers
+
+        summary = run_with_workers(job, asked, workers, progress_for(quiet), allow_version_change=allow_version_change)
+    else:
+        summary = run(job, progress_for(quiet), order=_places(job, order))
     failed = f"{summary.cohorts_failed} of {len(job.cohorts)} cohorts failed" if summary.failures else None
     if json_wanted:
         print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
     elif not quiet:
+        elsewhere = f", {summary.cohorts_elsewhere} made by other processes" if summary.cohorts_elsewhere else ""
         rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
         print(
             f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made, {summary.cohorts_resumed} "
-            f"were there, {summary.cohorts_failed} failed; {summary.seconds:.1f} s of sampling{rate})"
+            f"were there, {summary.cohorts_failed} failed{elsewhere}; {summary.seconds:.1f} s of sampling{rate})"
         )
     if failed:
         for failure in summary.failures:
             print(f"error: {failure}", file=sys.stderr)
         print(f"error: {failed}; the same command tries them again", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _counts(text: str | None) -> int | dict[str, int] | None:
+    """ "64" or "cat=500,dog=200"."""
+    if text is None or text.isdecimal():
+        return None if text is None else int(text)
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    if not all(name.strip() and number.strip().isdecimal() for name, _, number in pairs):
+        remedy = "Write --per-class 64, or --per-class cat=500,dog=200."
+        raise RequestError("--per-class", text, "it is no number, and no list of CLASS=NUMBER", remedy)
+    return {name.strip(): int(number) for name, _, number in pairs}
 
 
 def _places(job: Job, order: str) -> list[int]:

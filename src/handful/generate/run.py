@@ -140,6 +140,18 @@ def run(
     return summary
 
 
+def cohort_again(job: Job, cohort: Cohort, cache: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
+    """Makes one cohort in memory: the images' contents, and their rows of the manifest.
+
+    Raises:
+        RunError: As `run` counts among the failures.
+    """
+    with same_arithmetic(job.threads):
+        features = _exemplar_features(job, cache)
+        _fit_preview(job, Progress())
+        return _make(job, cohort, features, Progress(), RunSummary(job.directory.path), lambda: None)
+
+
 def _write_request(job: Job, alone: bool) -> None:
     """recipe.yaml says what made the images that are kept: it stays as it was written, but for what has changed since."""
     stored = job.directory.stored() if job.done or not alone else None

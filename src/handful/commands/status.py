@@ -1,0 +1,42 @@
+"""`handful status` and `handful verify`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from handful.commands.shared import Json
+
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="A run directory, the --out of generate.")]
+
+
+def status(out: Out, json_wanted: Json = False) -> None:
+    """How far is a run? Images that are there, who makes which, what failed, the rate and the time left.
+
+    \b
+    Examples:
+      handful status out
+      watch -n 10 handful status out
+    """
+    from handful.runs.status import status as look
+
+    found = look(out)
+    print(json.dumps(found.as_dict()) if json_wanted else found.as_text())
+
+
+def verify(out: Out, json_wanted: Json = False) -> None:
+    """Is every image of a run there, and as it was made? Compares each with the SHA-256 in the manifest.
+
+    \b
+    Examples:
+      handful verify out
+    """
+    from handful.runs.status import verify as check
+
+    found = check(out)
+    print(json.dumps(found.as_dict()) if json_wanted else found.as_text())
+    if not found.whole:
+        raise typer.Exit(1)
