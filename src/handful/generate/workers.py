@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def run_with_workers(
     )
 
 
-def _watch(job: Job, processes: Sequence[multiprocessing.process.BaseProcess], progress: Progress, done: int) -> None:
+def _watch(job: Job, processes: Sequence[BaseProcess], progress: Progress, done: int) -> None:
     counts = {cohort.key: cohort.count for cohort in job.cohorts if cohort.key not in job.done}
     seen: set[str] = set()
     while any(process.is_alive() for process in processes):

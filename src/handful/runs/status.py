@@ -96,9 +96,9 @@ def status(out: str | Path) -> Status:
                 times.append(((directory.own / "cohorts" / f"{cohort.key}.parquet").stat().st_mtime, cohort.count))
     times = sorted(times)[-_RECENT:]
     if len(times) > 1 and times[-1][0] > times[0][0]:
-        found.rate = sum(count for _, count in times[1:]) / (times[-1][0] - times[0][0])
-        if found.workers:
-            found.seconds_left = (found.images - found.images_done) / found.rate
+        rate = sum(count for _, count in times[1:]) / (times[-1][0] - times[0][0])
+        found.rate, left = rate, found.images - found.images_done
+        found.seconds_left = left / rate if found.workers else None
     return found
 
 
