@@ -137,6 +137,7 @@ def cost_of(recipe: Recipe) -> Cost:
         recipe.chunk,
         recipe.exemplars.k or UNKNOWN_EXEMPLARS,
         inverted,
+        recipe.start is not None,
     )
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)
     networks = {name: _size(network) for name, network in denoiser.named_children()}
@@ -215,6 +216,7 @@ class _Work:
         cohort, chunk: As in the recipe.
         exemplars: Of one class.
         inverted: For guidance by inversion.
+        started: Whether images start from exemplars.
     """
 
     denoiser: NetworkDenoiser
@@ -224,6 +226,7 @@ class _Work:
     chunk: int | None
     exemplars: int
     inverted: Inverted | None = None
+    started: bool = False
 
     @torch.no_grad()
     def way(self, guidance: Requests) -> Way:
@@ -273,7 +276,9 @@ class _Work:
                     self.exemplars * count.total
                 )
         denoiser = self.denoiser
-        if isinstance(denoiser, LatentDenoiser) and any(denoiser.is_linear(reduce) for _, reduce in views(guidance)):
+        if isinstance(denoiser, LatentDenoiser) and (
+            self.started or any(denoiser.is_linear(reduce) for _, reduce in views(guidance))
+        ):
             with Count() as count:
                 self.denoiser.encode(self._empty(self.denoiser.image_shape, 1))
             if count.total:

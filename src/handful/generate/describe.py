@@ -42,11 +42,14 @@ def plan_as_text(job: Job) -> str:
         ", ".join([term.method, *(f"{key} {value}" for key in told if (value := getattr(term, key, None)) is not None)])
         for term in recipe.guidance or ()
     ]
-    steps = f"the last {job.levels.steps} of {recipe.sampler.steps}" if job.inverted else str(recipe.sampler.steps)
+    steps = (
+        f"the last {job.levels.steps} of {recipe.sampler.steps}" if job.inverted or recipe.start else str(recipe.sampler.steps)
+    )
     lines = {
         "model": f"{recipe.model.name}, {height} x {width} x {channels}, {recipe.model.dtype} on {job.provenance['device']}",
         "exemplars": f"{recipe.exemplars.path}, {each} of each class{alone}" if counts else "none",
         "guidance": "; ".join(terms) or "none",
+        **({"start": recipe.start.as_text()} if recipe.start else {}),
         "sampler": f"{recipe.sampler.name}, {steps} steps, {recipe.sampler.spacing}",
         "classes": f"{len(names)}: {listed}",
         "cohorts": f"{plan['cohorts']} of up to {recipe.cohort} images; {plan['cohorts_done']} are done",

@@ -69,6 +69,7 @@ class Job:
         how: What only says how to compute, and is not as it was.
         grown: Whether other classes or numbers of images are asked for than when the run began.
         done: Keys of the cohorts that lie finished in the directory.
+        encoded: x0 of the exemplars that images start from, by class, as far as they are encoded.
         bytes_needed: Estimate of the disk space that the others take; the upper bound, as if nothing compressed.
     """
 
@@ -92,6 +93,7 @@ class Job:
     grown: bool = False
     how: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
+    encoded: dict[str, Tensor] = field(default_factory=dict)
     bytes_needed: int = 0
 
     @property
@@ -197,7 +199,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         exemplars,
         extractors,
         cohorts,
-        manifest_schema(energies),
+        manifest_schema(energies, recipe.start is not None),
         image_shape,
         provenance,
         notes,

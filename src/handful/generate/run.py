@@ -21,6 +21,7 @@ from torch import Tensor
 from handful.core.denoiser import Clamped, Condition, shrunk
 from handful.core.images import any_range
 from handful.core.memory import in_smaller_parts, is_out_of_memory
+from handful.core.noise import noised
 from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import Exemplars, default_cache
 from handful.data.images import from_uint8, read_image, to_uint8
@@ -34,7 +35,7 @@ from handful.guidance.inversion import no_condition
 from handful.guidance.method import Context, View, energy_columns, make_terms, views
 from handful.models.latent import LatentDenoiser
 from handful.recipe.file import PROVENANCE, recipe_yaml
-from handful.recipe.plan import Cohort, ImageNoise, image_seed
+from handful.recipe.plan import Cohort, ImageNoise, image_seed, start_places
 from handful.recipe.resolve import sampler_options
 from handful.recipe.schema import recipe_from
 from handful.runs.manifest import DONE
@@ -286,12 +287,31 @@ def sample_cohort(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Se
     if asked.name == "ddpm":
         options["variance"] = asked.variance or "small"
     denoiser = Clamped(guided) if outside else guided
-    x = job.inverted.start(seeds, noise()) if job.inverted else start(noise(), job.levels)
+    if job.inverted is not None:
+        x = job.inverted.start(seeds, noise())
+    elif job.recipe.start is not None:
+        x = noised(_exemplar_latents(job, cohort.class_name)[_start_places(job, cohort)], noise(), job.levels[0])
+    else:
+        x = start(noise(), job.levels)
     x0 = SAMPLERS[asked.name](denoiser, x, job.levels, _condition(job, cohort, guided), each=each, **options)
     images = _in_parts(guided.decode, x0, guided.chunk or _AT_ONCE).float().cpu()
     if not bool(images.isfinite().all()):
         raise _NotFinite
     return images.clamp(-1, 1)
+
+
+def _exemplar_latents(job: Job, class_name: str) -> Tensor:
+    """x0 of a class's exemplars (k, c, h, w) on the device, float32; encoded once."""
+    if class_name not in job.encoded:
+        assert job.exemplars is not None
+        images = job.exemplars.images[class_name]
+        job.encoded[class_name] = _in_parts(lambda part: job.denoiser.encode(part.to(job.device)), images, _AT_ONCE).float()
+    return job.encoded[class_name]
+
+
+def _start_places(job: Job, cohort: Cohort) -> list[int]:
+    assert job.exemplars is not None
+    return start_places(job.recipe.seed, cohort.class_name, _indices(cohort), job.exemplars.counts[cohort.class_name])
 
 
 def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Tensor:
@@ -350,6 +370,9 @@ def _rows(
     for place, row in enumerate(rows):
         row |= {column: values[place] for column, values in energies.items()}
         row |= {"seed": seeds[place], "sha256": hashlib.sha256(contents[place]).hexdigest()}
+        if job.recipe.start is not None and job.exemplars is not None:
+            called = job.exemplars.called(cohort.class_name)[_start_places(job, cohort)[place]]
+            row["started_from"] = f"{cohort.class_name}/{called}"
         if nearest is not None:
             row["nearest_exemplar"], row["nearest_exemplar_distance"] = nearest[place]
     return rows

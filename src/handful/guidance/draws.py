@@ -1,6 +1,7 @@
 """Random numbers that belong to one image: functions of its seed and a place, on the CPU, so the same whatever stands beside.
 
-The last word of a place says what its numbers are for: 1 to 4 are guidance by inversion's, 5 is CADS's.
+The last word of a place says what its numbers are for: 1 to 4 are guidance by inversion's, 5 is CADS's, 6
+chooses an exemplar to start from.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from handful.errors import RequestError, did_you_mean
@@ -28,7 +29,9 @@ class Request(BaseModel):
         RequestError: If a value is out of its range, or values contradict each other.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True, serialize_by_alias=True
+    )
 
     def __init__(self, *values: Any, **named: Any) -> None:
         try:
@@ -70,19 +73,19 @@ def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str
     if isinstance(inner, RequestError):
         return dotted([*place, inner.field]), inner.value, inner.problem, inner.remedy
     part, name = _part(whole, loc[:-1]), str(place[-1]) if place else ""
-    about = part.model_fields.get(name) if part else None
+    keys = _keys(part)
+    about = keys.get(name)
     own = about.json_schema_extra if about and isinstance(about.json_schema_extra, Mapping) else {}
     if kind == "extra_forbidden":
-        return field, value, "there is no such key", did_you_mean(name, part.model_fields if part else (), "Keys here")
+        return field, value, "there is no such key", did_you_mean(name, keys, "Keys here")
     if kind == "missing":
         return field, None, "it is missing", str(own.get("missing", "State it."))
     if kind.startswith("union_tag"):
         given = value.get("method") if isinstance(value, Mapping) else value
         return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
-        inside = _part(whole, loc)
-        keys = f": {', '.join(inside.model_fields)}" if inside else ""
-        return field, value, "this takes several keys, not one value", f"Write keys below it{keys}."
+        inside = ", ".join(_keys(_part(whole, loc)))
+        return field, value, "this takes several keys, not one value", f"Write keys below it{inside and f': {inside}'}."
     if kind == "literal_error" and about:
         choices = [str(choice) for choice in _literals(about.annotation)]
         return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
@@ -121,9 +124,15 @@ def _part(whole: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel] |
         elif i and isinstance(loc[i - 1], int) and step in METHODS:
             here = request_of(step)
         else:
-            annotation = here.model_fields[step].annotation if here and step in here.model_fields else None
+            found = _keys(here).get(step)
+            annotation = found.annotation if found else None
             keyed, here = get_origin(annotation) is dict, _model(annotation)
     return here
+
+
+def _keys(part: type[BaseModel] | None) -> dict[str, FieldInfo]:
+    """The fields of a model by what a file calls them."""
+    return {info.alias or name: info for name, info in part.model_fields.items()} if part else {}
 
 
 def _model(annotation: Any) -> type[BaseModel] | None:

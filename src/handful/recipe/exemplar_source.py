@@ -95,6 +95,9 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
             minimum=1 if asked.k == 1 else 2,
         )
         return drawn if set(classes) == set(drawn.classes) else drawn.only(classes)
+    if recipe.start is not None:
+        problem = f"'{asked.path}' holds exemplars as features alone, and images start from images"
+        raise RequestError("start", recipe.start.as_text(), problem, "Give the folder of images, or leave out start.")
     drawn = ExemplarFeatures.load(file)
     if drawn.shape != image_shape:
         ours, theirs = (f"{height} x {width} x {channels}" for channels, height, width in (image_shape, drawn.shape))

@@ -229,6 +229,17 @@ def image_seed(run_seed: int, class_name: str, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(named, digest_size=8).digest(), "big") >> 1
 
 
+def start_places(run_seed: int, class_name: str, indices: Sequence[int], exemplars: int) -> list[int]:
+    """Which of a class's exemplars each image starts from: each once in every so many images, in an order of their own."""
+    orders: dict[int, list[int]] = {}
+    for block in {index // exemplars for index in indices}:
+        key = image_seed(run_seed, class_name, block * exemplars)
+        # a place of its own among an image's random numbers (guidance/draws.py): 6
+        draw = np.random.RandomState(np.random.Philox(key=key, counter=[0, 0, 0, 6]))
+        orders[block] = draw.permutation(exemplars).tolist()
+    return [orders[index // exemplars][index % exemplars] for index in indices]
+
+
 class ImageNoise:
     """Standard normal noise of a cohort, each image's from a generator of its own: first the start, then step by step.
 

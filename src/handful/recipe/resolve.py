@@ -55,7 +55,13 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
     """
     if inverted is not None:
         recipe = as_fitted(recipe, inverted)
-    steps = inverted.levels.steps if inverted else recipe.sampler.steps
+        if recipe.start is not None:
+            problem = "guidance by inversion starts images from its own targets"
+            raise RequestError("start", recipe.start.as_text(), problem, "Leave out start, or that guidance.")
+    if recipe.start is not None and recipe.exemplars.path is None:
+        remedy = "Give a folder with a folder of images per class (--exemplars DIR), or leave out start."
+        raise RequestError("start", recipe.start.as_text(), "there are no exemplars to start from", remedy)
+    steps = inverted.levels.steps if inverted else recipe.steps_run
     recipe, notes = with_defaults(recipe, steps)
     check_terms(recipe.guidance or (), steps, recipe.sampler.name)
     sampler = recipe.sampler
@@ -144,7 +150,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     sampler = recipe.sampler
     if sampler.clamp and not pixels:
         raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
-    levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing)
+    levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing).last(recipe.steps_run)
     outline.check_path(levels)
     shown = has_images(recipe)
     for index, term in potentials(guidance):

@@ -163,6 +163,26 @@ class ExemplarsRequest(Request):
         return self.k
 
 
+class StartRequest(Request):
+    """Where images start from, in the place of noise: noised exemplars (SDEdit: Meng et al. 2022, arXiv 2108.01073).
+
+    Attributes:
+        from: The exemplars of the image's class, as images; the images of a class are spread evenly over them.
+        depth: The share of the sampler's steps that is run: 1 is all of them, from nearly pure noise; near 0 the exemplars
+            themselves come out. The steps, progress and `every` of guidance count on the part that is run.
+    """
+
+    source: Annotated[Literal["exemplars"], Field(alias="from")] = "exemplars"
+    depth: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    def as_text(self) -> str:
+        return f"from {self.source}, depth {self.depth:g}"
+
+    def steps_of(self, steps: int) -> int:
+        """How many of so many steps are run; one at least."""
+        return max(1, round(self.depth * steps))
+
+
 class SamplerRequest(Request):
     """How noise becomes images.
 
@@ -212,6 +232,7 @@ class Recipe(Request):
         cohort: How many images are guided together; a class's last cohort may be smaller.
         seed: Of all noise.
         sampler: How noise becomes images.
+        start: Where images start from; None: noise.
         guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
         chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
         output: How the images are written.
@@ -226,6 +247,7 @@ class Recipe(Request):
     cohort: Positive = 64
     seed: int = 0
     sampler: SamplerRequest = SamplerRequest()
+    start: StartRequest | None = None
     guidance: tuple[GuidanceRequest, ...] | None = None
     chunk: Positive | None = None
     output: OutputRequest = OutputRequest()
@@ -233,6 +255,11 @@ class Recipe(Request):
     def images_of(self, class_name: str) -> int:
         """How many images of a class are asked for."""
         return self.counts.get(class_name, self.per_class)
+
+    @property
+    def steps_run(self) -> int:
+        """The steps that a run makes."""
+        return self.start.steps_of(self.sampler.steps) if self.start else self.sampler.steps
 
     def as_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists, numbers and texts, in the order of the fields."""
@@ -274,7 +301,7 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
     """Replaces what is automatic and needs no model to decide: guidance, and each term's `features: auto`.
 
     Args:
-        steps: Of the run, where they are not `sampler.steps`.
+        steps: Of the run, where they are not the recipe's own (`steps_run`).
 
     Returns:
         The recipe, and a sentence for each choice that was made.
@@ -286,7 +313,7 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
         notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
     chosen = list(guidance)
     for index, term in potentials(guidance):
-        chosen[index] = done = for_model(term, recipe.model.name, steps or recipe.sampler.steps)
+        chosen[index] = done = for_model(term, recipe.model.name, steps or recipe.steps_run)
         if done.advice:
             notes.append(f"guidance[{index}].{done.advice}")
         if isinstance(done, FeaturesRequest) and done.features != getattr(term, "features", None):

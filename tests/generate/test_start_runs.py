@@ -1,0 +1,113 @@
+"""Images that start from noised exemplars: what a step back gives, every sampler, evenly spread, whatever the cohort."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support.pipelines_dit import tiny_dit
+from support.runs import contents, digits_recipe
+
+from handful.core.denoiser import Condition, Denoiser
+from handful.core.noise import VP, Level, noised
+from handful.core.samplers import SAMPLERS
+from handful.cost.estimate import cost_of
+from handful.data.images import read_image
+from handful.errors import RequestError
+from handful.generate import prepare
+from handful.generate.run import run
+from handful.recipe.plan import start_places
+from handful.recipe.schema import Recipe
+
+EVERY = {"guidance": [], "sampler": {"steps": 6}}
+
+
+def asked(folder: Path, depth: float = 0.5, **changes: Any) -> Recipe:
+    return digits_recipe(folder, **{**EVERY, "start": {"from": "exemplars", "depth": depth}, **changes})
+
+
+def images(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(out).items() if name.endswith(".png") and name.startswith("images")}
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "ddpm", "heun"])
+def test_the_shallower_the_start_the_nearer_an_image_is_to_its_exemplar(sampler: str, digits_folder: Path, tmp_path: Path):
+    """The distance to the exemplar that an image starts from, against that to the others of the class, by depth."""
+    ratios = []
+    for depth in (0.17, 0.5, 1.0):
+        out = tmp_path / f"{depth}"
+        job = prepare(asked(digits_folder, depth, sampler={"name": sampler, "steps": 6}), out)
+        assert job.levels.steps == round(6 * depth)
+        assert run(job).failures == []
+        own = others = 0.0
+        for row in pq.read_table(out / "manifest.parquet").to_pylist():
+            image = read_image(out / row["file"], channels=1)
+            called = job.exemplars.called(row["class"])  # type: ignore[union-attr]
+            far = (job.exemplars.images[row["class"]] - image).square().mean((1, 2, 3)).tolist()  # type: ignore[union-attr]
+            place = called.index(row["started_from"].split("/")[1])
+            own, others = own + far.pop(place), others + sum(far) / len(far)
+        ratios.append(own / others)
+    assert ratios[0] < 0.2
+    assert ratios[0] < ratios[1] < ratios[2]
+
+
+class Ideal(Denoiser):
+    """E[x0 | x_t] for unit-variance Gaussian data around m."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape, self.levels = (1, 2, 2), VP.cosine()
+
+    def forward(self, x_t: torch.Tensor, level: Level, condition: Condition) -> torch.Tensor:
+        return level.alpha / level.total**2 * x_t
+
+    def condition(self, labels: Any) -> Condition:
+        return Condition()
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "heun"])
+def test_from_data_noised_to_any_depth_a_perfect_model_gives_data_again(sampler: str):
+    """Of N(0, 1) data the ODE keeps N(0, 1): the noised start has it, and so has what comes out. 4 sigma of 40,000 draws."""
+    draw = torch.Generator().manual_seed(3)
+    x0, eps = (torch.randn(10_000, 1, 2, 2, generator=draw, dtype=torch.float64) for _ in range(2))
+    path = Ideal().levels.spacing(40).last(20)
+    found = SAMPLERS[sampler](Ideal(), noised(x0, eps, path[0]), path, Condition())
+    assert float(found.var()) == pytest.approx(1, abs=0.04)
+    kept = float((found * x0).mean())
+    assert kept == pytest.approx(float(path[0].alpha), abs=0.04), "as much of the exemplar is left as the start held"
+
+
+def test_an_images_start_is_its_own_whatever_the_cohort_and_evenly_spread(digits_folder: Path, tmp_path: Path):
+    run(prepare(asked(digits_folder), tmp_path / "four"))
+    run(prepare(asked(digits_folder, cohort=3), tmp_path / "three"))
+    assert images(tmp_path / "four") == images(tmp_path / "three"), "no term couples them"
+    places = start_places(5, "cat", range(12), 4)
+    assert Counter(places) == dict.fromkeys(range(4), 3)
+    assert [start_places(5, "cat", [index], 4)[0] for index in range(12)] == places
+    assert places != start_places(6, "cat", range(12), 4)
+
+
+def test_it_composes_with_guidance_and_with_latents(digits_folder: Path, tmp_path: Path):
+    energy = [{"method": "energy", "scale": 0.3}, {"method": "cfg", "scale": 1.0}]
+    for name, guidance in (("plain", []), ("guided", energy)):
+        assert run(prepare(asked(digits_folder, guidance=guidance), tmp_path / name)).failures == []
+    assert images(tmp_path / "plain") != images(tmp_path / "guided")
+    tiny_dit(tmp_path / "dit")
+    latent = asked(digits_folder, model={"name": str(tmp_path / "dit")}, classes=["1"], per_class=2)
+    assert run(prepare(latent, tmp_path / "latent")).failures == []
+    assert "encoding exemplars" in cost_of(latent).once_per_class
+    assert cost_of(latent).steps == 3
+
+
+def test_what_it_cannot_start_from_is_refused(digits_folder: Path, tmp_path: Path):
+    with pytest.raises(RequestError, match=r"start: 'from exemplars, depth 0.5': there are no exemplars to start from"):
+        prepare(asked(digits_folder, exemplars={}), tmp_path / "out")
+    for depth in (0, 1.5):
+        with pytest.raises(RequestError, match=r"^start\.depth"):
+            asked(digits_folder, depth)
+    with pytest.raises(RequestError, match=r"^start\.from: 'noise': there is no such choice"):
+        digits_recipe(digits_folder, start={"from": "noise"})
