@@ -280,7 +280,7 @@ class Peculiar(Denoiser):
     def enter(self, x, levels, index, condition):
         return x + 1
 
-    def leave(self, x, levels, index):
+    def leave(self, x, levels, index, share=0.0):
         return x + 2
 
     @property

@@ -41,8 +41,8 @@ def guided_by_hand(x: Tensor, G: Tensor, which: dict[int, list[int]], seeds: lis
     for i in reversed(range(hi)):
         eps = net(x, torch.full((len(x),), steps[i], dtype=torch.float64))
         if i >= lo:
-            perturbed = G[which[i], i - lo] + a * (i - lo) / (hi - lo) * normal(seeds, SHAPE, i, 0, 3)
-            eps = eps - (1 - abar[i + 1]).sqrt() * s * perturbed
+            score = s * G[which[i], i - lo] + a * (i - lo) / (hi - lo) * normal(seeds, SHAPE, i, 0, 3)
+            eps = eps - (1 - abar[i + 1]).sqrt() * score
         x0 = (x - (1 - abar[i + 1]).sqrt() * eps) / abar[i + 1].sqrt()
         x = abar[i].sqrt() * x0 + (1 - abar[i]).sqrt() * eps
     return x
@@ -74,6 +74,24 @@ def test_shift_follows_from_the_shift_of_eps():
         assert torch.allclose(shift_at(term, STEPS - 1 - i), -t.sigma / t.alpha * deps, atol=1e-5)
 
 
+def test_the_score_is_s_times_the_embedding_and_the_perturbation_which_s_does_not_multiply():
+    """The original's line: guidance_scale * G + a (i - lo) / (hi - lo) * noise; here with s = 2 and s = 6 of the same G."""
+    lo, hi = INTERVAL
+    i = hi - 1
+    t = path()[STEPS - 1 - i]
+    factor = t.sigma**2 / t.alpha
+    shifts = []
+    for s in (2.0, 6.0):
+        told = replace(embeddings(), scale=s)
+        own = [0] * len(SEEDS)
+        terms = [Inversion(told, SEEDS, exchange="none", own=own, perturbation=a) for a in (0.0, 0.3)]
+        plain, noisy = (shift_at(term, STEPS - 1 - i) for term in terms)
+        torch.testing.assert_close(plain / factor, s * told.G[own, told.segment_of(i)].to(plain), rtol=1e-5, atol=1e-5)
+        shifts.append(noisy - plain)
+    torch.testing.assert_close(*shifts, rtol=1e-4, atol=1e-4)
+    assert float(shifts[0].std() / factor) == pytest.approx(0.3 * (i - lo) / (hi - lo), rel=0.2)
+
+
 def test_perturbation_falls_linearly_from_the_noisy_end_to_nothing_at_the_clean_end():
     silent = replace(embeddings(), G=torch.zeros(3, 3, *SHAPE))
     seeds = list(range(400))
@@ -82,7 +100,7 @@ def test_perturbation_falls_linearly_from_the_noisy_end_to_nothing_at_the_clean_
     sizes = []
     for i in range(lo, hi):
         t = path()[STEPS - 1 - i]
-        sizes.append(float(shift_at(term, STEPS - 1 - i).std() / (2 * t.sigma**2 / t.alpha)))
+        sizes.append(float(shift_at(term, STEPS - 1 - i).std() / (t.sigma**2 / t.alpha)))
     assert sizes[0] == 0
     # 12,800 normals: their deviation is known to 0.6 %, and 4 % is more than six times that
     assert sizes == pytest.approx([0.3 * (i - lo) / (hi - lo) for i in range(lo, hi)], rel=0.04)

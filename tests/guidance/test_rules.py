@@ -91,8 +91,8 @@ class Watched(Guided):
         self.entered.append((index, x, moved))
         return moved
 
-    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
-        moved = super().leave(x, levels, index)
+    def leave(self, x: Tensor, levels: Levels, index: int, share: Tensor | float = 0.0) -> Tensor:
+        moved = super().leave(x, levels, index, share)
         self.left.append((index, x, moved))
         return moved
 
@@ -193,16 +193,30 @@ def test_held_moves_what_a_step_arrived_at_by_the_estimates_shift(sampler: str, 
         torch.testing.assert_close(moved, x + s.alpha * d, rtol=1e-9, atol=1e-12)
 
 
+class Learned(Smooth):
+    """Its variance, too: v = tanh(x_t), so a share of (v + 1) / 2 of the forward step's."""
+
+    learns_variance = True
+
+    def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
+        self.learned_variance = x_t.detach().tanh()
+        return super().forward(x_t, level, condition)
+
+
+@pytest.mark.parametrize("variance", ["small", "large", "learned"])
 @pytest.mark.parametrize("boost", [0.0, 0.3])
-def test_ancestral_moves_the_mean_by_the_posteriors_variance(boost: float):
-    """EluCD's rule on DDPM: (V_t + c sin(pi i / N) max V) scale g, g = 0.5 - x0_hat."""
-    denoiser, levels = Smooth(), PATHS["vp"]()
+def test_ancestral_moves_the_mean_by_the_variance_that_is_sampled_with(boost: float, variance: str):
+    """EluCD's rule on DDPM: (V_t + c sin(pi i / N) max V) scale g, g = 0.5 - x0_hat; V interpolated in logarithms."""
+    denoiser, levels = Learned(), PATHS["vp"]()
     guided = Watched(denoiser, [Target(0.7, ANCESTRAL, Timing(boost=boost))])
-    run("ddpm", guided, levels)
-    variances = [float(posterior_deviation(t, s)) ** 2 for t, s in levels.pairs()]
+    run("ddpm", guided, levels, variance=variance)
+    small = torch.stack([posterior_deviation(t, s) ** 2 for t, s in levels.pairs()])
+    large = torch.stack([t.sigma**2 - (t.alpha / s.alpha * s.sigma) ** 2 for t, s in levels.pairs()]) * (levels.sigma[1:] > 0)
     for (index, x, moved), (_, asked) in zip(guided.left, denoiser.asked, strict=True):
         g = 0.5 - Smooth()(asked, levels[index], CONDITION)
-        size = variances[index] + boost * math.sin(math.pi * index / STEPS) * max(variances)
+        share = {"small": torch.zeros(1), "large": torch.ones(1), "learned": (asked.tanh() + 1) / 2}[variance].double()
+        each = [a ** (1 - share) * b**share for a, b in zip(small, large, strict=True)]
+        size = each[index] + boost * math.sin(math.pi * index / STEPS) * torch.stack(each).amax(0)
         torch.testing.assert_close(moved, x + size * 0.7 * g, rtol=1e-9, atol=1e-12)
 
 

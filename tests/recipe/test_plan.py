@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from handful.commands.shared import listed
 from handful.errors import RequestError
 from handful.recipe.plan import Cohort, ImageNoise, assign_labels, image_seed, plan_cohorts
 from handful.runs.writers import check_class_names
@@ -165,3 +166,22 @@ def test_a_model_that_says_itself_whether_it_has_a_null_class_is_not_guessed_to_
     found = [f"{label}" for label in range(9)]
     assert assign_labels(None, found, label_count=10).null_class == 9
     assert assign_labels(None, found, label_count=10, may_have_null=False).null_class is None
+
+
+IMAGENET = ("tench, Tinca tinca", "great white shark, white shark", "crane", "crane, bird")
+
+
+def test_a_class_is_found_by_its_whole_name_or_by_a_synonym_of_its_own():
+    found = assign_labels(["tench", "White_Shark", "tench, Tinca tinca"][:2], None, label_count=4, names=IMAGENET)
+    assert found.of == {"tench": 0, "White_Shark": 1}
+    assert found.notes[0] == "labels: 'tench' is the model's 'tench, Tinca tinca'"
+    assert assign_labels(["crane"], None, label_count=4, names=IMAGENET).of == {"crane": 2}, "the exact name wins"
+    for unclear in (["tench", "Tinca tinca"], ["bird", "sparrow"]):
+        with pytest.raises(RequestError, match=r"""--classes '"tench, Tinca tinca",otter'"""):
+            assign_labels(unclear, None, label_count=4, names=IMAGENET)
+
+
+def test_names_with_commas_go_in_quotes_on_the_command_line():
+    assert listed('"tench, Tinca tinca", otter') == ["tench, Tinca tinca", "otter"]
+    assert listed("a, b") == ["a", "b"]
+    assert listed(None) is None

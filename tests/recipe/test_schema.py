@@ -12,6 +12,7 @@ from handful.guidance.cfg import CFGRequest
 from handful.guidance.chamfer import ChamferRequest
 from handful.guidance.energy import EnergyRequest
 from handful.recipe.file import overridden, parse_yaml, read_recipe, recipe_yaml
+from handful.recipe.resolve import complete
 from handful.recipe.schema import Recipe, for_model, recipe_from, with_defaults
 
 DIGITS = {"model": {"name": "digits"}}
@@ -164,6 +165,25 @@ def test_options_override_the_recipe_and_keep_what_they_do_not_mention():
     assert recipe.model.dtype == "bfloat16"
     assert (recipe.model.null_class, recipe.sampler.steps) == (10, 5)
     assert data["guidance"][0] == {"method": "chamfer", "scale": 0.1, "every": 3}, "the original must not change"
+
+
+def test_a_list_for_a_prompt_is_refused_and_no_text():
+    data = overridden(DIGITS, {}, settings=["model.prompts.cat=[a, b]"])
+    assert "model.prompts.cat" in str(refused(data))
+    text = overridden(DIGITS, {}, settings=["model.prompts.cat=a cat: on a mat"])
+    assert text["model"]["prompts"]["cat"] == "a cat: on a mat"
+
+
+def test_what_is_asked_for_and_has_no_effect_is_told_or_refused():
+    words = {"model": {"name": "digits", "negative_prompt": "blurred"}, "exemplars": {"path": "/x"}, "guidance": []}
+    _, notes = complete(recipe_from(words))
+    assert [note.partition(":")[0] for note in notes] == ["exemplars", "model.negative_prompt"]
+    assert complete(recipe_from(words | {"guidance": [{"method": "cfg"}, {"method": "chamfer"}]}))[1] == [
+        "guidance[1].features: auto became pixels"
+    ]
+    assert len(complete(recipe_from(words | {"start": {"depth": 0.5}}))[1]) == 1, "images start from the exemplars"
+    with pytest.raises(RequestError, match=r"exemplars\.k: 4: there are no exemplars to draw"):
+        complete(recipe_from(DIGITS | {"exemplars": {"k": 4}}))
 
 
 def test_guidance_may_be_taken_away_or_made():

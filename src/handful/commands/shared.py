@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +21,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stder
 
 
 def listed(text: str | None) -> list[str] | None:
-    """ "a, b" -> ["a", "b"]; None stays None."""
-    return None if text is None else [name.strip() for name in text.split(",")]
+    """ "a, b" -> ["a", "b"], and '"a, b", c' -> ["a, b", "c"]; None stays None."""
+    return None if text is None else [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
 def named_folders(given: list[str], field: str = "baseline") -> dict[str, Path]:

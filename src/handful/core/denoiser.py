@@ -144,8 +144,13 @@ class Denoiser(nn.Module):
         """What guidance makes of the sample x (n, c, h, w) before step `index` of a path is evaluated; samplers call it."""
         return x
 
-    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
-        """What guidance makes of the sample x (n, c, h, w) that step `index` arrived at; samplers call it."""
+    def leave(self, x: Tensor, levels: Levels, index: int, share: Tensor | float = 0.0) -> Tensor:
+        """What guidance makes of the sample x (n, c, h, w) that step `index` arrived at; samplers call it.
+
+        Args:
+            share: How far the variance of the noise that an ancestral step added lies from the posterior's (0) to the forward
+                step's (1), on a logarithmic scale; one, or one for each number of x.
+        """
         return x
 
     @property
@@ -335,8 +340,8 @@ class Around(Denoiser):
     def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
         return self.denoiser.enter(x, levels, index, condition)
 
-    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
-        return self.denoiser.leave(x, levels, index)
+    def leave(self, x: Tensor, levels: Levels, index: int, share: Tensor | float = 0.0) -> Tensor:
+        return self.denoiser.leave(x, levels, index, share)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

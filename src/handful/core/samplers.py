@@ -110,12 +110,12 @@ def ddpm(
             x = denoiser.enter(x, levels, index, condition)
             x0, eps = _split(denoiser, x, t, condition)
             x = s.alpha * x0 + (s.sigma**2 - posterior**2).clamp_min(0).sqrt() * eps  # the posterior's mean
+            share = _share_of_large(denoiser) if variance == "learned" else float(variance == "large")
             if s.sigma > 0:
                 # the forward step t|s has variance sigma_t^2 - (alpha_t / alpha_s)^2 sigma_s^2, the posterior that times
                 # (sigma_s / sigma_t)^2
-                share = _share_of_large(denoiser) if variance == "learned" else float(variance == "large")
                 x = x + posterior * float(t.sigma / s.sigma) ** share * _drawn(noise)
-            x = denoiser.leave(x, levels, index)
+            x = denoiser.leave(x, levels, index, share)
             if more:
                 x = _noised_again(x, s, t, _drawn(noise))
         if each:

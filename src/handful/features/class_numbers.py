@@ -14,7 +14,7 @@ def places_of(names: Sequence[str]) -> dict[str, list[int]]:
     """The numbers of the classes that a text may mean: as it is written, without case, as one of several synonyms."""
     places: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        synonyms = [name, _plain(name), *map(_plain, name.split(","))] if "," in name else [name, _plain(name)]
+        synonyms = [name, plain(name), *map(plain, name.split(","))] if "," in name else [name, plain(name)]
         for text in dict.fromkeys(synonyms):
             places.setdefault(text, []).append(number)
     return places
@@ -27,14 +27,14 @@ def number_of(name: str, asked: str, names: Sequence[str], places: Places) -> in
         RequestError: If none or several are called so.
     """
     exact = [number for number in places.get(asked, ()) if names[number] == asked]
-    found = exact if len(exact) == 1 else places.get(_plain(asked), [])
+    found = exact if len(exact) == 1 else places.get(plain(asked), [])
     if len(found) == 1:
         return found[0]
     remedy = f"Say which it is: classes: {{{name}: NUMBER}}."
     if found:
         listed = ", ".join(f"{number} ({names[number]})" for number in found[:5])
         raise RequestError("classes", asked, f"{len(found)} of the classifier's classes are called so: {listed}", remedy)
-    near = difflib.get_close_matches(_plain(asked), places, n=1)
+    near = difflib.get_close_matches(plain(asked), places, n=1)
     hint = f"; '{near[0]}' is like it" if near else ""
     raise RequestError(
         "classes",
@@ -94,7 +94,7 @@ def class_numbers(
     return {label: (found | by_name)[label] for label in dict.fromkeys(labels)}, ""
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     return name.strip().casefold().replace("_", " ")
 
 

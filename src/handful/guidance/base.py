@@ -209,9 +209,9 @@ class Pull(Request):
             networks that know noise. The gradient at x_t and state needs no denoiser.
         rule: "shift": of x0_hat, the score's own correction. Or what some papers do instead, to the sample: "held", x_s +=
             alpha_s * shift after a step, eps held fixed (TFG, c-VSG); "ancestral", the mean of x_s moves by (V + boost *
-            sin(pi i / N) * max V) * scale * -g, V the posterior variance (EluCD on DDPM); "before", x_t += alpha_t * shift
-            before the step is evaluated (EluCD on EDM). "held" and "ancestral" look at the x0_hat that the sample is made of,
-            with the shifts of terms that are no potentials (classifier-free guidance's).
+            sin(pi i / N) * max V) * scale * -g, V the variance that is sampled with (EluCD on DDPM); "before", x_t += alpha_t *
+            shift before the step is evaluated (EluCD on EDM). "held" and "ancestral" look at the x0_hat that the sample is
+            made of, with the shifts of terms that are no potentials (classifier-free guidance's).
         inner: So many gradient steps on x0_hat, each of the full strength (Universal guidance, TFG); not through the
             denoiser, so with a gaussian or identity jacobian.
         smoothing: See `Smoothing`.

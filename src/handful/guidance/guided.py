@@ -75,15 +75,15 @@ class Guided(Around):
             x = x + float(level.alpha) * _shift(turn[0], terms, gradient, weight, x, level)
         return x
 
-    def leave(self, x: Tensor, levels: Levels, index: int) -> Tensor:
-        x = self.denoiser.leave(x, levels, index)
+    def leave(self, x: Tensor, levels: Levels, index: int, share: Tensor | float = 0.0) -> Tensor:
+        x = self.denoiser.leave(x, levels, index, share)
         for (pull, timing), move in self._moves.pop(index, ()):
             if pull.rule == "held":
                 x = x + float(levels[index + 1].alpha) * move
             else:
-                variances = [float(posterior_deviation(t, s)) ** 2 for t, s in levels.pairs()]
-                boost = timing.boost * math.sin(math.pi * index / levels.steps) * max(variances)
-                x = x + (variances[index] + boost) * move
+                largest = torch.stack([_variance(*pair, share) for pair in levels.pairs()]).amax(0)
+                boost = timing.boost * math.sin(math.pi * index / levels.steps) * largest
+                x = x + (_variance(levels[index], levels[index + 1], share) + boost) * move
         return x
 
     def _potentials(self, level: Level) -> list[Potential]:
@@ -311,6 +311,14 @@ class _Point:
                 images = guided.seen(pull, leaf if noisy else self.x, leaf, self.level)
             self.views[key] = images, leaf
         return self.views[key]
+
+
+def _variance(t: Level, s: Level, share: Tensor | float) -> Tensor:
+    """Of the noise that an ancestral step adds (see `Denoiser.leave`); 0 for the last step, which adds none."""
+    posterior = float(posterior_deviation(t, s)) ** 2
+    if not isinstance(share, Tensor):
+        share = torch.tensor(share, dtype=torch.float64)
+    return posterior * float(t.sigma / s.sigma) ** (2 * share) if s.sigma > 0 else torch.zeros_like(share)
 
 
 def _by_turn(potentials: Iterable[Potential]) -> dict[Turn, list[Potential]]:

@@ -232,7 +232,7 @@ class Inversion(Guidance):
         scale: 1 is the strength of the fit, 0 no guidance.
         exchange: See `InversionRequest`.
         own: The place of each image's own target, from which it starts; None chooses by its seed.
-        perturbation: a of G + a (step - lo) / (hi - lo) N(0, 1); None takes the embeddings'.
+        perturbation: a of s G + a (step - lo) / (hi - lo) N(0, 1); None takes the embeddings'.
         timing: Where inside the guided interval it acts.
 
     Raises:
@@ -276,12 +276,11 @@ class Inversion(Guidance):
             raise ValueError(f"the cohort has {len(step.x_t)} images, and this term the seeds of {len(self.seeds)}")
         if place is None:
             return torch.zeros_like(step.x_t)
-        G = self.embeddings.G[self.targets_at(place), self.embeddings.segment_of(place)]
+        score = self.embeddings.scale * self.embeddings.G[self.targets_at(place), self.embeddings.segment_of(place)]
         lo, hi = self.embeddings.interval
-        if amount := self.perturbation * (place - lo) / (hi - lo):
-            G = G + amount * normal(self.seeds, self.embeddings.shape, place, 0, _PERTURBATION).to(G)
-        factor = self.strength(step.level) * self.embeddings.scale * score_factor(step.level)
-        return factor * G.to(step.x_t)
+        if amount := self.perturbation * (place - lo) / (hi - lo):  # of the score itself: it is not multiplied by s
+            score = score + amount * normal(self.seeds, self.embeddings.shape, place, 0, _PERTURBATION).to(score)
+        return self.strength(step.level) * score_factor(step.level) * score.to(step.x_t)
 
     def targets_at(self, step: int) -> list[int]:
         """Whose embeddings each image is given at a guided step."""

@@ -209,7 +209,7 @@ def _setting(key: str, text: str, setting: str) -> Any:
         value = parse_yaml(text, "--set", setting)
     except RequestError:
         return text
-    return value if isinstance(value, str) or text == "null" else text
+    return value if isinstance(value, str | list) or text == "null" else text  # a list is no text: it is refused as such
 
 
 def _terms(present: object, methods: Sequence[str]) -> list[dict[str, Any]]:

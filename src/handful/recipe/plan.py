@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from handful.errors import RequestError
+from handful.features.class_numbers import places_of, plain
 from handful.recipe.schema import did_you_mean
 
+_QUOTED = """ A name with commas goes in quotes, --classes '"tench, Tinca tinca",otter', or by one of its synonyms."""
 ONLY_CLASS = "images"  # what an unconditional model's one class is called where nobody named any
 
 
@@ -131,6 +133,10 @@ def assign_labels(
         return Labels(dict(zip(names, labels, strict=True)), null_class, tuple(names), notes)
     if by_name and all(name in by_name for name in chosen):
         return Labels({name: by_name[name] for name in chosen}, null_class, tuple(names), notes)
+    meant = _by_synonym(chosen, names, labels)
+    if meant is not None:
+        notes += [f"labels: '{name}' is the model's '{whole}'" for name, (whole, _) in meant.items() if name != whole]
+        return Labels({name: label for name, (_, label) in meant.items()}, null_class, tuple(names), notes)
     numbers = _as_labels(chosen, labels)
     if numbers is not None and not any(name in by_name for name in chosen):
         notes.append(f"labels: the class names are the labels {_range(list(numbers.values()))}")
@@ -142,8 +148,9 @@ def assign_labels(
             field_name,
             unknown,
             "the model knows no such class",
-            did_you_mean(unknown, names, "It knows") + " Rename the folder, or state other names "
-            "with model.classes (--class-names).",
+            did_you_mean(unknown, [f'"{name}"' if "," in name else name for name in names], "It knows")
+            + " Rename the folder, or state other names with model.classes (--class-names)."
+            + (_QUOTED if any("," in name for name in names) else ""),
         )
     if found is not None and len(found) == len(labels):
         order = sorted(found)
@@ -164,6 +171,15 @@ def assign_labels(
         f"State the names of all {len(labels)} in the labels' order with model.classes (--class-names), and "
         "a label that stands for none with model.null_class (--null-class); or name the folders by label.",
     )
+
+
+def _by_synonym(chosen: Sequence[str], names: Sequence[str], labels: Sequence[int]) -> dict[str, tuple[str, int]] | None:
+    """By name, the model's whole name and its label, where each is one of a class's synonyms and of no other's; else None."""
+    places = places_of(names)
+    found = [places.get(name) or places.get(plain(name), []) for name in chosen]
+    if any(len(each) != 1 for each in found) or len({each[0] for each in found}) < len(found):
+        return None
+    return {name: (names[each[0]], labels[each[0]]) for name, each in zip(chosen, found, strict=True)}
 
 
 def _could_be_all(names: Sequence[str], label_count: int) -> bool:

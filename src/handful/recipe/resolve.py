@@ -61,8 +61,12 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
     if recipe.start is not None and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or leave out start."
         raise RequestError("start", recipe.start.as_text(), "there are no exemplars to start from", remedy)
+    if recipe.exemplars.k is not None and recipe.exemplars.path is None:
+        remedy = "Give a folder with a folder of images per class (--exemplars DIR), or leave it out."
+        raise RequestError("exemplars.k", recipe.exemplars.k, "there are no exemplars to draw (--k)", remedy)
     steps = inverted.levels.steps if inverted else recipe.steps_run
     recipe, notes = with_defaults(recipe, steps)
+    notes += _unused(recipe)
     check_terms(recipe.guidance or (), steps, recipe.sampler.name)
     sampler = recipe.sampler
     for name, owner, given in (("eta", "ddim", sampler.eta), ("variance", "ddpm", sampler.variance)):
@@ -81,6 +85,16 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
             f"Use {' or '.join(STOCHASTIC)}, or recurrence 1.",
         )
     return recipe, notes
+
+
+def _unused(recipe: Recipe) -> list[str]:
+    """What is asked for and has no effect, in words."""
+    guidance, notes = recipe.guidance or (), []
+    if recipe.exemplars.path is not None and not (needing(guidance, "exemplars") or recipe.start):
+        notes.append("exemplars: no guidance looks at them; they name the classes, and fit the preview of latents")
+    if recipe.model.negative_prompt and not needing(guidance, "null condition"):
+        notes.append("model.negative_prompt: it has no effect, as no guidance compares with it; cfg does (--guidance cfg)")
+    return notes
 
 
 def sampler_options(asked: SamplerRequest, noise: Noise) -> dict[str, Any]:
