@@ -91,7 +91,7 @@ def sweep(
 
 
 def _as_dict(result: SweepResult) -> dict[str, Any]:
-    from handful.sweep.results import plain
+    from handful.metrics.summary import plain
 
     return plain(
         {

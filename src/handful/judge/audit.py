@@ -36,9 +36,9 @@ def resample(images: Tensor, factor: float = 0.75) -> Tensor:
     return interpolate(shrunk, images.shape[-2:], mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
-def noise(images: Tensor, deviation: float = 0.1, seed: int = 0) -> Tensor:
-    """Adds Gaussian noise; (n, c, h, w) in [-1, 1] -> the same."""
-    draw = torch.Generator().manual_seed(seed)
+def noise(images: Tensor, deviation: float = 0.1, seed: int = 0, draw: torch.Generator | None = None) -> Tensor:
+    """Adds Gaussian noise; (n, c, h, w) in [-1, 1] -> the same. `draw` goes on where an earlier part of a set ended."""
+    draw = draw or torch.Generator().manual_seed(seed)
     return (images + deviation * torch.randn(images.shape, generator=draw).to(images)).clamp(-1, 1)
 
 
@@ -61,3 +61,27 @@ def lowpass(images: Tensor, deviation: float = 0.7) -> Tensor:
 
 
 TRANSFORMS = {"jpeg": jpeg, "resample": resample, "noise": noise, "lowpass": lowpass}
+
+
+class Views:
+    """The transforms of a set that comes part by part: the same numbers as of the whole set at once.
+
+    Only noise is random. Its draws for a part follow those for all parts before it, also where these were left out.
+    """
+
+    def __init__(self) -> None:
+        self._draw, self._drawn = torch.Generator().manual_seed(0), 0
+
+    def __call__(self, name: str, images: Tensor, start: int) -> Tensor:
+        """A part under a transform; `start` is the place of its first image, and grows from call to call.
+
+        Parts must be multiples of 16 values, but the last: torch draws normal numbers in blocks of so many.
+        """
+        if TRANSFORMS[name] is not noise:
+            return TRANSFORMS[name](images)
+        while self._drawn < start:
+            count = min(16, start - self._drawn)
+            torch.randn((count, *images.shape[1:]), generator=self._draw)
+            self._drawn += count
+        self._drawn += len(images)
+        return noise(images, draw=self._draw)

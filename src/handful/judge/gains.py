@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("precision", "recall", "density", "coverage", "f1", "frechet", "vendi", "judge_accuracy", "copied")
-LOWER_IS_BETTER = ("frechet", "copied")
+from handful.metrics import catalogue
+
 AS_IS = ""  # the view before any transform
 DRAWS = 200
 LEVEL = 0.9  # of the intervals
@@ -92,7 +92,11 @@ class Comparison:
 
 def compare(made: Measured, baseline: Measured) -> Comparison:
     """The gain of one set over another in every metric that either has a value for, as is."""
-    known = [name for name in METRICS if any(name in each.values[AS_IS] for each in (made, baseline))]
+    known = [
+        metric.name
+        for metric in catalogue.METRICS
+        if metric.compared and any(metric.name in each.values[AS_IS] for each in (made, baseline))
+    ]
     draws = max((len(drawn) for drawn in made.draws.get(AS_IS, {}).values()), default=0)
     return Comparison(made.images, baseline.images, {name: gain_of(name, made, baseline) for name in known}, draws)
 
@@ -147,14 +151,14 @@ def _difference(metric: str, view: str, made: Measured, baseline: Measured) -> f
     value, other = made.values[view].get(metric), baseline.values.get(view, {}).get(metric)
     if value is None or other is None:
         return None
-    return other - value if metric in LOWER_IS_BETTER else value - other
+    return catalogue.improvement(metric, value, other)
 
 
 def _drawn(metric: str, view: str, made: Measured, baseline: Measured) -> np.ndarray | None:
     value, other = made.draws.get(view, {}).get(metric), baseline.draws.get(view, {}).get(metric)
     if value is None or other is None:
         return None
-    return other - value if metric in LOWER_IS_BETTER else value - other
+    return other - value if catalogue.lower_is_better(metric) else value - other
 
 
 def _interval(centre: float, draws: np.ndarray) -> tuple[float, float]:

@@ -35,16 +35,17 @@ def copied(
     """Which generated images `copied_share` counts, (n,) bool, class after class in the order of `generated`."""
     return np.concatenate(
         [
-            _nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile)
+            nearer(nearest(features, exemplars[name])[0], nearest(real[name], exemplars[name])[0], quantile)
             for name, features in generated.items()
         ]
     )
 
 
-def share_nearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:
+def sharenearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:
     """The same of one class, from distances (n,) and (m,) to the nearest exemplar, whatever measured them."""
-    return float(_nearer(generated, real, quantile).mean())
+    return float(nearer(generated, real, quantile).mean())
 
 
-def _nearer(generated: np.ndarray, real: np.ndarray, quantile: float) -> np.ndarray:
+def nearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> np.ndarray:
+    """Which of one class's distances to the nearest exemplar, (n,), lie below the quantile of the real images', (m,)."""
     return generated < np.quantile(real, quantile)

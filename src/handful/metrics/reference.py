@@ -16,11 +16,13 @@ Source: Efron, "The Jackknife, the Bootstrap and Other Resampling Plans", SIAM 1
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from handful.errors import RequestError
 from handful.metrics._features import as_count, as_features, mean, require_same_width
 from handful.metrics.frechet import Gaussian, frechet_between, gaussian
 from handful.metrics.neighbours import BLOCK, require_neighbours, squared_radii
@@ -36,7 +38,7 @@ class Reference:
     """Features of real images, with their balls and their Gaussian.
 
     Args:
-        features: (m, D), m > k and m > 1; numpy array or torch tensor.
+        features: (m, D); numpy array or torch tensor.
         k: neighbour of precision, recall, density and coverage.
 
     Raises:
@@ -45,13 +47,13 @@ class Reference:
 
     def __init__(self, features: Any, k: int = 5) -> None:
         self.features, self.k = as_features(features, "real"), as_count(k, "k")
-        require_neighbours(len(self.features), self.k, "real")
         self._radii: np.ndarray | None = None
         self._gaussian: Gaussian | None = None
 
     def members(self, generated: Any) -> Members:
         """Who is inside whose ball; see `members`."""
         if self._radii is None:
+            require_neighbours(len(self.features), self.k, "real")
             self._radii = squared_radii(self.features, self.k, BLOCK, "real")
         return members(self.features, generated, self.k, real_radii=self._radii)
 
@@ -67,19 +69,67 @@ class Reference:
             self._gaussian = gaussian(self.features, "real")
         return frechet_between(self._gaussian, gaussian(generated, "generated"))
 
-    def redrawn(self, generated: Any, counts: np.ndarray) -> dict[str, np.ndarray]:
-        """Precision, density, coverage, F1 and Frechet distance of every draw.
 
-        Args:
-            generated: features, (n, D).
-            counts: how often each image is in each draw, (draws, n), as `draw_counts` gives them.
+class Sets:
+    """A real and a generated set as one judge sees them: what every metric of the catalogue is given.
 
-        Returns:
-            By metric (draws,). Their spread is meant, not their mean; the Frechet distance is that of `DIRECTIONS`.
+    Args:
+        real: the real set.
+        generated: features, (n, D).
+        per_image: by name, a value for each generated image, (n,): whether the judge names it rightly, whether it is a copy.
+        names: what each generated image is called, for notes.
+    """
+
+    def __init__(
+        self,
+        real: Reference,
+        generated: Any,
+        per_image: Mapping[str, np.ndarray] | None = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        self.real, self.generated = real, as_features(generated, "generated")
+        require_same_width(real.features, self.generated, "real", "generated")
+        self.per_image, self.names = dict(per_image or {}), names
+
+    def of(self, real_rows: np.ndarray, generated_rows: np.ndarray) -> Sets:
+        """Some images of both: a class, or a group."""
+        real = Reference(self.real.features[real_rows], self.real.k)
+        values = {name: of_all[generated_rows] for name, of_all in self.per_image.items()}
+        names = None if self.names is None else [self.names[row] for row in generated_rows]
+        return Sets(real, self.generated[generated_rows], values, names)
+
+    @property
+    def smaller(self) -> int:
+        """The number of images of the smaller set."""
+        return min(len(self.real.features), len(self.generated))
+
+    @cached_property
+    def members(self) -> Members:
+        """Who is inside whose ball.
+
+        Raises:
+            TooFew: a set has no more than k images.
         """
-        generated = as_features(generated, "generated")
-        near = redrawn_members(self.members(generated), counts)
-        return near | {"frechet": redrawn_frechet(self.features, generated, counts)}
+        m, n, k = len(self.real.features), len(self.generated), self.real.k
+        if self.smaller <= k:
+            remedy = f"; k = {self.smaller - 1} would work" if self.smaller > 1 else ""
+            raise TooFew(
+                f"{m} real and {n} generated images: precision, recall, density and coverage at k = {k} need {k + 1} of "
+                f"each{remedy}"
+            )
+        return self.real.members(self.generated)
+
+    @cached_property
+    def prdc(self) -> PRDC:
+        """Precision, recall, density and coverage."""
+        return self.members.prdc()
+
+
+class TooFew(RequestError):
+    """A set is too small for a metric; the problem says it in a whole sentence."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__("images", None, problem, "Add images.")
 
 
 def draw_counts(labels: Sequence[Any], draws: int, seed: int | list[int]) -> np.ndarray:

@@ -4,37 +4,45 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from handful.errors import RequestError
-from handful.metrics._features import as_count, as_pair
-from handful.metrics.frechet import frechet
+from handful.metrics._features import as_features, require_same_width
+from handful.metrics import catalogue
+from handful.metrics.catalogue import Metric, chosen, measure
 from handful.metrics.neighbours import require_neighbours
-from handful.metrics.prdc import prdc
-from handful.metrics.vendi import vendi
-
-METRICS = ("precision", "recall", "density", "coverage", "f1", "frechet", "vendi", "vendi_real")
-
+from handful.metrics.reference import Reference, Sets
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics of one generated set against one real set; None where a set is too small, `note` saying why."""
+    """Metrics of one generated set against one real set. Each is an attribute too, such as `scores.precision`.
+
+    Attributes:
+        n_real, n_generated: The numbers of images.
+        values: By the metric's name (`metrics/catalogue.py`); None where it can't be had, `note` saying why.
+        note: In words; "" where there is nothing to say.
+    """
 
     n_real: int
     n_generated: int
-    precision: float | None = None  # see PRDC for these five
-    recall: float | None = None
-    density: float | None = None
-    coverage: float | None = None
-    f1: float | None = None
-    frechet: float | None = None  # >= 0, lower is better; biased upwards at small n
-    vendi: float | None = None  # of the generated set, in [1, n_generated]
-    vendi_real: float | None = None  # of the real set, in [1, n_real]
+    values: Mapping[str, float | None] = field(default_factory=dict)
     note: str = ""
+
+    def __getattr__(self, name: str) -> float | None:
+        values = self.__dict__.get("values", {})  # before __init__, when copied or unpickled, there is none
+        if name in values:
+            return values[name]
+        if any(metric.name == name for metric in catalogue.METRICS):
+            return None
+        raise AttributeError(name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, for JSON."""
+        return {"n_real": self.n_real, "n_generated": self.n_generated, **self.values, "note": self.note}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class Group:
 
     generated: Scores
     ceiling: Scores | None  # one half of the real images against the other; None where it was not asked for
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"generated": self.generated.to_dict(), "ceiling": self.ceiling and self.ceiling.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,16 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values for JSON: no NaN or infinity, None instead."""
-        return _plain(asdict(self))
+        return plain(
+            {
+                "k": self.k,
+                "dimensions": self.dimensions,
+                "seed": self.seed,
+                "pooled": self.pooled.to_dict(),
+                "per_class": {name: group.to_dict() for name, group in self.per_class.items()},
+                "mean_over_classes": self.mean_over_classes.to_dict(),
+            }
+        )
 
 
 def summarize(
@@ -69,8 +90,12 @@ def summarize(
     k: int = 5,
     ceiling: bool = True,
     seed: int = 0,
+    *,
+    metrics: Sequence[Metric] | None = None,
+    per_image: Mapping[str, np.ndarray] | None = None,
+    names: Sequence[str] | None = None,
 ) -> Summary:
-    """Every distribution metric (`METRICS`): pooled, per class, and as means over classes.
+    """Every metric (`metrics/catalogue.py`): pooled, per class, and as means over classes.
 
     The ceiling splits the real images of each class at random into halves and measures one half, as if it were
     generated, against the other. Its n is therefore **half** of the real set's: precision and coverage depend mildly on
@@ -79,47 +104,62 @@ def summarize(
     A class too small for k has None for precision, recall, density, coverage and F1, and a note; the rest goes on.
 
     Args:
-        real: features of real images, (m, D); numpy array or torch tensor.
+        real: features of real images, (m, D); numpy array, torch tensor, or a `Reference`, whose k counts then.
         generated: features of generated images, (n, D).
         real_labels: a label for each real image, m of them: strings or numbers; compared as strings.
         generated_labels: a label for each generated image, n of them.
         k: neighbour of precision, recall, density and coverage; at least 1.
         ceiling: measure real against real too (about half the time again).
         seed: of the split; a class's split depends on nothing but its name, its size and this.
+        metrics: which; None: the usual ones.
+        per_image: by name, values of the generated images, (n,); see `Sets`.
+        names: what each generated image is called, for notes.
 
     Returns:
         Summary; per_class is in the order of the sorted names.
 
     Raises:
-        RequestError: bad features (see `prdc`), labels that do not match them in number, a class on one side only,
-            fewer than k + 1 images in all, or a zero feature row.
+        RequestError: bad features (see `prdc`), labels that do not match them in number, a class on one side only, or
+            fewer than k + 1 images in all.
     """
-    real, generated = as_pair(real, generated)
-    k = as_count(k, "k")
-    real_rows = _rows_by_class(real_labels, len(real), "real_labels")
-    generated_rows = _rows_by_class(generated_labels, len(generated), "generated_labels")
+    reference = real if isinstance(real, Reference) else Reference(real, k)
+    real, k, generated = reference.features, reference.k, as_features(generated, "generated")
+    require_same_width(real, generated, "real", "generated")
+    real_rows = rows_by_label(real_labels, len(real), "real_labels")
+    generated_rows = rows_by_label(generated_labels, len(generated), "generated_labels")
     _require_same_classes(real_rows, generated_rows)
     require_neighbours(len(real), k, "real")
     require_neighbours(len(generated), k, "generated")
+    asked = chosen() if metrics is None else list(metrics)
 
+    def ceiling_of(first: np.ndarray, second: np.ndarray) -> Scores | None:
+        if not ceiling:
+            return None
+        if len(second) == 0:
+            return Scores(len(first), 0, note=f"{len(first)} real image: no two halves to compare")
+        return scores(Sets(Reference(real[first], k), real[second]), asked)
+
+    whole = Sets(reference, generated, per_image, names)
     halves = {name: _halves(rows, name, seed) for name, rows in real_rows.items()}
     per_class = {
-        name: Group(
-            _scores(real[real_rows[name]], generated[generated_rows[name]], k),
-            _ceiling(real, *halves[name], k) if ceiling else None,
-        )
+        name: Group(scores(whole.of(real_rows[name], generated_rows[name]), asked), ceiling_of(*halves[name]))
         for name in sorted(real_rows)
     }
     first, second = (np.concatenate([halves[name][side] for name in sorted(halves)]) for side in (0, 1))
-    pooled = Group(_scores(real, generated, k), _ceiling(real, first, second, k) if ceiling else None)
     means = Group(
-        _mean([group.generated for group in per_class.values()]),
-        _mean([group.ceiling for group in per_class.values() if group.ceiling]) if ceiling else None,
+        mean_scores([group.generated for group in per_class.values()]),
+        mean_scores([group.ceiling for group in per_class.values() if group.ceiling]) if ceiling else None,
     )
-    return Summary(k, real.shape[1], seed, pooled, per_class, means)
+    return Summary(k, real.shape[1], seed, Group(scores(whole, asked), ceiling_of(first, second)), per_class, means)
 
 
-def _rows_by_class(labels: Iterable[Any], n: int, name: str) -> dict[str, np.ndarray]:
+def scores(sets: Sets, metrics: Sequence[Metric]) -> Scores:
+    """What the metrics say of two sets."""
+    return Scores(len(sets.real.features), len(sets.generated), *measure(sets, metrics))
+
+
+def rows_by_label(labels: Iterable[Any], n: int, name: str) -> dict[str, np.ndarray]:
+    """The rows of each label, which is compared as text; `name` is what errors call the labels."""
     values = getattr(labels, "tolist", lambda: list(labels))()  # numpy and torch: plain Python values
     if len(values) != n:
         raise RequestError(name, len(values), f"so many labels for {n} images", "Give one per row of the features.")
@@ -146,60 +186,23 @@ def _halves(rows: np.ndarray, name: str, seed: int) -> tuple[np.ndarray, np.ndar
     return np.sort(order[:middle]), np.sort(order[middle:])
 
 
-def _ceiling(real: np.ndarray, first: np.ndarray, second: np.ndarray, k: int) -> Scores:
-    if len(second) == 0:
-        return Scores(len(first), 0, note=f"{len(first)} real image: no two halves to compare")
-    return _scores(real[first], real[second], k)
-
-
-def _scores(real: np.ndarray, generated: np.ndarray, k: int) -> Scores:
-    smaller, notes = min(len(real), len(generated)), []
-    near = None
-    if smaller > k:
-        near = prdc(real, generated, k)
-    else:
-        remedy = f"; k = {smaller - 1} would work" if smaller > 1 else ""
-        notes.append(
-            f"{len(real)} real and {len(generated)} generated images: precision, recall, density and coverage at "
-            f"k = {k} need {k + 1} of each{remedy}"
-        )
-    distance = None
-    if smaller > 1:
-        distance = frechet(real, generated)
-    else:
-        notes.append("the Frechet distance needs 2 of each")
-    return Scores(
-        n_real=len(real),
-        n_generated=len(generated),
-        precision=near and near.precision,
-        recall=near and near.recall,
-        density=near and near.density,
-        coverage=near and near.coverage,
-        f1=near and near.f1,
-        frechet=distance,
-        vendi=vendi(generated),
-        vendi_real=vendi(real),
-        note="; ".join(notes),
-    )
-
-
-def _mean(scores: list[Scores]) -> Scores:
+def mean_scores(found: Sequence[Scores], of: str = "classes") -> Scores:
+    """The plain mean of each metric over those that have it."""
     means: dict[str, float | None] = {}
     partial = []
-    for metric in METRICS:
-        values = [value for each in scores if (value := getattr(each, metric)) is not None]
-        means[metric] = math.fsum(values) / len(values) if values else None
-        if len(values) < len(scores):
-            partial.append(f"{metric} over {len(values)}")
-    note = f"of {len(scores)} classes, only: {', '.join(partial)}" if partial else ""
-    return Scores(
-        n_real=sum(each.n_real for each in scores), n_generated=sum(each.n_generated for each in scores), note=note, **means
-    )
+    for name in dict.fromkeys(name for each in found for name in each.values):
+        values = [value for each in found if (value := each.values.get(name)) is not None]
+        means[name] = math.fsum(values) / len(values) if values else None
+        if 0 < len(values) < len(found):
+            partial.append(f"{name} over {len(values)}")
+    note = f"of {len(found)} {of}, only: {', '.join(partial)}" if partial else ""
+    return Scores(sum(each.n_real for each in found), sum(each.n_generated for each in found), means, note)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def plain(value: Any) -> Any:
+    """Data safe for JSON: numbers that are not finite become None."""
+    if isinstance(value, Mapping):
+        return {key: plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

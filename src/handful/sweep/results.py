@@ -153,12 +153,3 @@ def _spread(values: Sequence[float | None]) -> float | None:
 
 def _ratio(value: float | None, other: float | None) -> float | None:
     return value / other if value is not None and other else None
-
-
-def plain(value: Any) -> Any:
-    """Data safe for JSON: numbers that are not finite become None."""
-    if isinstance(value, Mapping):
-        return {key: plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

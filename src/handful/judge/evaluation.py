@@ -1,0 +1,83 @@
+"""What a judge found of a generated set: every metric, pooled and per class, after mild transforms, and over baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from handful.judge.gains import AS_IS, Comparison
+from handful.metrics import catalogue
+from handful.metrics.summary import Summary, plain
+
+Row = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a judge found.
+
+    Attributes:
+        judge: The extractor's name, and `judge_digest` its weights and preprocessing.
+        summary: Every metric, pooled and per class, with the real-against-real ceiling.
+        transformed: The audited metrics, pooled, after each mild transform of both sets; empty where the audit was left out.
+        gains: By the baseline's name, what this set gains over it.
+        notes: What the user should know.
+    """
+
+    judge: str
+    judge_digest: str
+    summary: Summary
+    transformed: Mapping[str, Row] = field(default_factory=dict)
+    gains: Mapping[str, Comparison] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def judge_accuracy(self) -> float | None:
+        """Share of generated images that the judge names as asked; None if it is no classifier of these classes."""
+        return self.summary.pooled.generated.judge_accuracy
+
+    @property
+    def copied(self) -> float | None:
+        """Share of generated images nearer (in pixels) to an exemplar of their class than 99 % of the real images are.
+
+        None where no exemplars were given.
+        """
+        return self.summary.pooled.generated.copied
+
+    def robust(self, metric: str) -> float | None:
+        """The mean of a metric over the transforms; None where the audit was left out, or the metric has no value there."""
+        values = [value for row in self.transformed.values() if (value := row.get(metric)) is not None]
+        return float(np.mean(values)) if values else None
+
+    def row(self) -> Row:
+        """The pooled numbers, flat: a row of a table."""
+        own = self._plain()
+        robust = [metric.name for metric in catalogue.METRICS if metric.audited and metric.name in own]
+        return {**own, **{f"robust_{name}": self.robust(name) for name in robust}}
+
+    def by_view(self) -> dict[str, Row]:
+        """The pooled metrics as is (`gains.AS_IS`) and after each transform."""
+        return {AS_IS: self._plain(), **{name: dict(row) for name, row in self.transformed.items()}}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, safe for JSON."""
+        pooled = self.summary.pooled.generated
+        sizes = {"k": self.summary.k, "n_real": pooled.n_real, "n_generated": pooled.n_generated}
+        return plain(
+            {
+                "judge": self.judge,
+                "judge_digest": self.judge_digest,
+                **self.row(),
+                **self.summary.to_dict(),
+                "transformed": {name: {**row, **sizes} for name, row in self.transformed.items()},
+                "gains": {name: found.to_dict() for name, found in self.gains.items()},
+                "notes": list(self.notes),
+            }
+        )
+
+    def _plain(self) -> Row:
+        values = self.summary.pooled.generated.values
+        return {each.name: values[each.name] for each in catalogue.METRICS if each.compared and each.name in values}
