@@ -12,10 +12,10 @@ from torch import Tensor
 
 from handful.data.images import write_png
 from handful.errors import RequestError
-from handful.features.registry import load_extractor, pixels
+from handful.features.registry import FeatureExtractor, load_extractor, pixels
 from handful.judge.audit import TRANSFORMS
-from handful.judge.evaluate import Evaluation, Judge, Transformed, evaluate
-from handful.metrics import PRDC, frechet, prdc
+from handful.judge.evaluate import Evaluation, Judge, evaluate
+from handful.metrics import frechet, prdc
 from handful.metrics.summary import Group, Scores, Summary
 from handful.zoo.digits import load_digits_split
 
@@ -28,8 +28,10 @@ ROW = {
     "frechet",
     "vendi",
     "judge_accuracy",
+    "copied",
     "robust_precision",
     "robust_recall",
+    "robust_density",
     "robust_coverage",
     "robust_f1",
     "robust_frechet",
@@ -115,7 +117,7 @@ def test_a_difference_in_the_finest_pattern_alone_is_gone_after_resampling():
     real = flat + 0.05 * sign * board + 0.05 * torch.randn(120, 1, side, side, generator=draw)
     only_plus = flat + 0.05 * board + 0.05 * torch.randn(120, 1, side, side, generator=draw)
     found = Judge(real, ["a"] * 120, pixels(), ceiling=False)(only_plus, ["a"] * 120)
-    plain, resampled = value(found.row()["coverage"]), found.transformed["resample"].prdc.coverage
+    plain, resampled = value(found.row()["coverage"]), value(found.transformed["resample"]["coverage"])
     assert plain < 0.6  # half of the real images have the other sign
     assert resampled > plain + 0.2  # which is gone when the pattern is
 
@@ -123,16 +125,18 @@ def test_a_difference_in_the_finest_pattern_alone_is_gone_after_resampling():
 def test_robust_is_the_mean_over_the_transforms_and_absent_without_them(halves, real):
     assert list(real.transformed) == ["jpeg", "resample", "noise", "lowpass"]
     for name in ("precision", "recall", "coverage", "f1"):
-        wanted = np.mean([getattr(found.prdc, name) for found in real.transformed.values()])
+        wanted = np.mean([found[name] for found in real.transformed.values()])
         assert value(real.row()[f"robust_{name}"]) == pytest.approx(wanted)
     for name in ("frechet", "judge_accuracy"):
-        wanted = np.mean([getattr(found, name) for found in real.transformed.values()])
+        wanted = np.mean([found[name] for found in real.transformed.values()])
         assert value(real.row()[f"robust_{name}"]) == pytest.approx(wanted)
     assert value(real.row()["robust_judge_accuracy"]) > 0.9
     assert real.robust("vendi") is None
     plain = Judge(halves.images, halves.labels, load_extractor("digits-judge"), audit=False, ceiling=False)
     found = plain(halves.others, halves.others_labels)
-    assert {name for name, number in found.row().items() if number is None} == {name for name in ROW if "robust" in name}
+    assert {name for name, number in found.row().items() if number is None} == {name for name in ROW if "robust" in name} | {
+        "copied"
+    }
     assert found.summary.pooled.ceiling is None
     assert found.row()["coverage"] == real.row()["coverage"]
 
@@ -141,37 +145,51 @@ def test_after_a_transform_the_numbers_are_the_metrics_of_both_transformed_sets(
     extractor = load_extractor("digits-judge")
     for name, found in real.transformed.items():
         mine, theirs = (extractor(TRANSFORMS[name](images)).numpy() for images in (halves.images, halves.others))
-        assert found.prdc == prdc(mine, theirs, 5)
-        assert found.frechet == pytest.approx(frechet(mine, theirs))
+        near = prdc(mine, theirs, 5)
+        assert all(found[name] == near[name] for name in ("precision", "recall", "density", "coverage", "f1"))
+        assert found["frechet"] == pytest.approx(frechet(mine, theirs))
         named = extractor.logits(TRANSFORMS[name](halves.others)).argmax(1)
         wanted = np.mean([str(int(one)) == label for one, label in zip(named, halves.others_labels, strict=True)])
-        assert found.judge_accuracy == wanted
+        assert found["judge_accuracy"] == wanted
 
 
 def test_the_mean_of_f1_is_not_the_f1_of_the_means():
-    near = [PRDC(precision, 0.5, 1.0, coverage, 5, 9, 9) for precision, coverage in ((1.0, 0.2), (0.2, 1.0))]
-    transformed = {name: Transformed(found, 1.0, None) for name, found in zip("ab", near, strict=True)}
-    found = Evaluation(
-        "judge", "", Summary(5, 1, 0, Group(Scores(9, 9), None), {}, Group(Scores(9, 9), None)), None, transformed
-    )
-    assert value(found.row()["robust_f1"]) == pytest.approx(1 / 3)  # 2 * .2 / 1.2, twice
+    transformed = {"a": {"precision": 1.0, "coverage": 0.2, "f1": 1 / 3}, "b": {"precision": 0.2, "coverage": 1.0, "f1": 1 / 3}}
+    pooled = Scores(9, 9, {"precision": 0.5, "f1": 0.5, "judge_accuracy": None})
+    found = Evaluation("judge", "", Summary(5, 1, 0, Group(pooled, None), {}, Group(pooled, None)), transformed)
+    assert value(found.row()["robust_f1"]) == pytest.approx(1 / 3)  # 2 * .2 / 1.2, twice; of the means .6 and .6 it is .6
     assert value(found.row()["robust_precision"]) == pytest.approx(0.6)
     assert found.row()["robust_judge_accuracy"] is None
 
 
-def test_a_judge_that_is_no_classifier_of_these_classes_gives_no_accuracy(halves):
+def test_accuracy_is_by_name_or_number_or_what_is_said_and_none_with_a_reason_else(halves):
+    """Of three classes of a judge of ten, by number; of folders with names of their own only as the user says."""
     some = [i for i, label in enumerate(halves.labels) if label in "012"]
-    labels = [halves.labels[i] for i in some]
-    for extractor in (pixels(), load_extractor("digits-judge")):  # ten logits, three classes
-        judge = Judge(halves.images[some], labels, extractor, audit=False, ceiling=False)
-        found = judge(halves.images[some], labels)
-        assert found.judge_accuracy is None
-        assert found.row()["robust_judge_accuracy"] is None
-    # unless the order of its logits is told
-    told = Judge(
-        halves.images[some], labels, load_extractor("digits-judge"), audit=False, ceiling=False, classes=list("0123456789")
-    )
-    assert value(told(halves.images[some], labels).judge_accuracy) > 0.9
+    images, labels = halves.images[some], [halves.labels[i] for i in some]
+    extractor, plain = load_extractor("digits-judge"), {"audit": False, "ceiling": False}
+    assert Judge(images, labels, pixels(), **plain)(images, labels).judge_accuracy is None  # no classifier
+    assert value(Judge(images, labels, extractor, **plain)(images, labels).judge_accuracy) > 0.9
+    named = [{"0": "zero", "1": "one", "2": "a two"}[label] for label in labels]
+    judge = Judge(images, named, extractor, **plain)
+    with pytest.warns(UserWarning, match=r"no accuracy: .*called zero, one, a two"):
+        found = judge(images, named)
+    assert found.judge_accuracy is None
+    assert "--judge-class zero=NUMBER" in found.notes[0]
+    said = Judge(images, named, extractor, judge_class={"zero": 0, "one": "1", "a two": 2}, **plain)
+    assert value(said(images, named).judge_accuracy) > 0.9
+    by_name = Judge(images, named, extractor, classes=["zero", "one", "a two", *"3456789"], **plain)
+    assert by_name(images, named).judge_accuracy == said(images, named).judge_accuracy
+    with pytest.raises(RequestError, match=r"^judge_class: "):
+        Judge(images, named, extractor, judge_class={"zero": 10}, **plain)(images, named)
+
+
+def test_twelve_numbered_classes_are_not_taken_in_the_alphabets_order():
+    """A perfect judge without class names, folders 0 to 11: by the alphabet 10 would be its class 2."""
+    network = torch.nn.Flatten()  # an image of 12 pixels is its own logits
+    perfect = FeatureExtractor("perfect", network, channels=1, classify=network)
+    images = (2 * torch.eye(12).repeat(3, 1) - 1).view(36, 1, 3, 4)
+    labels = [str(index % 12) for index in range(36)]
+    assert Judge(images, labels, perfect, audit=False, ceiling=False)(images, labels).judge_accuracy == 1
 
 
 def test_the_whole_result_is_json_without_nan(real):
@@ -243,8 +261,8 @@ def test_too_few_images_for_k_are_refused_by_name(tmp_path, folders, halves, k, 
     made, real = folders
     if k == 20:
         made = write(tmp_path / "made", halves.others, halves.others_labels, per_class=2)
-    with pytest.raises(RequestError, match=rf"^{field}: .*k = {k} needs more than k"):
-        evaluate(made, real, "digits-judge", k=k)
+    with pytest.raises(RequestError, match=rf"^{field}: .*{k} neighbours need more"):
+        evaluate(made, real, "digits-judge", neighbours=k)
 
 
 def test_folders_and_judges_that_are_not_there_are_refused_by_name(tmp_path, folders):
@@ -253,7 +271,7 @@ def test_folders_and_judges_that_are_not_there_are_refused_by_name(tmp_path, fol
         evaluate(tmp_path / "none", real, "digits-judge")
     with pytest.raises(RequestError, match=r"^real: "):
         evaluate(made, tmp_path / "none", "digits-judge")
-    with pytest.raises(RequestError, match=r"^features: "):
+    with pytest.raises(RequestError, match=r"^judge: "):
         evaluate(made, real, str(tmp_path / "no-such-judge"))
 
 

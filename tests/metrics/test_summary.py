@@ -9,7 +9,8 @@ import torch
 
 from handful.errors import RequestError
 from handful.metrics import frechet, prdc, summarize, vendi
-from handful.metrics.summary import METRICS, Scores, _plain
+from handful.metrics.catalogue import METRICS
+from handful.metrics.summary import Scores, plain
 
 
 def three_classes(per_class=40, seed=0):
@@ -42,7 +43,7 @@ def test_classes_and_pool_are_the_metrics_of_their_images():
 def test_mean_over_classes_is_the_plain_mean():
     real, generated, labels = three_classes()
     found = summarize(real, generated, labels, labels)
-    for metric in METRICS:
+    for metric in (metric.name for metric in METRICS if metric.name not in ("judge_accuracy", "copied")):
         values = [getattr(group.generated, metric) for group in found.per_class.values()]
         assert getattr(found.mean_over_classes.generated, metric) == pytest.approx(np.mean(values))
 
@@ -145,10 +146,7 @@ def test_the_dictionary_survives_json_and_holds_everything():
 
 
 def test_the_dictionary_has_none_for_nan_and_infinity():
-    assert _plain({"a": math.nan, "b": {"c": math.inf, "d": 1.5, "e": "x"}}) == {
-        "a": None,
-        "b": {"c": None, "d": 1.5, "e": "x"},
-    }
+    assert plain({"a": math.nan, "b": {"c": math.inf, "d": 1.5, "e": "x"}}) == {"a": None, "b": {"c": None, "d": 1.5, "e": "x"}}
 
 
 def test_classes_on_one_side_only_are_named():

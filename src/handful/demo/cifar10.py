@@ -22,7 +22,7 @@ from handful.judge.audit import TRANSFORMS
 from handful.runs.contact_sheet import contact_sheet
 from handful.demo.digits import Entry, Row, begin
 from handful.errors import RequestError, RunError
-from handful.judge.evaluate import Judge
+from handful.judge.judge import Judge
 from handful.features.registry import FeatureExtractor, load_extractor
 from handful.judge.gains import AS_IS
 from handful.generate import generate
@@ -33,7 +33,6 @@ from handful.recipe.schema import ExemplarsRequest, ModelRequest, Recipe, Sample
 from handful.data.parquet import read_labelled
 from handful.data.images import LabelledImages, read_folder, write_atomically
 from handful.metrics.copying import copied_share
-from handful.metrics.reference import Reference
 from handful.data.shared_exemplars import ExemplarFeatures
 from handful.report.tables import Table
 from handful.judge.utility import downstream_accuracy
@@ -70,12 +69,9 @@ class FeaturesJudge(Judge):
     def __init__(self, real: RealFeatures, extractor: FeatureExtractor, *, k: int = 5) -> None:
         if real.judge != extractor.digest:
             raise RunError(f"the packaged real features are not {extractor.name}'s: make them again (tools/package_cifar10.py)")
-        self.extractor, self.k, self.ceiling = extractor, k, False
-        self.labels, self.classes = list(real.labels), list(CLASSES)
-        self.transforms = {name: TRANSFORMS[name] for name in TRANSFORMS if name in real.features}
-        views = {AS_IS: UNTOUCHED, **{name: name for name in self.transforms}}
-        self.references = {view: Reference(real.features[name].numpy(), k) for view, name in views.items()}
-        self.real = self.references[AS_IS].features
+        views = {AS_IS: UNTOUCHED, **{name: name for name in TRANSFORMS if name in real.features}}
+        features = {view: real.features[name].numpy() for view, name in views.items()}
+        super().__init__(features, real.labels, extractor, k=k, ceiling=False, classes=CLASSES)
 
 
 def entries(steps: int = STEPS) -> list[Entry]:

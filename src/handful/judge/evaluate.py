@@ -100,8 +100,15 @@ def evaluate(
         )
     try:
         sitting = Judge(
-            reference, reference.labels, extractor, k=neighbours, audit=audit, ceiling=ceiling, judge_class=judge_class,
-            metrics=metrics, keeping=keeping,
+            reference,
+            reference.labels,
+            extractor,
+            k=neighbours,
+            audit=audit,
+            ceiling=ceiling,
+            judge_class=judge_class,
+            metrics=metrics,
+            keeping=keeping,
         )
         check = CopyCheck(exemplars, synthetic, reference, classes) if exemplars is not None else None
         seen = {name: _seen(sitting, check, images) for name, images in sets.items() if name != "real"}
@@ -118,8 +125,8 @@ def evaluate(
             theirs = sitting.measured(seen[f"baseline {name}"], other, of_baseline, stream=f"baseline {name}", seed=seed)
             if theirs.images != mine.images:
                 tell(
-                    f"the baseline {name} has {theirs.images} images, the set {mine.images}: recall, coverage, Frechet distance "
-                    "and Vendi score depend on the number, so their gains mislead; generate as many"
+                    f"the baseline {name} has {theirs.images} images, the set {mine.images}: recall, coverage, Frechet"
+                    " distance and Vendi score depend on the number, so their gains mislead; generate as many"
                 )
             gains[name] = compare(mine, theirs)
     return replace(found, gains=gains, notes=(*notes, *sitting.notes))
@@ -207,8 +214,7 @@ def _require_baseline(folder: str | Path, files: LabelledFiles, made: LabelledFi
                 "Name another set of the same classes, such as one generated with --guidance none.",
             )
     lacks, more = (
-        [repr(name) for name in a if name not in b]
-        for a, b in ((made.classes, files.classes), (files.classes, made.classes))
+        [repr(name) for name in a if name not in b] for a, b in ((made.classes, files.classes), (files.classes, made.classes))
     )
     if lacks or more:
         told = [f"lacks {', '.join(lacks[:5])}"] * bool(lacks) + [f"has {', '.join(more[:5])} besides"] * bool(more)

@@ -160,7 +160,7 @@ def _own_size(data: bytes, name: str | Path) -> tuple[int, int]:
             width, height = image.size
             lying = image.getexif().get(_ORIENTATION) in _LYING
     except Exception:  # `read_image` knows what is wrong with it, and which formats are taken
-        channels, height, width = read_image(data, channels=1, name=name).shape
+        _, height, width = read_image(data, channels=1, name=name).shape
         return height, width
     if height * width == 0:
         raise RequestError("image", name, "it has no pixels", "Replace the file or remove it.")

@@ -106,7 +106,9 @@ class Judge:
 
     def sets(self, seen: Seen) -> dict[str, Sets]:
         """What the metrics are given, by view."""
-        return {view: Sets(self.references[view], seen.features[view], seen.per_image[view], seen.names) for view in self.references}
+        return {
+            view: Sets(self.references[view], seen.features[view], seen.per_image[view], seen.names) for view in self.references
+        }
 
     def judged(self, seen: Seen, sets: Mapping[str, Sets] | None = None) -> Evaluation:
         """Judges a set that was seen.
@@ -120,8 +122,15 @@ class Judge:
         """
         sets = sets or self.sets(seen)
         summary = summarize(
-            self.references[AS_IS], seen.features[AS_IS], self.labels, seen.labels, self.k, self.ceiling,
-            metrics=self.metrics, per_image=seen.per_image[AS_IS], names=seen.names,
+            self.references[AS_IS],
+            seen.features[AS_IS],
+            self.labels,
+            seen.labels,
+            self.k,
+            self.ceiling,
+            metrics=self.metrics,
+            per_image=seen.per_image[AS_IS],
+            names=seen.names,
         )
         audited = [metric for metric in self.metrics if metric.audited and metric.compared]
         transformed = {view: catalogue.measure(sets[view], audited)[0] for view in self.references if view != AS_IS}

@@ -1,7 +1,7 @@
 """Features of a set through a judge's eyes: part by part, as is and after each transform, kept by content.
 
-What is kept lies in CACHE/judged/JUDGE/KEY.safetensors, a file for each part and view. The key is a digest of the judge, the view
-and the images' contents, so a second evaluation starts at once, and an interrupted one goes on.
+What is kept lies in CACHE/judged/JUDGE/KEY.safetensors, a file for each part and view. The key is a digest of judge, view
+and the contents of the images, so a second evaluation starts at once, and an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,12 @@ class Viewer:
 
     def pending(self, images: Images, *, answers: bool) -> list[tuple[slice, list[str]]]:
         """The parts of which something is not kept yet, with the views that are missing."""
-        asked = [(part, [v for v in self.views if self._kept(images, part, v, answers) is None]) for part in images.parts()]
+
+        def there(part: slice, view: str) -> bool:
+            file = self._file(images, part, view, answers)
+            return file is not None and file.is_file()
+
+        asked = [(part, [view for view in self.views if not there(part, view)]) for part in images.parts()]
         return [(part, views) for part, views in asked if views]
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """The one table of metrics. `summary`, `evaluate`, its gains, `sweep`, `calibrate` and the reports read it.
 
-A metric is a row here and its function; nothing else names it. A column `NAME` is the metric of images as they are; `robust_NAME`
-its mean over mild transforms of real and generated images alike; `gain_NAME` how much better than a baseline.
+A metric is a row here and its function; nothing else names it. The column `NAME` is the metric of images as they are;
+`robust_NAME` its mean over mild transforms of real and generated images alike; `gain_NAME` how much better than a baseline.
 """
 
 from __future__ import annotations

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from handful.errors import RequestError
-from handful.metrics._features import as_features, require_same_width
 from handful.metrics import catalogue
+from handful.metrics._features import as_features, require_same_width
 from handful.metrics.catalogue import Metric, chosen, measure
 from handful.metrics.neighbours import require_neighbours
 from handful.metrics.reference import Reference, Sets
+
 
 @dataclass(frozen=True)
 class Scores:

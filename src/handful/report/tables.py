@@ -8,22 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from handful.judge.gains import DRAWS, LEVEL, RULE
+from handful.metrics import catalogue
 
 if TYPE_CHECKING:
     from handful.cost.estimate import Cost
-    from handful.judge.evaluate import Evaluation
+    from handful.judge.evaluation import Evaluation
+    from handful.metrics.summary import Scores
 
-# The metrics of an evaluation, as tables call them.
-EVALUATED = {
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "f1": "F1",
-    "frechet": "Frechet",
-    "vendi": "Vendi",
-    "judge_accuracy": "accuracy",
-}
 WIDTH = 118  # of notes
 
 # The parts of a `Cost` in words.
@@ -61,24 +52,30 @@ def print_table(table: Table) -> None:
         print(note)
 
 
+def columns_of(found: Evaluation) -> dict[str, str]:
+    """The metrics that an evaluation has a value of, pooled, and what tables call them."""
+    known = found.row()
+    return {each.name: each.heading for each in catalogue.METRICS if each.compared and known.get(each.name) is not None}
+
+
 def evaluation_table(found: Evaluation) -> Table:
     """Pooled, after each transform, mean over classes, each class; beneath pooled and mean what real images get."""
-    summary = found.summary
+    summary, columns = found.summary, columns_of(found)
     table = Table(
-        f"judge {found.judge}, k = {summary.k}, {summary.dimensions} features", ["", "real", "generated", *EVALUATED.values()]
+        f"judge {found.judge}, k = {summary.k}, {summary.dimensions} features", ["", "real", "generated", *columns.values()]
     )
 
-    def add(name: str, scores: Any, **others: float | None) -> None:
-        cells = [_number(others.get(metric, getattr(scores, metric, None))) for metric in EVALUATED]
+    def add(name: str, scores: Scores) -> None:
+        cells = [_number(scores.values.get(metric)) for metric in columns]
         table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
 
     for name, group in (("pooled", summary.pooled), ("mean over classes", summary.mean_over_classes)):
-        pooled = group is summary.pooled
-        add(name, group.generated, judge_accuracy=found.judge_accuracy if pooled else None)
-        for transform, seen in found.transformed.items() if pooled else ():
-            add(f"  after {transform}", seen.prdc, frechet=seen.frechet, judge_accuracy=seen.judge_accuracy)
-        if pooled and found.transformed:
-            table.rows.append(["  after them, mean", *["-"] * 2, *(_number(found.robust(m)) for m in EVALUATED)])
+        add(name, group.generated)
+        if group is summary.pooled and found.transformed:
+            sizes = [str(group.generated.n_real), str(group.generated.n_generated)]
+            for transform, row in found.transformed.items():
+                table.rows.append([f"  after {transform}", *sizes, *(_number(row.get(metric)) for metric in columns)])
+            table.rows.append(["  after them, mean", *["-"] * 2, *(_number(found.robust(metric)) for metric in columns)])
         if group.ceiling is not None:
             add("  real against real", group.ceiling)
     for name, group in summary.per_class.items():
@@ -87,20 +84,14 @@ def evaluation_table(found: Evaluation) -> Table:
     table.notes += [f"{name}: {group.generated.note}" for name, group in groups.items() if group.generated.note]
     if summary.pooled.ceiling is not None:
         table.notes.append("real against real: one half of the real images against the other; fewer images score lower")
-    if found.judge_accuracy is not None:
-        table.notes.append("accuracy: share of the generated images that the judge names as asked")
-    if found.copied is not None:
-        table.notes.append(
-            f"copied: {found.copied:.3f} of the generated images are nearer to an exemplar of their class than"
-            " 99 % of the real images are (in pixels)"
-        )
+    table.notes += [f"{each.heading}: {each.meaning}" for each in catalogue.METRICS if each.name in columns and each.meaning]
     table.notes = _wrapped(table.notes)
     return table
 
 
 def gains_tables(found: Evaluation) -> list[Table]:
     """A table a baseline: what is gained in each metric, and what of it survives the transforms."""
-    tables = []
+    tables, headings_of = [], {each.name: each.heading for each in catalogue.METRICS}
     for name, comparison in found.gains.items():
         audited = bool(found.transformed)
         interval = f"{LEVEL * 100:.0f} % interval"
@@ -116,10 +107,10 @@ def gains_tables(found: Evaluation) -> list[Table]:
             if audited:
                 share = "-" if gain.robust_gain is None else f"{gain.robust_gain:.2f}"
                 cells += [_signed(gain.surviving), _range(gain.surviving_interval), share, gain.verdict or "-"]
-            table.rows.append([EVALUATED.get(metric, metric), *cells])
+            table.rows.append([headings_of[metric], *cells])
             if gain.after and gain.verdict not in (None, "no gain"):
                 least = min(gain.after, key=lambda transform: gain.after[transform])
-                weakest.setdefault(least, []).append(f"{EVALUATED.get(metric, metric)} {_signed(gain.after[least])}")
+                weakest.setdefault(least, []).append(f"{headings_of[metric]} {_signed(gain.after[least])}")
         table.notes = _wrapped([f"least is left after {least}: {', '.join(those)}" for least, those in weakest.items()])
         tables.append(table)
     if tables:
