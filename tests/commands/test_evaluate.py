@@ -54,7 +54,9 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
 def test_json_stands_alone_on_stdout_with_judge_ceiling_and_transforms(folders, capsys, tmp_path):
     made, real = folders
     report = tmp_path / "report.json"
-    assert handful("evaluate", made, "--real", real, "--features", "pixels", "--k", 3, "--json", "--report", report) == 0
+    assert (
+        handful("evaluate", made, "--real", real, "--judge", "pixels", "--neighbours", 3, "--json", "--save-json", report) == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert (found["judge"], found["k"], found["judge_accuracy"]) == ("pixels", 3, None)
     assert set(found["transformed"]) == {"jpeg", "resample", "noise", "lowpass"}
@@ -65,7 +67,7 @@ def test_json_stands_alone_on_stdout_with_judge_ceiling_and_transforms(folders, 
 
 def test_the_table_names_the_judge_and_every_class(folders, capsys):
     made, real = folders
-    assert handful("evaluate", made, "--real", real, "--features", "digits-judge", "--k", 3, "--no-audit") == 0
+    assert handful("evaluate", made, "--real", real, "--judge", "digits-judge", "--neighbours", 3, "--no-audit") == 0
     said = capsys.readouterr().out
     assert "judge digits-judge, k = 3" in said
     assert [line.split()[0] for line in said.splitlines()[6:9]] == ["0", "1", "2"]
@@ -74,7 +76,7 @@ def test_the_table_names_the_judge_and_every_class(folders, capsys):
 
 def test_the_audited_table_has_a_row_a_transform_with_frechet_distance_and_accuracy(ten, capsys):
     made, real, _ = ten
-    assert handful("evaluate", made, "--real", real, "--features", "digits-judge", "--k", 3, "--no-ceiling") == 0
+    assert handful("evaluate", made, "--real", real, "--judge", "digits-judge", "--neighbours", 3, "--no-ceiling") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["real", "generated", *HEADINGS]
     assert [line.split()[1] for line in lines[3:7]] == ["jpeg", "resample", "noise", "lowpass"]
@@ -88,7 +90,7 @@ def test_the_audited_table_has_a_row_a_transform_with_frechet_distance_and_accur
 def test_gains_over_baselines_are_a_table_each_within_120_columns(ten, capsys):
     made, real, ghosts = ten
     baselines = ("--baseline", ghosts, "--baseline", f"again={ghosts}")
-    assert handful("evaluate", made, "--real", real, "--features", "digits-judge", "--k", 3, *baselines) == 0
+    assert handful("evaluate", made, "--real", real, "--judge", "digits-judge", "--neighbours", 3, *baselines) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
     titles = [number for number, line in enumerate(lines) if line.startswith("gain over")]
@@ -106,8 +108,8 @@ def test_gains_over_baselines_are_a_table_each_within_120_columns(ten, capsys):
 
 def test_gains_are_in_json_and_in_the_report(ten, capsys, tmp_path):
     made, real, ghosts = ten
-    asked = ("--features", "digits-judge", "--k", 3, "--no-ceiling", "--baseline", f"ghosts={ghosts}", "--json")
-    assert handful("evaluate", made, "--real", real, *asked, "--report", tmp_path / "report.json") == 0
+    asked = ("--judge", "digits-judge", "--neighbours", 3, "--no-ceiling", "--baseline", f"ghosts={ghosts}", "--json")
+    assert handful("evaluate", made, "--real", real, *asked, "--save-json", tmp_path / "report.json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "report.json").read_text())
     gains = found["gains"]["ghosts"]
@@ -122,7 +124,7 @@ def test_gains_are_in_json_and_in_the_report(ten, capsys, tmp_path):
 
 def test_without_the_audit_the_table_of_gains_has_no_verdict(ten, capsys):
     made, real, ghosts = ten
-    asked = ("--features", "digits-judge", "--k", 3, "--no-audit", "--baseline", ghosts)
+    asked = ("--judge", "digits-judge", "--neighbours", 3, "--no-audit", "--baseline", ghosts)
     assert handful("evaluate", made, "--real", real, *asked) == 0
     said = capsys.readouterr().out
     assert "gain over ghosts" in said
@@ -133,9 +135,10 @@ def test_without_the_audit_the_table_of_gains_has_no_verdict(ten, capsys):
 def test_copies_of_exemplars_are_said(folders, capsys, tmp_path):
     made, real = folders
     (tmp_path / "exemplars").symlink_to(made)
-    asked = ("--features", "pixels", "--k", 3, "--no-audit", "--exemplars", tmp_path / "exemplars")
+    asked = ("--judge", "pixels", "--neighbours", 3, "--no-audit", "--exemplars", tmp_path / "exemplars")
     assert handful("evaluate", made, "--real", real, *asked) == 0
-    assert "copied: 1.000 of the generated images" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert (lines[1].split()[-1], lines[2].split()[-1]) == ("copied", "1.000")
     assert handful("evaluate", made, "--real", real, *asked, "--json") == 0
     assert json.loads(capsys.readouterr().out)["copied"] == 1
 
@@ -155,7 +158,7 @@ def test_copies_of_exemplars_are_said(folders, capsys, tmp_path):
 def test_wrong_baselines_exit_with_2_and_say_why(ten, capsys, baselines, said):
     made, real, ghosts = ten
     told = [part for text in baselines for part in ("--baseline", text.format(made=made, real=real, ghosts=ghosts))]
-    assert handful("evaluate", made, "--real", real, "--features", "no-such-judge", *told) == 2
+    assert handful("evaluate", made, "--real", real, "--judge", "no-such-judge", *told) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: baseline: ")
     assert said in error
@@ -171,14 +174,14 @@ def test_classes_that_the_real_folder_lacks_are_refused_before_any_feature_is_ta
     made, real = folders
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "0").symlink_to(real / "0")
-    assert handful("evaluate", made, "--real", tmp_path / "real", "--features", "pixels") == 2
+    assert handful("evaluate", made, "--real", tmp_path / "real", "--judge", "pixels") == 2
     assert "no folder for 1, 2" in capsys.readouterr().err
 
 
 def test_too_few_images_for_k_are_refused_naming_the_remedy(folders, capsys):
     made, real = folders
-    assert handful("evaluate", made, "--real", real, "--features", "pixels", "--k", 36) == 2
-    assert "lower --k" in capsys.readouterr().err
+    assert handful("evaluate", made, "--real", real, "--judge", "pixels", "--neighbours", 36) == 2
+    assert "lower --neighbours" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("--seeds", 0), ("--per-class", 2)])

@@ -89,8 +89,8 @@ def test_what_is_no_baseline_is_refused_by_name(tmp_path, folders, halves):
     images, labels = some(halves, 0, 9)
     refused(write(tmp_path / "large", images.repeat(1, 1, 2, 2), labels), "^baseline: .*16 x 16 pixels, .* 8 x 8")
     few = write(tmp_path / "few", *some(halves, 0, 1))
-    with pytest.raises(RequestError, match=r"^baseline: .*it has 10 images, k = 12 needs more than k"):
-        evaluate(made, real, "no-such-judge", k=12, baselines={"it": few})
+    with pytest.raises(RequestError, match=r"^baseline: .*it has 10 images, and 12 neighbours need more"):
+        evaluate(made, real, "no-such-judge", neighbours=12, baselines={"it": few})
 
 
 def test_copied_counts_images_nearer_to_an_exemplar_than_real_ones_are(tmp_path, folders, halves):

@@ -142,7 +142,7 @@ def test_the_dictionary_survives_json_and_holds_everything():
     found = summarize(real, generated, labels, labels).to_dict()
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert set(found) == {"k", "dimensions", "seed", "pooled", "per_class", "mean_over_classes"}
-    assert set(found["per_class"]["cat"]["ceiling"]) == {"n_real", "n_generated", *METRICS, "note"}
+    assert set(found["per_class"]["cat"]["ceiling"]) == {"n_real", "n_generated", *(metric.name for metric in METRICS), "note"}
 
 
 def test_the_dictionary_has_none_for_nan_and_infinity():

@@ -8,15 +8,17 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Json, named_folders
+from handful.commands.shared import Json, Quiet, named_folders, pairs, renamed, require_writable
 
 
 def evaluate(
     synthetic: Annotated[Path, typer.Argument(help="Generated images: a run directory, or a folder per class.")],
-    real: Annotated[Path, typer.Option(metavar="DIR", help="Real images, a folder per class; not the exemplars.")],
-    features: Annotated[
-        str, typer.Option(help="The judge: digits-judge, dinov2, clip, a directory, FILE.py:FUNCTION.", metavar="NAME")
-    ] = "dinov2",
+    real: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Real images; not the exemplars.  [those that guided nothing]")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="digits-judge, dinov2, clip, a directory, FILE.py:FUNCTION.  [dinov2]", metavar="NAME")
+    ] = None,
     baseline: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]DIR", help="Say what is gained over this set, and what of it survives; repeatable."),
@@ -24,11 +26,21 @@ def evaluate(
     exemplars: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The exemplars: say how many generated images are copies of them.")
     ] = None,
-    k: Annotated[int, typer.Option("--k", help="Neighbour of precision, recall, density and coverage.", min=1)] = 5,
+    neighbours: Annotated[
+        int | None, typer.Option(help="k of precision, recall, density and coverage.  [5]", min=1, metavar="K")
+    ] = None,
+    judge_class: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FOLDER=CLASS", help="Which of the judge's classes a folder is, by name or number; repeatable."),
+    ] = None,
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets.")] = True,
     ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Measure real against real too.")] = True,
-    report: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
+    save_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
     json_wanted: Json = False,
+    quiet: Quiet = False,
+    features: Annotated[str | None, typer.Option(hidden=True)] = None,
+    k: Annotated[int | None, typer.Option("--k", hidden=True, min=1)] = None,
+    report: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
 
@@ -37,26 +49,46 @@ def evaluate(
     again after JPEG, resampling, noise and a low-pass of real and generated images alike, and with a --baseline (the same
     model without guidance) each gain is told from chance and by how much of it survives.
 
+    The judge's answers are kept by content: an interrupted evaluation goes on, and a second one starts at once.
+
     \b
     Examples:
-      handful evaluate out --real digits-held-out/ --features digits-judge
-      handful evaluate out --real photos-held-out/ --features dinov2 --json > result.json
-      handful evaluate out --real photos-held-out/ --features my_judge.py:load --exemplars photos/
-      handful evaluate out --real digits-held-out/ --features digits-judge --baseline out-none --baseline cfg=out-cfg
+      handful evaluate out --real digits-held-out/ --judge digits-judge
+      handful evaluate out --real photos-held-out/ --judge dinov2 --json > result.json
+      handful evaluate out --real photos-held-out/ --judge my_judge.py:load --exemplars photos/
+      handful evaluate out --real digits-held-out/ --judge digits-judge --baseline out-none --baseline cfg=out-cfg
+      handful evaluate out --real photos/ --judge cifar10-judge --judge-class plane=airplane --judge-class car=automobile
     """
-    from handful.judge.evaluate import evaluate as judge
+    judge = renamed("--features", features, "--judge", judge) or "dinov2"
+    neighbours = renamed("--k", k, "--neighbours", neighbours) or 5
+    save_json = renamed("--report", report, "--save-json", save_json)
+    baselines, classes = named_folders(baseline or []), pairs("--judge-class", judge_class)
+    if save_json is not None:
+        require_writable(save_json)
+    from handful.judge.evaluate import evaluate as judged
     from handful.report.tables import evaluation_table, gains_tables, print_table
+    from handful.runs.progress import Words, progress_for
 
-    baselines = named_folders(baseline or [])
-    found = judge(synthetic, real, features, k=k, audit=audit, ceiling=ceiling, baselines=baselines, exemplars=exemplars)
+    found = judged(
+        synthetic,
+        real,
+        judge,
+        neighbours=neighbours,
+        audit=audit,
+        ceiling=ceiling,
+        baselines=baselines,
+        exemplars=exemplars,
+        judge_class=classes,
+        progress=progress_for(quiet, Words("judging", "judged", "images")),
+    )
     text = json.dumps(found.to_dict(), indent=None if json_wanted else 1, allow_nan=False)
-    if report is not None:
-        from handful.data.images import write_atomically
-
-        write_atomically(report, (text + "\n").encode())
     if json_wanted:
-        print(text)
-        return
-    for number, table in enumerate([evaluation_table(found), *gains_tables(found)]):
-        print("\n" * bool(number), end="")
-        print_table(table)
+        print(text, flush=True)
+    else:
+        for number, table in enumerate([evaluation_table(found), *gains_tables(found)]):
+            print("\n" * bool(number), end="")
+            print_table(table)
+    if save_json is not None:  # after the result is printed: a full disk takes nothing
+        from handful.files.atomic import write_atomically
+
+        write_atomically(save_json, (text + "\n").encode())

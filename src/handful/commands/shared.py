@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
+
+from handful.errors import RequestError
+
+T = TypeVar("T")
 
 ClassNames = Annotated[str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")]
 NullClass = Annotated[int | None, typer.Option(help='The model\'s label for "no class".')]
@@ -31,8 +37,6 @@ def named_folders(given: list[str], field: str = "baseline") -> dict[str, Path]:
     Raises:
         RequestError: If two have one name, or a name or a folder is blank.
     """
-    from handful.errors import RequestError
-
     folders: dict[str, Path] = {}
     for text in given:
         name, equals, folder = text.partition("=")
@@ -44,3 +48,47 @@ def named_folders(given: list[str], field: str = "baseline") -> dict[str, Path]:
             raise RequestError(field, text, f"'{folders[name]}' is called {name} as well", f"Write {name}-2={folder}.")
         folders[name] = Path(folder)
     return folders
+
+
+def renamed(old: str, given: T | None, new: str, value: T | None) -> T | None:
+    """The value of an option that had another name in the last release; its old name still works, with a note.
+
+    Raises:
+        RequestError: If both are given.
+    """
+    if given is None:
+        return value
+    if value is not None:
+        raise RequestError(old, given, f"this is the former name of {new}, which is given too", f"Leave {old} out.")
+    print(f"note: {old} is called {new} now", file=sys.stderr)
+    return given
+
+
+def pairs(option: str, given: list[str] | None) -> dict[str, str]:
+    """`A=B` texts, by what stands before the last =.
+
+    Raises:
+        RequestError: If one is no pair, or one name has two values.
+    """
+    found: dict[str, str] = {}
+    for text in given or ():
+        name, _, value = text.rpartition("=")
+        if not name or not value:
+            raise RequestError(option, text, "this is no pair", "Write NAME=VALUE.")
+        if found.setdefault(name, value) != value:
+            raise RequestError(option, text, f"{name} is {found[name]} already", "Give each name once.")
+    return found
+
+
+def require_writable(file: Path) -> None:
+    """Refuses, before the long work, a file that could not be written after it.
+
+    Raises:
+        RequestError: If its folder is missing or read-only, or it is a folder itself.
+    """
+    if file.is_dir():
+        raise RequestError("--save-json", file, "this is a folder", "Name a file in it.")
+    if not file.parent.is_dir():
+        raise RequestError("--save-json", file, f"there is no folder '{file.parent}'", "Make it, or name another file.")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise RequestError("--save-json", file, "it may not be written", "Name another file.")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from handful.data.exemplars import default_cache
+from handful.data.exemplars import default_cache, draw_order
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
@@ -22,7 +22,8 @@ from handful.judge.gains import AS_IS, compare
 from handful.judge.images import FileImages, common_size
 from handful.judge.judge import Judge, Seen
 from handful.judge.viewer import Keeping, Viewer
-from handful.runs.metadata import guided_by
+from handful.runs.kept import keep, key_of
+from handful.runs.metadata import exemplars_of, guided_by
 from handful.runs.progress import Progress
 
 __all__ = ["Evaluation", "Judge", "Seen", "evaluate"]
@@ -30,7 +31,7 @@ __all__ = ["Evaluation", "Judge", "Seen", "evaluate"]
 
 def evaluate(
     synthetic: str | Path,
-    real: str | Path,
+    real: str | Path | None = None,
     judge: str = "dinov2",
     *,
     neighbours: int = 5,
@@ -53,6 +54,7 @@ def evaluate(
 
     Args:
         synthetic, real: The images (`handful.data.sources`). Real ones must not be the exemplars: the generator knows those.
+            Without real ones, those of the run's exemplars' folder that guided nothing.
         judge: A name that `handful.features.load_extractor` knows.
         neighbours: As `k` of `Judge`.
         audit, ceiling, judge_class, metrics: As for `Judge`.
@@ -77,8 +79,8 @@ def evaluate(
         notes.append(text)
         warnings.warn(text, stacklevel=3)
 
-    listed = _listed(synthetic, real, baselines, neighbours, tell)
-    classes = listed["synthetic"].classes
+    sets = _listed(synthetic, real, baselines, neighbours, tell)
+    classes = sets["synthetic"].files.classes
     if exemplars is not None:
         labelled_files(exemplars, classes=classes, field="exemplars")
     try:
@@ -87,7 +89,7 @@ def evaluate(
         field = "judge" if error.field == "features" else error.field
         raise RequestError(field, error.value, error.problem, error.remedy) from error
     keeping = Keeping(default_cache() if cache is None else cache, progress or Progress())
-    sets = _looked_at(listed, extractor, Viewer(extractor, audit, keeping), tell)
+    _make_ready(sets, extractor, Viewer(extractor, audit, keeping), tell)
     for name, folder in {"": synthetic, **baselines}.items():
         if guided_by(folder, judge, extractor.digest):
             which = f"the baseline {folder}" if name else "these images"
@@ -129,7 +131,18 @@ def evaluate(
                     " distance and Vendi score depend on the number, so their gains mislead; generate as many"
                 )
             gains[name] = compare(mine, theirs)
-    return replace(found, gains=gains, notes=(*notes, *sitting.notes))
+    found = replace(found, gains=gains, notes=(*notes, *sitting.notes))
+    asked = {
+        "real": str(reference.files.root),
+        "judge": judge,
+        "neighbours": neighbours,
+        "baselines": {name: str(folder) for name, folder in baselines.items()},
+        "exemplars": exemplars and str(exemplars),
+    }
+    contents = {role: sorted(zip(images.labels, images.contents, strict=True)) for role, images in sets.items()}
+    key = key_of([asked, extractor.digest, audit, ceiling, dict(judge_class or {}), list(metrics), seed, contents])
+    keep(synthetic, "evaluation", key, {"asked": asked, "result": found.to_dict()})
+    return found
 
 
 def _seen(judge: Judge, check: CopyCheck | None, images: FileImages) -> Seen:
@@ -140,14 +153,14 @@ def _seen(judge: Judge, check: CopyCheck | None, images: FileImages) -> Seen:
 
 
 def _listed(
-    synthetic: str | Path, real: str | Path, baselines: Mapping[str, str | Path], k: int, tell: Callable[[str], None]
-) -> dict[str, LabelledFiles]:
-    """Lists all sets by role, the real one's classes being the generated ones'; refuses those that do not fit together."""
-    made, wanted = labelled_files(synthetic, field="synthetic", flat=True), labelled_files(real, field="real", flat=True)
+    synthetic: str | Path, real: str | Path | None, baselines: Mapping[str, str | Path], k: int, tell: Callable[[str], None]
+) -> dict[str, FileImages]:
+    """All sets by role, the real one's classes being the generated ones'; refuses those that do not fit together."""
+    made, wanted = labelled_files(synthetic, field="synthetic", flat=True), _real(synthetic, real, tell)
     if unknown := [name for name in made.classes if name not in wanted.classes]:
         raise RequestError(
             "real",
-            str(real),
+            str(wanted.root),
             f"it has no folder for {', '.join(unknown[:8])}, which {synthetic} has",
             "Add real images of these classes, or remove the folders.",
         )
@@ -165,24 +178,40 @@ def _listed(
     for files in found.values():
         for note in files.notes:
             tell(note)
-    return found
-
-
-def _looked_at(
-    listed: Mapping[str, LabelledFiles], extractor: FeatureExtractor, viewer: Viewer, tell: Callable[[str], None]
-) -> dict[str, FileImages]:
-    """Every set with its files' contents and sizes; those that are not known yet are decoded, so that none fails later."""
-    sets = {role: FileImages(files, role.partition(" ")[0]) for role, files in listed.items()}
-    made, others = sets["synthetic"], [images for role, images in sets.items() if role != "synthetic"]
+    sets = {role: FileImages(files, role.partition(" ")[0]) for role, files in found.items()}
+    height, width = sets["synthetic"].usual_size
     for role, images in sets.items():
-        if role.startswith("baseline") and images.usual_size != made.usual_size:
-            (h, w), (height, width) = images.usual_size, made.usual_size
-            raise RequestError(
-                "baseline",
-                str(images.files.root),
-                f"its images have {h} x {w} pixels, the synthetic ones {height} x {width}",
-                "Generate both at one resolution.",
-            )
+        if role.startswith("baseline") and images.usual_size != (height, width):
+            (h, w), root = images.usual_size, str(images.files.root)
+            problem = f"its images have {h} x {w} pixels, the synthetic ones {height} x {width}"
+            raise RequestError("baseline", root, problem, "Generate both at one resolution.")
+    return sets
+
+
+def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[[str], None]) -> LabelledFiles:
+    if real is not None:
+        return labelled_files(real, field="real", flat=True)
+    if (drawn := exemplars_of(synthetic)) is None:
+        problem = "there are no real images to judge by: it is no run that exemplars guided"
+        raise RequestError("real", str(synthetic), problem, "Give real images with --real DIR.")
+    files = labelled_files(drawn.folder, field="exemplars", flat=True)
+    rest: list[int] = []
+    for name, places in files.by_class().items():
+        order = draw_order(drawn.seed, name, [files.names[place] for place in places])
+        rest += sorted(places[at] for at in order[drawn.per_class :]) if drawn.per_class else []
+    if not rest:
+        problem = "all images of the exemplars' folder guided, so none is left to judge by"
+        raise RequestError("real", drawn.folder, problem, "Give real images with --real DIR, or draw fewer exemplars (--k).")
+    left = files.only(rest)
+    tell(f"judged by the {len(left)} images of {drawn.folder} that guided nothing")
+    return left
+
+
+def _make_ready(
+    sets: Mapping[str, FileImages], extractor: FeatureExtractor, viewer: Viewer, tell: Callable[[str], None]
+) -> None:
+    """Says what images are read as, and decodes those that the judge has not seen yet, so that none fails later."""
+    made, others = sets["synthetic"], [images for role, images in sets.items() if role != "synthetic"]
     size, note = common_size(extractor.size, made, others)
     if note:
         tell(note)
@@ -194,7 +223,6 @@ def _looked_at(
     total, views = sum(map(len, sets.values())), len(viewer.views)
     waiting = sum((part.stop - part.start) * len(missing) / views for parts in left.values() for part, missing in parts)
     viewer.keeping.progress.begin(total, total - round(waiting))
-    return sets
 
 
 def _require_enough(role: str, files: LabelledFiles, k: int) -> None:

@@ -95,7 +95,7 @@ def compare(made: Measured, baseline: Measured) -> Comparison:
     known = [
         metric.name
         for metric in catalogue.METRICS
-        if metric.compared and any(metric.name in each.values[AS_IS] for each in (made, baseline))
+        if metric.compared and any(each.values[AS_IS].get(metric.name) is not None for each in (made, baseline))
     ]
     draws = max((len(drawn) for drawn in made.draws.get(AS_IS, {}).values()), default=0)
     return Comparison(made.images, baseline.images, {name: gain_of(name, made, baseline) for name in known}, draws)

@@ -1,0 +1,189 @@
+"""Sets as a judge takes them: one size for all, files looked at first, and the same numbers part by part as at once."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from support.halves import Halves, value, write
+from torch import Tensor
+
+from handful.data.images import write_png
+from handful.data.sources import labelled_files
+from handful.errors import RequestError
+from handful.features.registry import load_extractor
+from handful.judge import images as module
+from handful.judge.audit import TRANSFORMS, Views
+from handful.judge.evaluate import evaluate
+from handful.judge.images import FileImages, common_size
+from handful.judge.judge import Judge
+from handful.runs.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    halves, root = Halves(), tmp_path_factory.mktemp("folders")
+    return (
+        write(root / "made", halves.others, halves.others_labels, per_class=9),
+        write(root / "real", halves.images, halves.labels, per_class=9),
+    )
+
+
+class Told(Progress):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.total, self.done, self.advanced = 0, 0, 0.0
+
+    def begin(self, total: int, done: int) -> None:
+        self.total, self.done = total, done
+
+    def advance(self, amount: float, now: str = "") -> None:
+        self.advanced += amount
+
+
+def copied(folder: Path, to: Path) -> Path:
+    for file in folder.rglob("*.png"):
+        copy = to / file.relative_to(folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    return to
+
+
+def solid(height: int, width: int, colour: int = 90) -> bytes:
+    held = io.BytesIO()
+    Image.new("RGB", (width, height), (colour, 0, 200)).save(held, "PNG")
+    return held.getvalue()
+
+
+def files(root: Path, sizes: list[tuple[int, int]]) -> FileImages:
+    for index, (height, width) in enumerate(sizes):
+        file = root / "a" / f"{index}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(solid(height, width, index))
+    return FileImages(labelled_files(root), "synthetic")
+
+
+def test_transforms_part_by_part_are_those_of_the_whole_set():
+    whole = torch.rand(70, 3, 5, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for name, transform in TRANSFORMS.items():
+        apply = Views()
+        parts = [apply(name, whole[start : start + 16], start) for start in range(0, 70, 16)]
+        torch.testing.assert_close(torch.cat(parts), transform(whole), rtol=0, atol=1e-6)
+        later = Views()(name, whole[48:64], 48)  # where what came before is known already
+        torch.testing.assert_close(later, parts[3], rtol=0, atol=0)
+
+
+def test_streamed_kept_and_in_memory_are_the_same_numbers(folders, monkeypatch):
+    made, real = folders
+    monkeypatch.setattr(module, "_VALUES", 32 * 64)  # parts of 32 images
+    first = evaluate(made, real, "digits-judge", neighbours=3)
+    again = Told()
+    assert evaluate(made, real, "digits-judge", neighbours=3, progress=again).to_dict() == first.to_dict()
+    assert (again.total, again.done, again.advanced) == (180, 180, 0)
+    read = [labelled_files(folder).read(channels=1) for folder in (real, made)]
+    judge = Judge(read[0].images, read[0].labels, load_extractor("digits-judge"), k=3)
+    assert judge(read[1].images, read[1].labels).row() == first.row()
+    # one part at once, as before there were parts: the same to rounding
+    monkeypatch.setattr(module, "_VALUES", 1 << 24)
+    whole = Judge(read[0].images, read[0].labels, load_extractor("digits-judge"), k=3)(read[1].images, read[1].labels)
+    assert {k: v for k, v in whole.row().items() if v} == pytest.approx({k: v for k, v in first.row().items() if v}, rel=1e-5)
+
+
+def test_an_interrupted_evaluation_goes_on_from_what_was_seen(folders, monkeypatch):
+    made, real = folders
+    monkeypatch.setattr(module, "_VALUES", 32 * 64)
+
+    class Interrupted(Told):
+        def advance(self, amount: float, now: str = "") -> None:
+            super().advance(amount, now)
+            if self.advanced > 40:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(made, real, "digits-judge", neighbours=3, progress=Interrupted())
+    rest = Told()
+    evaluate(made, real, "digits-judge", neighbours=3, progress=rest)
+    assert rest.done > 38
+    assert rest.done + rest.advanced == pytest.approx(180, abs=1)
+
+
+def test_a_thumbnail_that_sorts_first_changes_no_other_image(tmp_path, folders):
+    """One of 90 images is 4 x 4; when the first file decided, all were judged at 4 x 4."""
+    made, real = folders
+    alone = evaluate(made, real, "digits-judge", neighbours=3, audit=False)
+    other = copied(made, tmp_path / "other")
+    write_png(other / "0" / "!.png", torch.zeros(1, 4, 4))
+    with pytest.warns(UserWarning, match=r"several sizes \(180 of 8 x 8, 1 of 4 x 4\): each is resized once to 8 x 8"):
+        found = evaluate(other, real, "digits-judge", neighbours=3, audit=False)
+    assert abs(value(found.row()["precision"]) - value(alone.row()["precision"])) < 0.03
+    with pytest.warns(UserWarning, match="8 x 8, the usual one of the generated set"):
+        evaluate(other, real, "pixels", neighbours=3, audit=False)
+
+
+def test_the_judges_own_size_decides_where_sizes_differ_and_cropping_is_told(tmp_path):
+    made, real = files(tmp_path / "made", [(8, 8)] * 3), files(tmp_path / "real", [(20, 20), (20, 10), (16, 16)])
+    size, note = common_size((12, 12), made, [real])
+    assert size == (12, 12)
+    assert "3 of 8 x 8" in note
+    assert "the judge's own; 1 of them are cropped" in note
+    assert common_size(None, made, [real])[0] == (8, 8)
+    assert common_size((12, 12), made, [made]) == ((8, 8), "")  # all have one size: the judge resizes them itself
+    assert real.seen_as(3, size).read(slice(0, 3)).shape == (3, 3, 12, 12)
+
+
+def test_a_lying_photo_has_the_size_that_it_is_seen_with(tmp_path):
+    image, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / "a" / "1.jpg", exif=exif)
+    assert FileImages(labelled_files(tmp_path), "real").usual_size == (6, 4)
+
+
+def test_damaged_images_of_any_set_are_found_before_one_is_judged(tmp_path, folders):
+    made, real = folders
+    late = tmp_path / "late" / "9" / "8.png"
+    copied(made, tmp_path / "late")
+    Image.effect_noise((64, 64), 50).save(late)  # its header is whole
+    late.write_bytes(late.read_bytes()[:900])
+    told = Told()
+    with pytest.raises(RequestError, match=r"^baseline: .*8\.png.*damaged or cut short"):
+        evaluate(made, real, "digits-judge", neighbours=3, baselines={"late": tmp_path / "late"}, progress=told)
+    assert told.total == 0
+
+
+def test_a_set_judged_by_itself_is_warned_of(folders):
+    made, real = folders
+    with pytest.warns(UserWarning, match="90 of the generated images are real images too, byte for byte"):
+        found = evaluate(made, made, "pixels", neighbours=3, audit=False, ceiling=False)
+    assert "byte for byte" in " ".join(found.notes)
+    assert not evaluate(made, real, "pixels", neighbours=3, audit=False, ceiling=False).notes
+
+
+def test_one_image_without_features_costs_one_metric_and_is_named(tmp_path, folders):
+    """An all-zero feature row has no direction, so there is no Vendi score; all else is there."""
+    made, real = folders
+    other = copied(made, tmp_path / "other")
+    Image.new("L", (8, 8), 0).save(other / "3" / "black.png")
+    (tmp_path / "judge.py").write_text(
+        "from torch import nn\nfrom handful.features import FeatureExtractor\n"
+        "def load():\n    return FeatureExtractor('ink', nn.Identity(), channels=1, features=lambda x: (x + 1).flatten(1))\n"
+    )
+    found = evaluate(other, real, f"{tmp_path / 'judge.py'}:load", neighbours=3, audit=False)
+    scores = found.summary.pooled.generated
+    assert scores.vendi is None
+    assert "black.png: an image of all-zero features" in scores.note
+    assert None not in (scores.precision, scores.coverage, scores.frechet, found.summary.per_class["1"].generated.vendi)
+
+
+def test_images_that_are_not_in_the_range_are_refused():
+    extractor, labels = load_extractor("digits-judge"), ["1"] * 9
+    good: Tensor = torch.rand(9, 1, 8, 8) * 2 - 1
+    for wrong in ((good + 1) / 2, (good + 1) * 127.5, ((good + 1) * 127).to(torch.uint8)):
+        with pytest.raises(RequestError, match=r"^images: "):
+            Judge(wrong, labels, extractor)
+        with pytest.raises(RequestError, match=r"^images: "):
+            Judge(good, labels, extractor, audit=False)(wrong, labels)
