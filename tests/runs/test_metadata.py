@@ -18,13 +18,19 @@ def run(root: Path, told: object) -> Path:
 
 def test_a_run_was_guided_by_what_its_provenance_names_by_digest_or_name(tmp_path):
     guides = {"dinov2": "aa", str(tmp_path / "mine.py:load") + " softplus 3": "bb", "net.py:f noisy": "cc"}
-    made = run(tmp_path / "out", {"provenance": {"features_sha256": guides}})
+    guides["clip-dir@96 prompts 0123abcd softplus 5"] = "ee"
+    made = run(tmp_path / "out", {"provenance": {"features_sha256": guides, "features_weights": {"dinov2": "w1 w2"}}})
     for folder in (made, made / "images"):
         assert guided_by(folder, "another name", "aa")
         assert guided_by(folder, "dinov2", "another digest")
         # smooth or not, it is the guide's own network
         assert guided_by(folder, str(tmp_path / "mine.py:load"), "the plain one's digest")
         assert guided_by(folder, "net.py:f", "-")
+        # nor does another input size, other prompts, or another name of the same weights make it another
+        assert guided_by(folder, "dinov2@112", "-")
+        assert guided_by(folder, "clip-dir", "-")
+        assert guided_by(folder, "a copy", "-", ["w2", "w9"])
+        assert not guided_by(folder, "a stranger", "-", ["w9"])
         assert not guided_by(folder, "clip", "dd")
     assert not guided_by(tmp_path, "dinov2", "aa")
 

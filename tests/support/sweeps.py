@@ -8,7 +8,8 @@ from typing import Any
 
 from handful.data.images import write_png
 from handful.sweep import SweepRequest, sweep_from
-from handful.sweep.columns import KEYS, NUMBERS, SPLITS
+from handful.sweep.columns import KEYS, SPLITS
+from handful.sweep.columns import numbers as numbers_
 from handful.zoo.digits import load_digits_split
 
 CLASSES = ("1", "4")
@@ -66,11 +67,11 @@ def made_up(
     for (method, scale, k), columns in settings.items():
         for seed in range(len(next(iter(columns.values())))):
             for split in SPLITS:
-                numbers: dict[str, Any] = dict.fromkeys(NUMBERS)
+                numbers: dict[str, Any] = dict.fromkeys(numbers_())
                 for name, values in columns.items():
                     numbers[name] = values[seed] + ((test or {}).get(name, 0.0) if split == "test" else 0.0)
                 rows.append({"method": method, "scale": scale, "k": k, "seed": seed, "split": split, "images": 10, **numbers})
-    assert set(rows[0]) == {*KEYS, *NUMBERS}
+    assert set(rows[0]) == {*KEYS, *numbers_()}
     return rows
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from handful.calibrate.candidates import Looks
 from handful.core.denoiser import Around, Condition, Denoiser
+from handful.core.images import any_range
 from handful.core.noise import Level, Levels
 from handful.errors import RunError
 from handful.features.extractor import FeatureExtractor
@@ -148,6 +149,7 @@ class _Held:
         self.tensors: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
+    @any_range()  # x_t and early estimates leave it
     def step(self, index: int, level: Level, x_t: Tensor, x0_hat: Tensor) -> None:
         where = f"model '{self._job.recipe.model.name}', {self._cohort}, step {index + 1} of {self._job.levels.steps}"
         if not bool(x0_hat.isfinite().all()):

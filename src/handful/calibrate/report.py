@@ -15,7 +15,7 @@ from handful.calibrate.choice import Choice
 from handful.guidance.classifier import ClassifierRequest
 from handful.report.tables import Table
 from handful.runs.manifest import parquet_bytes
-from handful.sweep.columns import LOWER_IS_BETTER, TEST, VALIDATION
+from handful.sweep.columns import TEST, VALIDATION, lower_is_better
 
 # Always written, whatever the defaults of a later handful; the rest of a term only where it is not the default.
 _ALWAYS = ("method", "classifier", "classes", "scale", "jacobian", "input", "tau1", "tau2", "softplus", "reduce")
@@ -119,7 +119,7 @@ def trials_table(trials: Mapping[str, Any]) -> Table:
     columns = list(dict.fromkeys((objective, *always)))
     table = Table(f"tried on real images, by {objective}", ["method", "scale", "seed", *columns])
     rows = [row for row in trials["rows"] if row["split"] == VALIDATION and row[objective] is not None]
-    known = sorted(rows, key=lambda row: row[objective], reverse=objective not in LOWER_IS_BETTER)
+    known = sorted(rows, key=lambda row: row[objective], reverse=not lower_is_better(objective))
     shown = [*known[:8], *(row for row in known[8:] if row["method"] == "none")]
     shown += [row for row in trials["confirmed"] if row["split"] == TEST]
     for row in shown:

@@ -24,6 +24,7 @@ from handful.data.images import image_folder
 from handful.errors import RequestError, RunError
 from handful.features.extractor import FeatureExtractor
 from handful.features.registry import load_extractor
+from handful.files.digests import marks
 from handful.generate.job import Job
 from handful.guidance import Classifier, Pull
 from handful.guidance.base import Jacobian
@@ -31,7 +32,7 @@ from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.schema import ExemplarsRequest, did_you_mean
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.progress import Progress, Words
-from handful.sweep.columns import LOWER_IS_BETTER, NUMBERS, TEST
+from handful.sweep.columns import TEST, improvement, numbers
 from handful.sweep.job import prepare_sweep
 from handful.sweep.request import MethodRequest, SweepRequest, UtilityRequest
 from handful.sweep.results import Row
@@ -73,9 +74,9 @@ class TrialsRequest:
     per_class: int = 32
 
     def __post_init__(self) -> None:
-        if self.objective not in NUMBERS:
+        if self.objective not in numbers():
             raise RequestError(
-                "--objective", self.objective, "there is no such column", did_you_mean(self.objective, NUMBERS, "Columns")
+                "--objective", self.objective, "there is no such column", did_you_mean(self.objective, numbers(), "Columns")
             )
         if not self.max_cost > 1:
             raise RequestError(
@@ -195,7 +196,7 @@ def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor)
             f"the judge {request.judge} is no classifier",
             "Choose another column, or a classifier to judge.",
         )
-    if judge.digest == classifier.digest:
+    if judge.digest == classifier.digest or marks(judge) & marks(classifier):
         return [f"{request.judge} guides and judges too: it is pleased by what pleases itself; take an unrelated judge"]
     return []
 
@@ -322,9 +323,7 @@ def by_trials(trials: Trials) -> Choice:
 
 def better(objective: str, one: float | None, other: float | None) -> bool:
     """Whether one value of a column is better than another."""
-    if one is None or other is None:
-        return False
-    return one < other if objective in LOWER_IS_BETTER else one > other
+    return one is not None and other is not None and improvement(objective, one, other) > 0
 
 
 def _jacobians(request: TrialsRequest, candidate: Candidate) -> tuple[Jacobian, ...]:

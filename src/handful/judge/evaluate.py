@@ -16,6 +16,7 @@ from handful.data.exemplars import default_cache, draw_order
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
+from handful.files.digests import marks
 from handful.judge.copies import CopyCheck
 from handful.judge.evaluation import Evaluation
 from handful.judge.gains import AS_IS, compare
@@ -91,7 +92,7 @@ def evaluate(
     keeping = Keeping(default_cache() if cache is None else cache, progress or Progress())
     _make_ready(sets, extractor, Viewer(extractor, audit, keeping), tell)
     for name, folder in {"": synthetic, **baselines}.items():
-        if guided_by(folder, judge, extractor.digest):
+        if guided_by(folder, judge, extractor.digest, marks(extractor)):
             which = f"the baseline {folder}" if name else "these images"
             tell(f"{judge} guided {which}: it judges its own work; take an unrelated judge")
     reference, made = sets["real"], sets["synthetic"]

@@ -34,10 +34,14 @@ class Images:
         images: The set.
         labels: The class of each.
         names: What each is called; None: nothing.
+
+    Raises:
+        RequestError: If they can't be in [-1, 1] (`handful.core.images.check_images`); files' bytes prove that they are.
     """
 
     def __init__(self, images: Tensor, labels: Sequence[str], names: Sequence[str] | None = None) -> None:
-        self._images, self.labels, self.names = check_images(images), list(labels), None if names is None else list(names)
+        self._images = check_images(images) if names is None else images
+        self.labels, self.names = list(labels), None if names is None else list(names)
         self.shape: tuple[int, int, int] = tuple(images.shape[1:])  # type: ignore[assignment]
 
     def __len__(self) -> int:
@@ -131,25 +135,29 @@ def as_images(images: Images | LabelledImages) -> Images:
     return images
 
 
-def common_size(judge: tuple[int, int] | None, made: FileImages, others: Sequence[FileImages]) -> tuple[tuple[int, int], str]:
+def common_size(
+    judge: tuple[int, int] | None, made: FileImages | tuple[int, int], others: Sequence[FileImages]
+) -> tuple[tuple[int, int], str]:
     """The size that all images are read at, and what the user should know of it; "" where all have one size.
 
     Args:
         judge: The judge's own input size; None where it takes any.
-        made: The generated set.
+        made: The generated set, or the one size that its images will have.
         others: The real images, and the baselines.
 
     Returns:
         Height and width: the one that all images have; else the judge's own; else the usual one of the generated set.
     """
-    sizes = made.sizes + sum((each.sizes for each in others), Counter())
+    sets = [each for each in (made, *others) if isinstance(each, FileImages)]
+    usual, own = (made.usual_size, Counter()) if isinstance(made, FileImages) else (made, Counter([made]))
+    sizes = sum((each.sizes for each in sets), own)
     if len(sizes) == 1:
         return next(iter(sizes)), ""
-    size, whose = (judge, "the judge's own") if judge else (made.usual_size, "the usual one of the generated set")
+    size, whose = (judge, "the judge's own") if judge else (usual, "the usual one of the generated set")
     shown = ", ".join(f"{count} of {h} x {w}" for (h, w), count in sizes.most_common(4))
     more = f" and {len(sizes) - 4} sizes more" if len(sizes) > 4 else ""
     note = f"images of several sizes ({shown}{more}): each is resized once to {size[0]} x {size[1]}, {whose}"
-    cropped = sum(each.cropped(size) for each in (made, *others))
+    cropped = sum(each.cropped(size) for each in sets)
     return size, note + (f"; {cropped} of them are cropped to its aspect ratio" if cropped else "")
 
 

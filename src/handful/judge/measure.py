@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from handful.data.images import LabelledImages
 from handful.features.extractor import FeatureExtractor
+from handful.judge.images import as_images
 from handful.judge.judge import Judge, Seen
 from handful.judge.utility import accuracy, train_classifier
 from handful.metrics.copying import copied_share
@@ -70,7 +71,7 @@ class Referee:
         judge: What judges; it should be unrelated to what guides.
         k: Neighbour of precision, recall, density and coverage.
         audit: Judge again after mild transforms.
-        classes: Class names in the order of the judge's logits; None: as `handful.judge.evaluate.Judge`.
+        classes, judge_class: As for `handful.judge.judge.Judge`.
         test: Real images that downstream accuracy is measured on; None: `real`.
     """
 
@@ -82,15 +83,18 @@ class Referee:
         k: int = 5,
         audit: bool = True,
         classes: Sequence[str] | None = None,
+        judge_class: Mapping[str, str | int] | None = None,
         test: LabelledImages | None = None,
     ) -> None:
         self.real, self.test = real, real if test is None else test
-        self.judge = Judge(real.images, real.labels, judge, k=k, audit=audit, ceiling=False, classes=classes)
+        self.judge = Judge(
+            as_images(real), real.labels, judge, k=k, audit=audit, ceiling=False, classes=classes, judge_class=judge_class
+        )
         self._pixels = pixels_by_class(real)
 
     def see(self, made: LabelledImages) -> Seen:
         """What the judge sees of a set; it serves other referees of the same judge and audit too."""
-        return self.judge.see(made.images, made.labels)
+        return self.judge.see(as_images(made), made.labels)
 
     def row(
         self,

@@ -18,8 +18,8 @@ from jinja2 import Environment, StrictUndefined
 from handful import __version__
 from handful.data.images import write_atomically
 from handful.errors import HandfulError, RequestError, first_line
-from handful.judge.gains import LOWER_IS_BETTER
 from handful.judge.worth import TEST
+from handful.metrics.catalogue import lower_is_better
 from handful.report.charts import Dot, scatter
 from handful.report.gallery import gallery
 from handful.report.gather import Shown, compared_with, gather
@@ -135,7 +135,7 @@ def _metrics(run: Shown) -> Table | None:
             _number(sum(after) / len(after)) if after else "-",
             _number(ceiling.get(metric)),
         ]
-        table.rows.append([heading + (" (lower is better)" if metric in LOWER_IS_BETTER else ""), _number(value), *cells])
+        table.rows.append([heading + (" (lower is better)" if lower_is_better(metric) else ""), _number(value), *cells])
     sizes = found["pooled"]["generated"]
     table.notes.append(
         f"{sizes['n_generated']:,} generated and {sizes['n_real']:,} real images. The real images: {asked.get('real', '?')}."

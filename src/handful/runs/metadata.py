@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,21 @@ class DrawnExemplars:
     seed: int
 
 
-def guided_by(run: str | Path, name: str, digest: str) -> bool:
-    """Whether an extractor guided a run: one of that digest, or of that name with Softplus for ReLU.
+def guided_by(run: str | Path, name: str, digest: str, weights: Iterable[str] = ()) -> bool:
+    """Whether an extractor guided a run: one of that digest, of that name (at any size, smooth or not), or of these weights.
 
     Args:
         run: A run directory or its `images`; any other folder was guided by nobody.
         name, digest: The extractor's.
+        weights: Its `handful.files.digests.marks`.
     """
-    told = _part(_part(_recipe(run), "provenance"), "features_sha256")
+    provenance = _part(_recipe(run), "provenance")
+    told = _part(provenance, "features_sha256")
     # a classifier made smooth has another digest, but the judge of that name is still its own guide
-    names = {re.sub(r" (softplus \S+|noisy)$", "", key) for key in told}
-    return digest in told.values() or any(_same(name, other) for other in names)
+    names = {_bare(re.sub(r"( prompts [0-9a-f]{8})?( softplus \S+| noisy)?$", "", key)) for key in told}
+    if digest in told.values() or any(_same(_bare(name), other) for other in names):
+        return True
+    return any(set(weights) & set(str(each).split()) for each in _part(provenance, "features_weights").values())
 
 
 def exemplars_of(run: str | Path) -> DrawnExemplars | None:
@@ -133,6 +138,11 @@ def _recipe(run: str | Path) -> dict[str, Any]:
 def _part(data: dict[str, Any], key: str) -> dict[str, Any]:
     found = data.get(key)
     return found if isinstance(found, dict) else {}
+
+
+def _bare(name: str) -> str:
+    """`dinov2@112` is dinov2."""
+    return re.sub(r"@\d+$", "", name)
 
 
 def _same(name: str, other: str) -> bool:

@@ -18,7 +18,7 @@ from handful.data.exemplars import Exemplars
 from handful.data.shared_exemplars import ExemplarFeatures
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
-from handful.files.digests import weights_digest
+from handful.files.digests import marks, weights_digest
 from handful.models.prompts import tokenizer_digests
 
 # Another version of these may give other bytes: of the images (pillow: of the files), of the markers and the manifest.
@@ -49,6 +49,7 @@ def provenance_of(
         "model_sha256": model_digest(denoiser),
         "exemplars_sha256": exemplars.digest if exemplars else None,
         "features_sha256": {name: extractor.digest for name, extractor in extractors.items()},
+        "features_weights": {name: " ".join(sorted(marks(extractor))) for name, extractor in extractors.items()},
         "embeddings_sha256": embeddings_sha256,
         "levels": {"alpha": levels.alpha.tolist(), "sigma": levels.sigma.tolist()},
         "notes": notes,

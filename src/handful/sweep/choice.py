@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
-from handful.sweep.columns import LOWER_IS_BETTER, TEST, VALIDATION, improvement
+from handful.sweep.columns import TEST, VALIDATION, improvement, lower_is_better
 from handful.sweep.plan import Setting
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Mean, Row, means
@@ -130,7 +130,7 @@ def best_at_each_k(rows: Sequence[Row], request: SweepRequest) -> dict[str, dict
 
 def ranked(candidates: Sequence[Mean], objective: str) -> list[Mean]:
     """The best first; equals stay in their order."""
-    sign = 1 if objective in LOWER_IS_BETTER else -1
+    sign = 1 if lower_is_better(objective) else -1
     return sorted(candidates, key=lambda found: sign * (found.mean[objective] or 0.0))
 
 

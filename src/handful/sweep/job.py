@@ -12,6 +12,7 @@ from handful.data.shared_exemplars import features_file
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.features.registry import load_extractor
+from handful.files.digests import marks
 from handful.generate.job import prepare
 from handful.recipe.file import PROVENANCE
 from handful.runs.comparison import changed_versions
@@ -22,8 +23,6 @@ from handful.sweep.real import Folder, look_into, refuse_shared, split_places
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Record
 from handful.sweep.store import check_same_sweep, read_records, sweep_directory
-
-_BY_CLASSIFIER = ("judge_accuracy", "robust_judge_accuracy", "gain_judge_accuracy", "gain_robust_judge_accuracy")
 
 
 @dataclass
@@ -143,6 +142,7 @@ class _Tried:
     classes: tuple[str, ...]
     image_shape: tuple[int, int, int]
     provenance: dict[str, Any]
+    guides: dict[str, frozenset[str]]  # the weights of what guides
 
 
 def _trials(pending: Sequence[PlannedSet]) -> dict[str, PlannedSet]:
@@ -162,7 +162,8 @@ def _tried(planned: PlannedSet, out: Path, allow_version_change: bool) -> _Tried
     except RequestError as error:
         field = error.field if error.field == "out" else f"methods.{planned.setting.method}: {error.field}"
         raise RequestError(field, error.value, error.problem, error.remedy) from None
-    return _Tried(tuple(dict.fromkeys(cohort.class_name for cohort in job.cohorts)), job.image_shape, job.provenance)
+    guides = {name: marks(extractor) for name, extractor in job.extractors.items()}
+    return _Tried(tuple(dict.fromkeys(cohort.class_name for cohort in job.cohorts)), job.image_shape, job.provenance, guides)
 
 
 def _known_of(job: SweepJob, tried: Sequence[_Tried]) -> dict[str, Any]:
@@ -171,8 +172,9 @@ def _known_of(job: SweepJob, tried: Sequence[_Tried]) -> dict[str, Any]:
     first = tried[0].provenance
     job.image_shape = tried[0].image_shape
     guides = {name: digest for each in tried for name, digest in each.provenance["features_sha256"].items()}
-    same = [name for name, digest in guides.items() if digest == job.judge.digest]
-    job.notes += [f"{name} guides and judges too: take an unrelated judge" for name in same]
+    weights, own = {name: of for each in tried for name, of in each.guides.items()}, marks(job.judge)
+    same = [name for name, digest in guides.items() if digest == job.judge.digest or weights[name] & own]
+    job.notes += [f"{name} guides and judges too (the same weights): take an unrelated judge" for name in same]
     return {
         **{name: first[name] for name in (*DECIDING, "python", "device", "threads", "model_sha256")},
         "judge_sha256": job.judge.digest,
@@ -220,7 +222,7 @@ def _check_pool(pool: Folder, sets: Sequence[PlannedSet]) -> None:
 
 def _check_judge(job: SweepJob, request: SweepRequest) -> None:
     assert job.judge is not None
-    if request.objective in _BY_CLASSIFIER and not job.judge.is_classifier:
+    if request.objective.endswith("judge_accuracy") and not job.judge.is_classifier:
         raise RequestError(
             "objective",
             request.objective,

@@ -128,13 +128,22 @@ class RealImages:
     tests: dict[str, LabelledImages]
 
 
-def read_real(request: SweepRequest, real: Folder, test: Folder | None, *, channels: int, size: tuple[int, int]) -> RealImages:
+def read_real(
+    request: SweepRequest,
+    real: Folder,
+    test: Folder | None,
+    *,
+    channels: int,
+    size: tuple[int, int],
+    test_size: tuple[int, int] | None = None,
+) -> RealImages:
     """Reads both halves; from a folder to test classifiers on, what is chosen by is left out.
 
     Args:
         request: The sweep.
         real, test: From `look_into`, of the same classes.
-        channels, size: As for `read_folder`; the generated images' own size.
+        channels, size: As for `read_folder`; the size that is judged.
+        test_size: The size that classifiers are tested at; None: the same.
 
     Raises:
         RequestError: If images are unreadable, or nothing is left to test on.
@@ -142,11 +151,15 @@ def read_real(request: SweepRequest, real: Folder, test: Folder | None, *, chann
     classes = list(real.files)
     everything = read_folder(real.root, channels=channels, size=size, classes=classes, field="real")
     split = split_places(real, request.validation, request.neighbours)
-    halves = {name: _picked(everything, places) for name, places in split.items()}
+    halves, test_size = {name: _picked(everything, places) for name, places in split.items()}, test_size or size
+    tests = halves
+    if test_size != size:
+        again = read_folder(real.root, channels=channels, size=test_size, classes=classes, field="real")
+        tests = {name: _picked(again, places) for name, places in split.items()}
     if test is None:
-        return RealImages(halves, halves)
+        return RealImages(halves, tests)
     chosen_by = {real.contents[file] for file in halves[VALIDATION].files}
-    others = read_folder(test.root, channels=channels, size=size, classes=classes, field="utility.test")
+    others = read_folder(test.root, channels=channels, size=test_size, classes=classes, field="utility.test")
     kept = [place for place, file in enumerate(others.files) if test.contents[file] not in chosen_by]
     left = _at(others, kept)
     if missing := [name for name in classes if name not in left.labels]:
@@ -156,7 +169,7 @@ def read_real(request: SweepRequest, real: Folder, test: Folder | None, *, chann
             f"all its images of class '{missing[0]}' are what settings are chosen by",
             "Give other images to test on, or leave it out.",
         )
-    return RealImages(halves, {VALIDATION: halves[VALIDATION], TEST: left})
+    return RealImages(halves, {VALIDATION: tests[VALIDATION], TEST: left})
 
 
 def _picked(images: LabelledImages, places: Mapping[str, list[int]]) -> LabelledImages:

@@ -17,7 +17,7 @@ from handful.errors import RequestError, did_you_mean
 from handful.guidance.settings import Positive, Request, Weight, refusal
 from handful.recipe.file import anchored, anchored_extractor, overridden, plain_mapping, read_mapping
 from handful.recipe.schema import GuidanceRequest, Recipe, SamplerRequest
-from handful.sweep.columns import NUMBERS, ROBUST
+from handful.sweep.columns import numbers, robust
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of a method; it names a folder
 _REMEDY = "Give a sweep's YAML file (recipes/sweeps/digits.yaml is one)."
@@ -70,6 +70,7 @@ class SweepRequest(Request):
         seeds: Of the noise and of the exemplars' draw alike.
         real: Real images to judge against, a folder per class: never the exemplars.
         judge: The extractor that judges; it should be unrelated to what guides.
+        judge_class: By class, the judge's class (name or number), where neither name nor number says it.
         neighbours: Of precision, recall, density and coverage.
         audit: Judge again after mild transforms of real and generated images alike.
         utility: How downstream accuracy is measured; None: not at all.
@@ -85,6 +86,7 @@ class SweepRequest(Request):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
     real: Annotated[str, Field(min_length=1)]
     judge: Annotated[str, Field(min_length=1)]
+    judge_class: dict[str, str | int] = Field(default_factory=dict)
     neighbours: Positive = 5
     audit: bool = True
     utility: UtilityRequest | None = UtilityRequest()
@@ -229,9 +231,9 @@ def _check_choice(request: SweepRequest) -> None:
     columns = {"objective": [request.objective], "within": list(request.within)}
     for field, names in columns.items():
         for name in names:
-            if name not in NUMBERS:
-                raise RequestError(field, name, "there is no such column", did_you_mean(name, NUMBERS, "Columns"))
-            if not request.audit and name.removeprefix("gain_") in ROBUST:
+            if name not in numbers():
+                raise RequestError(field, name, "there is no such column", did_you_mean(name, numbers(), "Columns"))
+            if not request.audit and name.removeprefix("gain_") in robust():
                 raise RequestError(field, name, "it is not measured without the audit", "Use audit: true, or another column.")
             if request.utility is None and "utility" in name:
                 raise RequestError(field, name, "it is not measured: utility is null", "State utility, or another column.")

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from handful.errors import RequestError
-from handful.sweep.columns import GAINED, KEYS, NUMBERS, SPLITS, improvement
+from handful.sweep.columns import KEYS, SPLITS, gained, improvement, numbers
 from handful.sweep.plan import PlannedSet, Setting
 
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def against_baseline(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> Row
         name: _ratio(row.get(name.removesuffix("_ratio")), baseline.get(name.removesuffix("_ratio")))
         for name in ("frechet_ratio", "robust_frechet_ratio")
     }
-    for column in GAINED:
+    for column in gained():
         value, other = row.get(column), baseline.get(column)
         found[f"gain_{column}"] = None if value is None or other is None else improvement(column, value, other)
     return found
@@ -72,7 +72,7 @@ def against_baseline(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> Row
 def parquet_of(rows: Sequence[Row]) -> bytes:
     """The rows as a parquet file's bytes, the same for the same rows; numbers that were not measured are null."""
     known = {name for row in rows for name in row}
-    numbers = [name for name in NUMBERS if name in known] + sorted(known - {*KEYS, *NUMBERS})
+    columns = [name for name in numbers() if name in known] + sorted(known - {*KEYS, *numbers()})
     schema = pa.schema(
         [
             ("method", pa.string()),
@@ -81,7 +81,7 @@ def parquet_of(rows: Sequence[Row]) -> bytes:
             ("seed", pa.int64()),
             ("split", pa.string()),
             ("images", pa.int64()),
-            *((name, pa.float64()) for name in numbers),
+            *((name, pa.float64()) for name in columns),
         ]
     )
     stream = io.BytesIO()

@@ -10,9 +10,11 @@ from time import perf_counter
 from typing import Any
 
 from handful.data.exemplars import Exemplars
-from handful.data.images import image_folder, read_folder
+from handful.data.images import LabelledImages, read_folder
+from handful.data.sources import labelled_files
 from handful.errors import HandfulError, RequestError, RunError, first_line
 from handful.generate import generate
+from handful.judge.images import FileImages, common_size
 from handful.judge.measure import Referee, Training, train_on
 from handful.runs.progress import Progress
 from handful.runs.run_directory import full_disk_told
@@ -99,6 +101,7 @@ def run_sweep(
         pending = [job.pending[place] for place in (range(len(job.pending)) if order is None else order)]
         if pending:
             work = _Work(job, cache)
+            result.notes += [work.note] * bool(work.note)
             progress.begin(result.resumed + len(pending), result.resumed)
             try:
                 for planned in pending:
@@ -132,15 +135,19 @@ class _Work:
         assert job.judge is not None
         assert job.image_shape is not None
         self.job, self.cache = job, cache
-        # as `handful evaluate` reads them, so that both find the same
-        self.channels, self.size = job.judge.channels or 3, job.image_shape[1:]
-        self.real = read_real(job.request, job.real, job.test, channels=self.channels, size=self.size)
-        request, classes = job.request, job.judge.classes
-        if not set(job.classes) <= set(classes):
-            classes = sorted(image_folder(job.real.root, field="real"))
+        # as `handful evaluate` reads them, so that both find the same; classifiers are trained at the images' own size
+        request, self.channels, self.made_size = job.request, job.judge.channels or 3, job.image_shape[1:]
+        listed = labelled_files(job.real.root, classes=job.classes, field="real")
+        self.size, self.note = common_size(job.judge.size, self.made_size, [FileImages(listed, "real")])
+        self.real = read_real(request, job.real, job.test, channels=self.channels, size=self.size, test_size=self.made_size)
         self.referees = {
             split: Referee(
-                half, job.judge, k=request.neighbours, audit=request.audit, classes=classes, test=self.real.tests[split]
+                half,
+                job.judge,
+                k=request.neighbours,
+                audit=request.audit,
+                judge_class=request.judge_class,
+                test=self.real.tests[split],
             )
             for split, half in self.real.halves.items()
         }
@@ -182,13 +189,17 @@ class _Work:
 
     def measured(self, planned: PlannedSet, folder: Path) -> dict[str, dict[str, Any]]:
         """What both halves of the real images say of a set."""
-        made = read_folder(folder, channels=self.channels, size=self.size, classes=self.job.classes)
+        made = self._read(folder, self.size)
         asked, networks = self.job.request.utility, []
         if asked is not None:
             training = Training(asked.steps, asked.seeds, asked.augment, asked.flip)
-            networks = train_on(made, self.job.classes, training, seed=planned.seed)
+            own = made if self.made_size == self.size else self._read(folder, self.made_size)
+            networks = train_on(own, self.job.classes, training, seed=planned.seed)
         exemplars, seen = self._exemplars(planned), next(iter(self.referees.values())).see(made)
         return {split: referee.row(made, exemplars, networks, seen) for split, referee in self.referees.items()}
+
+    def _read(self, folder: Path, size: tuple[int, int]) -> LabelledImages:
+        return read_folder(folder, channels=self.channels, size=size, classes=self.job.classes)
 
     def _exemplars(self, planned: PlannedSet) -> dict[str, Any] | None:
         """What a copy would be a copy of: the set's exemplars, or the most that any method has where none guided it."""

@@ -26,7 +26,7 @@ from handful.sweep.results import Record
 
 MARK, RESULTS, CHOSEN, PARETO, OVER_K = "sweep.yaml", "results.parquet", "chosen.yaml", "pareto.png", "over_k.png"
 # What decides a row beyond its set's own recipe. All else may change: a sweep grows by methods, scales, k and seeds.
-_DECIDING = ("recipe", "real", "judge", "neighbours", "audit", "utility", "validation")
+_DECIDING = ("recipe", "real", "judge", "judge_class", "neighbours", "audit", "utility", "validation")
 _CONTENTS = ("model_sha256", "exemplars_sha256", "real_sha256", "test_sha256", "judge_sha256")
 _ASK_OTHERWISE = (
     "Choose another --out, or ask for what was asked then. Methods, scales, k and seeds may be added; objective, within and "
@@ -87,7 +87,10 @@ def check_same_sweep(
     """
     before = stored[PROVENANCE]
     guides, now = before.get("features_sha256") or {}, provenance.get("features_sha256") or {}
-    there, here = ({key: data.get(key) for key in _DECIDING} for data in (_renewed(stored), request.as_dict()))
+    there, here = (
+        {key: data.get(key, {} if key == "judge_class" else None) for key in _DECIDING}
+        for data in (_renewed(stored), request.as_dict())
+    )
     unlike = compared(there, here, before, provenance, _CONTENTS).unlike + [
         f"features {name}: {guides[name]} there, {now[name]} now" for name in now if guides.get(name, now[name]) != now[name]
     ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from handful.report.tables import Table
 from handful.sweep.choice import Choice, Lead, Pick
-from handful.sweep.columns import HEADINGS, TEST, VALIDATION
+from handful.sweep.columns import TEST, VALIDATION, headings
 from handful.sweep.job import SweepJob
 from handful.sweep.operations import Operations
 from handful.sweep.request import SweepRequest
@@ -89,12 +89,12 @@ def plan_as_dict(job: SweepJob) -> dict[str, Any]:
 def results_table(rows: Sequence[Row], request: SweepRequest, choice: Choice) -> Table:
     """A line a setting: means on the test half and spreads over the seeds."""
     found = means(rows, TEST)
-    columns = [column for column in HEADINGS if any(mean.mean.get(column) is not None for mean in found.values())]
+    columns = [column for column in headings() if any(mean.mean.get(column) is not None for mean in found.values())]
     seeds = max((len(mean.seeds) for mean in found.values()), default=0)
     table = Table(
         f"test half of the real images, judged by {request.judge}; mean of {seeds} seed{'s' * (seeds != 1)}"
         + (" ± standard deviation" if seeds > 1 else ""),
-        ["setting", *(HEADINGS[column] for column in columns)],
+        ["setting", *(headings()[column] for column in columns)],
     )
     picked = {pick.setting for pick in choice.methods.values()}
     for setting, mean in found.items():
