@@ -120,19 +120,19 @@ def evaluate(
         keeping.progress.end()
     of_made = sitting.sets(seen["synthetic"])
     found, gains = sitting.judged(seen["synthetic"], of_made), {}
-    if baselines:
-        mine = sitting.measured(seen["synthetic"], found, of_made, stream="synthetic", seed=seed)
-        for name in baselines:
-            of_baseline = sitting.sets(seen[f"baseline {name}"])
-            other = sitting.judged(seen[f"baseline {name}"], of_baseline)
-            theirs = sitting.measured(seen[f"baseline {name}"], other, of_baseline, stream=f"baseline {name}", seed=seed)
-            if theirs.images != mine.images:
-                tell(
-                    f"the baseline {name} has {theirs.images} images, the set {mine.images}: recall, coverage, Frechet"
-                    " distance and Vendi score depend on the number, so their gains mislead; generate as many"
-                )
-            gains[name] = compare(mine, theirs)
-    found = replace(found, gains=gains, notes=(*notes, *sitting.notes))
+    views = None if baselines else [AS_IS]
+    mine = sitting.measured(seen["synthetic"], found, of_made, stream="synthetic", seed=seed, views=views)
+    for name in baselines:
+        of_baseline = sitting.sets(seen[f"baseline {name}"])
+        other = sitting.judged(seen[f"baseline {name}"], of_baseline)
+        theirs = sitting.measured(seen[f"baseline {name}"], other, of_baseline, stream=f"baseline {name}", seed=seed)
+        if theirs.images != mine.images:
+            tell(
+                f"the baseline {name} has {theirs.images} images, the set {mine.images}: recall, coverage, Frechet"
+                " distance and Vendi score depend on the number, so their gains mislead; generate as many"
+            )
+        gains[name] = compare(mine, theirs)
+    found = replace(found, gains=gains, intervals=mine.intervals(), notes=(*notes, *sitting.notes))
     asked = {
         "real": str(reference.files.root),
         "judge": judge,

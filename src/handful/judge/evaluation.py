@@ -24,6 +24,7 @@ class Evaluation:
         summary: Every metric, pooled and per class, with the real-against-real ceiling.
         transformed: The audited metrics, pooled, after each mild transform of both sets; empty where the audit was left out.
         gains: By the baseline's name, what this set gains over it.
+        intervals: By metric, where its value may lie for other images of the same generator (`gains.LEVEL`); see `gains`.
         notes: What the user should know.
     """
 
@@ -32,6 +33,7 @@ class Evaluation:
     summary: Summary
     transformed: Mapping[str, Row] = field(default_factory=dict)
     gains: Mapping[str, Comparison] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -74,6 +76,7 @@ class Evaluation:
                 **self.summary.to_dict(),
                 "transformed": {name: {**row, **sizes} for name, row in self.transformed.items()},
                 "gains": {name: found.to_dict() for name, found in self.gains.items()},
+                "intervals": dict(self.intervals),
                 "notes": list(self.notes),
             }
         )

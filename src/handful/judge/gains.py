@@ -48,6 +48,11 @@ class Measured:
     values: Mapping[str, Values]
     draws: Mapping[str, Draws] = field(default_factory=dict)
 
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Around each metric's value as is, the spread of its draws, at `LEVEL`."""
+        values = {name: self.values[AS_IS].get(name) for name in self.draws.get(AS_IS, {})}
+        return {name: interval_of(value, self.draws[AS_IS][name]) for name, value in values.items() if value is not None}
+
 
 @dataclass(frozen=True)
 class Gain:
@@ -109,12 +114,12 @@ def gain_of(metric: str, made: Measured, baseline: Measured) -> Gain:
         return Gain(value, other)
     gain, after = gains[AS_IS], {view: found for view, found in gains.items() if view != AS_IS}
     drawn = {view: found for view in gains if (found := _drawn(metric, view, made, baseline)) is not None}
-    interval = _interval(gain, drawn[AS_IS]) if AS_IS in drawn else None
+    interval = interval_of(gain, drawn[AS_IS]) if AS_IS in drawn else None
     surviving, surviving_interval = None, None
     if after:
         surviving = float(np.mean(list(after.values())))
         if all(view in drawn for view in after):
-            surviving_interval = _interval(surviving, np.mean([drawn[view] for view in after], axis=0))
+            surviving_interval = interval_of(surviving, np.mean([drawn[view] for view in after], axis=0))
     told_from_none = interval is not None and min(gain, interval[0]) > 0
     return Gain(
         value,
@@ -161,7 +166,7 @@ def _drawn(metric: str, view: str, made: Measured, baseline: Measured) -> np.nda
     return other - value if catalogue.lower_is_better(metric) else value - other
 
 
-def _interval(centre: float, draws: np.ndarray) -> tuple[float, float]:
+def interval_of(centre: float, draws: np.ndarray) -> tuple[float, float]:
     """The draws' spread around their own mean, put around the value itself."""
     low, high = np.quantile(draws - draws.mean(), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return centre + float(low), centre + float(high)

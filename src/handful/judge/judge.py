@@ -145,7 +145,14 @@ class Judge:
         return self.judged(self.see(images, labels))
 
     def measured(
-        self, seen: Seen, found: Evaluation, sets: Mapping[str, Sets] | None = None, *, stream: str, seed: int = 0
+        self,
+        seen: Seen,
+        found: Evaluation,
+        sets: Mapping[str, Sets] | None = None,
+        *,
+        stream: str,
+        seed: int = 0,
+        views: Sequence[str] | None = None,
     ) -> Measured:
         """A judged set with its bootstrap draws, ready for `gains.compare`.
 
@@ -153,6 +160,7 @@ class Judge:
             seen, found, sets: The set, and what `judged` said of it.
             stream: Which of the seed's streams draws; two sets that are compared take two.
             seed: Of the draws.
+            views: Only of these; None: of all.
         """
         counts = draw_counts(seen.labels, DRAWS, [seed, zlib.crc32(stream.encode())])
         sets, values = sets or self.sets(seen), found.by_view()
@@ -162,7 +170,7 @@ class Judge:
                 for metric in self.metrics
                 if metric.redraw is not None and values[view].get(metric.name) is not None
             }
-            for view in self.references
+            for view in (self.references if views is None else views)
         }
         return Measured(len(seen.labels), values, draws)
 

@@ -96,6 +96,11 @@ METRICS: tuple[Metric, ...] = (
 # fmt: on
 
 
+def headings() -> dict[str, str]:
+    """What tables call each metric that says how good a set is, by name."""
+    return {metric.name: metric.heading for metric in METRICS if metric.compared}
+
+
 def chosen(extra: Iterable[str] = ()) -> list[Metric]:
     """The usual metrics, and those that are asked for by name, in the table's order.
 

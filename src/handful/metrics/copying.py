@@ -41,7 +41,7 @@ def copied(
     )
 
 
-def sharenearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:
+def share_nearer(generated: np.ndarray, real: np.ndarray, quantile: float = 0.01) -> float:
     """The same of one class, from distances (n,) and (m,) to the nearest exemplar, whatever measured them."""
     return float(nearer(generated, real, quantile).mean())
 

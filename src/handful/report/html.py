@@ -19,11 +19,11 @@ from handful import __version__
 from handful.data.images import write_atomically
 from handful.errors import HandfulError, RequestError, first_line
 from handful.judge.worth import TEST
-from handful.metrics.catalogue import lower_is_better
+from handful.metrics.catalogue import headings, lower_is_better
 from handful.report.charts import Dot, scatter
 from handful.report.gallery import gallery
 from handful.report.gather import Shown, compared_with, gather
-from handful.report.tables import EVALUATED, Table
+from handful.report.tables import Table
 from handful.report.worth_table import worth_table
 
 MOST_CLASSES = 200  # rows of the table of classes: the worst first
@@ -126,7 +126,7 @@ def _metrics(run: Shown) -> Table | None:
     title = f"All classes together, judged by {found['judge']}, neighbour {found.get('k', asked.get('neighbours', '?'))}"
     table = Table(title, ["metric", "generated", "90 % interval", "after transforms", "real against real"])
     ceiling = (found["pooled"].get("ceiling")) or {}
-    for metric, heading in EVALUATED.items():
+    for metric, heading in headings().items():
         value = found.get(metric, found["pooled"]["generated"].get(metric))
         after = [each[metric] for each in (found.get("transformed") or {}).values() if each.get(metric) is not None]
         ends = intervals.get(metric)
@@ -159,7 +159,7 @@ def _gains(run: Shown) -> list[Table]:
                 ends = gain.get("interval")
                 cells = [_number(gain["value"]), _number(gain["baseline"]), _signed(gain["gain"])]
                 cells += ["-" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}", _signed(gain.get("surviving"))]
-                table.rows.append([str(EVALUATED.get(metric, metric)), *cells, str(gain.get("verdict") or "-")])
+                table.rows.append([str(headings().get(metric, metric)), *cells, str(gain.get("verdict") or "-")])
         table.notes.append(
             "A gain above 0 is better, of every metric. Survives: three quarters or more are left after the transforms."
         )
@@ -170,7 +170,7 @@ def _gains(run: Shown) -> list[Table]:
 def _comparison(runs: Sequence[Shown]) -> Table:
     """A column for each run that was evaluated."""
     table = Table("The runs beside each other", ["metric", *(run.name for run in runs)])
-    for metric, heading in EVALUATED.items():
+    for metric, heading in headings().items():
         values = [(run.found or {}).get(metric) for run in runs]
         baselines = (runs[0].found or {}).get("gains") or {}
         for place, run in enumerate(runs):  # a baseline that was not evaluated itself was measured beside the first
@@ -195,7 +195,7 @@ def _classes(run: Shown) -> Table | None:
     if found is None or not found.get("per_class"):
         return None
     metrics = ("f1", "precision", "recall", "coverage", "frechet")
-    table = Table("Class by class, the worst first", ["class", "images", *(EVALUATED[metric] for metric in metrics)])
+    table = Table("Class by class, the worst first", ["class", "images", *(headings()[metric] for metric in metrics)])
     groups = {name: group["generated"] for name, group in found["per_class"].items()}
 
     def badness(name: str) -> tuple[float, float]:

@@ -91,7 +91,7 @@ def evaluation_table(found: Evaluation) -> Table:
 
 def gains_tables(found: Evaluation) -> list[Table]:
     """A table a baseline: what is gained in each metric, and what of it survives the transforms."""
-    tables, headings_of = [], {each.name: each.heading for each in catalogue.METRICS}
+    tables, headings_of = [], catalogue.headings()
     for name, comparison in found.gains.items():
         audited = bool(found.transformed)
         interval = f"{LEVEL * 100:.0f} % interval"
