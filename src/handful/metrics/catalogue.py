@@ -96,6 +96,11 @@ METRICS: tuple[Metric, ...] = (
 # fmt: on
 
 
+def is_metric(name: str) -> bool:
+    """Whether a metric has this name."""
+    return any(metric.name == name for metric in METRICS)
+
+
 def headings() -> dict[str, str]:
     """What tables call each metric that says how good a set is, by name."""
     return {metric.name: metric.heading for metric in METRICS if metric.compared}

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from handful.errors import RequestError
-from handful.metrics import catalogue
 from handful.metrics._features import as_features, require_same_width
-from handful.metrics.catalogue import Metric, chosen, measure
+from handful.metrics.catalogue import Metric, chosen, is_metric, measure
 from handful.metrics.neighbours import require_neighbours
 from handful.metrics.reference import Reference, Sets
 
@@ -37,7 +36,7 @@ class Scores:
         values = self.__dict__.get("values", {})  # before __init__, when copied or unpickled, there is none
         if name in values:
             return values[name]
-        if any(metric.name == name for metric in catalogue.METRICS):
+        if is_metric(name):
             return None
         raise AttributeError(name)
 
