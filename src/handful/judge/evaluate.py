@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from handful.data.exemplars import default_cache, draw_order
+from handful.data.exemplars import default_cache
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
@@ -24,7 +24,7 @@ from handful.judge.images import FileImages, common_size
 from handful.judge.judge import Judge, Seen
 from handful.judge.viewer import Keeping, Viewer
 from handful.runs.kept import keep, key_of
-from handful.runs.metadata import exemplars_of, guided_by
+from handful.runs.metadata import guided_by, unused_images
 from handful.runs.progress import Progress
 
 __all__ = ["Evaluation", "Judge", "Seen", "evaluate"]
@@ -192,19 +192,8 @@ def _listed(
 def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[[str], None]) -> LabelledFiles:
     if real is not None:
         return labelled_files(real, field="real", flat=True)
-    if (drawn := exemplars_of(synthetic)) is None:
-        problem = "there are no real images to judge by: it is no run that exemplars guided"
-        raise RequestError("real", str(synthetic), problem, "Give real images with --real DIR.")
-    files = labelled_files(drawn.folder, field="exemplars", flat=True)
-    rest: list[int] = []
-    for name, places in files.by_class().items():
-        order = draw_order(drawn.seed, name, [files.names[place] for place in places])
-        rest += sorted(places[at] for at in order[drawn.per_class :]) if drawn.per_class else []
-    if not rest:
-        problem = "all images of the exemplars' folder guided, so none is left to judge by"
-        raise RequestError("real", drawn.folder, problem, "Give real images with --real DIR, or draw fewer exemplars (--k).")
-    left = files.only(rest)
-    tell(f"judged by the {len(left)} images of {drawn.folder} that guided nothing")
+    left = unused_images(synthetic)
+    tell(f"judged by the {len(left)} images of {left.root} that guided nothing")
     return left
 
 

@@ -95,7 +95,8 @@ class Sets:
         """Some images of both: a class, or a group."""
         real = Reference(self.real.features[real_rows], self.real.k)
         values = {name: of_all[generated_rows] for name, of_all in self.per_image.items()}
-        names = None if self.names is None else [self.names[row] for row in generated_rows]
+        called = self.names
+        names = None if called is None else [called[row] for row in generated_rows.tolist()]
         return Sets(real, self.generated[generated_rows], values, names)
 
     @property
