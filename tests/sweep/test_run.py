@@ -296,9 +296,8 @@ def test_the_exemplars_own_images_judge_nothing(digits, tmp_path):
         sweep(digits_sweep(digits, real=str(digits / "pool")), tmp_path / "out")
 
 
-@pytest.mark.parametrize("smooth", [None, 3.0])
-def test_a_judge_that_guides_is_told_smooth_or_not(digits, tmp_path, smooth):
-    guided = {"guidance": [{"method": "chamfer", "features": "digits-judge", "softplus": smooth}]}
+def test_a_judge_that_guides_is_told(digits, tmp_path):
+    guided = {"guidance": [{"method": "chamfer", "features": "digits-judge"}]}
     job = prepare_sweep(digits_sweep(digits, methods={"none": {"guidance": []}, "c": guided}), tmp_path / "out")
     assert any("guides and judges too" in note for note in job.notes)
 
