@@ -89,14 +89,14 @@ class Sets:
     ) -> None:
         self.real, self.generated = real, as_features(generated, "generated")
         require_same_width(real.features, self.generated, "real", "generated")
-        self.per_image, self.names = dict(per_image or {}), names
+        self.per_image = dict(per_image or {})
+        self.names: list[str] | None = None if names is None else list(names)
 
     def of(self, real_rows: np.ndarray, generated_rows: np.ndarray) -> Sets:
         """Some images of both: a class, or a group."""
         real = Reference(self.real.features[real_rows], self.real.k)
         values = {name: of_all[generated_rows] for name, of_all in self.per_image.items()}
-        called = self.names
-        names = None if called is None else [called[row] for row in generated_rows.tolist()]
+        names = None if self.names is None else [self.names[row] for row in generated_rows.tolist()]
         return Sets(real, self.generated[generated_rows], values, names)
 
     @property
