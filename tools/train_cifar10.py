@@ -44,6 +44,7 @@ from handful.data.parquet import read_labelled
 from handful.errors import RequestError, RunError
 from handful.files.digests import weights_digest
 from handful.models import load
+from handful.models.plain_unet import PlainUNet
 from handful.recipe.plan import ImageNoise, image_seed
 from handful.runs.contact_sheet import contact_sheet
 from handful.runs.progress import duration
@@ -193,6 +194,10 @@ def network_from(name: str, data: Data) -> UNet2DModel:
     except RequestError as error:
         raise RequestError("--init", name, f"{error.field}: {error.problem}", error.remedy) from error
     network, remedy = denoiser.network, "Name another model, or leave --init out."
+    if isinstance(network, PlainUNet):  # the packaged one, as diffusers' own class
+        made: Any = UNet2DModel.from_config(dict(network.config))
+        made.load_state_dict(network.state_dict())
+        network = made
     if not isinstance(network, UNet2DModel) or denoiser.prediction != "v":
         raise RequestError("--init", name, "it is no UNet2DModel that predicts v", remedy)
     ours, theirs = VP(scheduler().alphas_cumprod).alpha, getattr(denoiser.levels, "alpha", None)

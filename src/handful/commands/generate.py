@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handful import console
-from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed
+from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed, loading
 from handful.errors import RequestError
 from handful.guidance import METHODS
 
@@ -116,6 +116,7 @@ def generate(
     The same command goes on where an interrupted run stopped, and ends with the same files. Started several times, here or
     on other machines that see the same folder, it shares the work.
     """
+    loading(model or str(recipe or ""), quiet)
     from handful.recipe.file import overridden, read_mapping
     from handful.recipe.schema import did_you_mean, recipe_from
 

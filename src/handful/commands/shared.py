@@ -26,6 +26,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, al
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
 
 
+def loading(what: str, quiet: bool = False) -> None:
+    """A command's first word, before the libraries that take seconds are imported; outside a terminal nobody waits for it."""
+    if not quiet and sys.stderr.isatty():
+        print(f"loading torch{f' and {what}' if what else ''} ...", file=sys.stderr)
+
+
 def listed(text: str | None) -> list[str] | None:
     """ "a, b" -> ["a", "b"], and '"a, b", c' -> ["a, b", "c"]; None stays None."""
     return None if text is None else [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]

@@ -131,6 +131,8 @@ def family_of(source: Source) -> str:
     """
     if source.file is not None:
         return FILES.get(source.file.suffix, "stable_diffusion")
+    if source.name in ZOO and (own := (source.read_json("handful.json") or {}).get("family")):
+        return own
     index = source.read_json("model_index.json")
     kind = "" if index is None else str(index.get("_class_name"))
     if kind in PIPELINES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,8 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     """
     kind = str(config.get("_class_name", "DDPMScheduler"))
     predicts = config.get("prediction_type", "epsilon")
+    if predicts in PREDICTIONS and predicts != "flow_prediction" and (abar := plain_abar(config)) is not None:
+        return _with_own(VP(abar), config), PREDICTIONS[predicts]
     import diffusers
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -69,6 +72,31 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     )
 
 
+def plain_abar(config: dict[str, Any]) -> Tensor | None:
+    """alphas_cumprod (T,), float32, of the schedules that DDPM and DDIM schedulers mostly have, as diffusers computes them.
+
+    None for others, which diffusers itself is asked for: importing it takes seconds.
+    """
+    kind, shape, steps = config.get("_class_name"), config.get("beta_schedule"), config.get("num_train_timesteps")
+    ends: Any = config.get("beta_start"), config.get("beta_end")
+    odd = config.get("trained_betas") is not None or config.get("rescale_betas_zero_snr") or None in ends
+    if kind not in ("DDPMScheduler", "DDIMScheduler") or odd or type(steps) is not int or steps < 2:
+        return None
+    if shape == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, equation 17
+
+        def bar(t: float) -> float:
+            return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        betas = torch.tensor([min(1 - bar((i + 1) / steps) / bar(i / steps), 0.999) for i in range(steps)])
+    elif shape == "linear":
+        betas = torch.linspace(ends[0], ends[1], steps)
+    elif shape == "scaled_linear":
+        betas = torch.linspace(ends[0] ** 0.5, ends[1] ** 0.5, steps) ** 2
+    else:
+        return None
+    return (1.0 - betas).cumprod(0)
+
+
 def _with_own(schedule: Schedule, config: dict[str, Any]) -> Schedule:
     own = own_path(config)
     return schedule.with_own(own) if own else schedule
@@ -76,14 +104,14 @@ def _with_own(schedule: Schedule, config: dict[str, Any]) -> Schedule:
 
 def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:
     """The levels that a scheduler of this config steps through; None for a kind without such a path."""
-    import diffusers
-
     kind = str(config.get("_class_name", "DDPMScheduler"))
     known = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep")
     if kind.removesuffix("Scheduler") not in known and not config.get("use_flow_sigmas"):
         return None  # others keep paths that only their own sampler walks
 
     def walked(steps: int) -> Path:
+        import diffusers
+
         scheduler: Any = getattr(diffusers, kind).from_config(config)
         scheduler.set_timesteps(steps)
         if config.get("use_flow_sigmas"):

@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from handful.core.denoiser import Condition, NetworkDenoiser, Prediction
@@ -15,8 +17,10 @@ from handful.models.labels import label_condition, set_labels
 from handful.models.latent import LatentDenoiser, factor_of
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import component_on_meta, load_component, on_meta, preview_decoder
+from handful.models.plain_unet import PlainUNet, fits
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
+from handful.zoo import ZOO
 
 UNUSED = ("negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
 AUTOENCODERS = ("vae", "vqvae")
@@ -141,7 +145,12 @@ def _shape(network: nn.Module) -> tuple[int, int, int]:
 def skeleton(source: Source, options: ModelOptions) -> UNet2DDenoiser | LatentUNetDenoiser:
     """The denoiser without its weights, from the configs alone: on the meta device."""
     refuse_options(options, *UNUSED)
-    network = on_meta("UNet2DModel", source.read_json(f"{_inside(source)}config.json") or {})
+    config = source.read_json(f"{_inside(source)}config.json") or {}
+    if _is_plain(source, config):
+        with torch.device("meta"):
+            plain = PlainUNet(config)
+        return _denoiser(plain, None, source, options, meta=True)
+    network = on_meta("UNet2DModel", config)
     part = _autoencoder(source)
     vae = None if part is None else component_on_meta(source, part, "AutoencoderKL")
     return _denoiser(network, vae, source, options, meta=True)
@@ -155,10 +164,27 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser | LatentUNetDe
     Raises:
         RequestError: If a file is missing, damaged, or does not fit the others.
     """
-    skeleton(source, options)  # what the configs can tell is said before the weights are read
+    outline = skeleton(source, options)  # what the configs can tell is said before the weights are read
+    if isinstance(outline.network, PlainUNet):
+        return _packaged(outline, source, options)
     network, part = load_component(source, options, _inside(source).rstrip("/"), "UNet2DModel"), _autoencoder(source)
     kind = "" if part is None else str(source.config(part).get("_class_name", "AutoencoderKL"))
     return _denoiser(network, load_component(source, options, part, kind) if part else None, source, options)
+
+
+def _is_plain(source: Source, config: dict[str, Any]) -> bool:
+    return source.name in ZOO and source.folder is not None and fits(config)
+
+
+def _packaged(outline: UNet2DDenoiser | LatentUNetDenoiser, source: Source, options: ModelOptions) -> Any:
+    """The denoiser of a packaged model with its weights."""
+    assert source.folder is not None
+    weights = load_file(source.folder / _inside(source) / "diffusion_pytorch_model.safetensors")
+    outline.network.load_state_dict(
+        {name: one.to(options.dtype or torch.float32) for name, one in weights.items()}, assign=True
+    )
+    outline.network.requires_grad_(False)
+    return outline
 
 
 def _autoencoder(source: Source) -> str | None:
