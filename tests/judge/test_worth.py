@@ -11,6 +11,7 @@ from handful.errors import RequestError
 from handful.judge import worth as module
 from handful.judge.worth import BOTH, EXEMPLARS, SYNTHETIC, TEST, Difference, Trained, Worth, _Sets, worth
 from handful.recipe.schema import recipe_from
+from handful.runs.kept import FOLDER
 from handful.zoo.digits import load_digits_split
 
 CLASSES = ("3", "5", "8")
@@ -111,7 +112,7 @@ def test_a_run_is_tested_on_what_guided_nothing_of_its_exemplars_folder(run, fol
 
 def test_a_result_is_kept_in_the_run_by_content_and_read_from_there(run, folders, monkeypatch):
     first = worth(run, seeds=1, steps=10)
-    assert len(list((run / "evaluations").glob("utility-*.json"))) == 1
+    assert len(list((run / FOLDER).glob("utility-*.json"))) == 1
     with monkeypatch.context() as patch:
         patch.delattr(module, "_compared")
         assert worth(run, seeds=1, steps=10) == first

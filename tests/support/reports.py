@@ -9,7 +9,7 @@ from handful.data.images import write_png
 from handful.generate import generate
 from handful.judge.worth import KIND, worth
 from handful.recipe.schema import recipe_from
-from handful.runs.kept import keep
+from handful.runs.kept import FOLDER, keep
 from handful.zoo.digits import load_digits_split
 
 CLASSES = ("3", "5", "8")
@@ -62,5 +62,5 @@ def reported_run(root: Path) -> Path:
     plain = digits_run(root / "plain", None, guidance=[])
     keep(out, "evaluation", "a", evaluation(folder=plain))
     worth(out, seeds=1, steps=10)
-    assert list((out / "evaluations").glob(f"{KIND}-*.json"))
+    assert list((out / FOLDER).glob(f"{KIND}-*.json"))
     return out

@@ -40,7 +40,7 @@ def utility(
 
     A classifier is trained on the exemplars alone (with augmentation), on the generated images alone, and on both; on each
     --baseline likewise. All are tested on real images that nobody has seen. The last line says whether the generated images
-    help. What has been computed is kept in OUT/evaluations.
+    help. What has been computed is kept in the run directory.
 
     \b
     Examples:

@@ -25,6 +25,7 @@ from handful.report.gallery import gallery
 from handful.report.gather import Shown, compared_with, gather
 from handful.report.tables import Table
 from handful.report.worth_table import worth_table
+from handful.runs.card import refresh
 
 MOST_CLASSES = 200  # rows of the table of classes: the worst first
 _WORDS = {
@@ -58,6 +59,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     if not target.parent.is_dir() or target.is_dir() or not os.access(where, os.W_OK) or not os.access(target.parent, os.W_OK):
         remedy = "Choose another file with --out FILE.html."
         raise RequestError("out", target, "it can't be written there", remedy)
+    refresh(first.path, first.recipe, first.rows)
     write_atomically(target, page(shown).encode("utf-8", "replace"))
     return target
 

@@ -1,4 +1,4 @@
-"""What was found about a run, kept in it by content: OUT/evaluations/KIND-KEY.json. Nothing is computed twice.
+"""What was found about a run, kept in it by content: OUT/.handful/found/KIND-KEY.json. Nothing is computed twice.
 
 The key is a digest of all that decides the result (the files' contents, the settings), so a changed image or setting is
 another result, and an old one is never taken for it.
@@ -15,7 +15,7 @@ from typing import Any
 
 from handful.data.images import write_atomically
 
-FOLDER = "evaluations"
+FOLDER = ".handful/found"  # hidden: `datasets` takes a file called evaluation-... for a split
 
 
 def run_root(folder: str | Path) -> Path | None:
@@ -53,7 +53,7 @@ def keep(run: str | Path, kind: str, key: str, data: Mapping[str, Any]) -> Path 
         return None
     file = root / FOLDER / f"{kind}-{key}.json"
     try:
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())
     except OSError:
         return None

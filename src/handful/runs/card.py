@@ -1,0 +1,148 @@
+"""README.md of a run directory: the data set's card, as the Hugging Face hub and `datasets` read it.
+
+Its YAML head says where the images are (so that a class called `test` is no split), what the labels are called, and that
+the images are synthetic. Below it stands how they were made, what was measured, and how near they are to the exemplars.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handful.data.images import write_atomically
+from handful.data.shared_exemplars import ExemplarFeatures
+from handful.errors import HandfulError
+from handful.runs.kept import all_kept
+
+CARD = "README.md"
+MARK = "<!-- Written by handful, and written again after each evaluation. Remove this line to keep your own text. -->"
+_LOAD = '## Load it\n\n```python\nfrom datasets import load_dataset\n\nimages = load_dataset({}, split="train")\n```'
+_MOST_CLASSES = 100  # named in the table of classes
+_SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**12, "1M<n<10M"))
+
+
+def card(root: Path, recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """The card's text; it holds no time, so that the same run has the same card.
+
+    Args:
+        root: The run directory, for what `handful evaluate` and `handful utility` kept there.
+        recipe: With every default written out.
+        rows: Of the manifest, of images that are there.
+    """
+    counts = Counter(str(row["class"]) for row in rows)
+    size = next(name for most, name in _SIZES if len(rows) < most)
+    names = {str(place): name for place, name in enumerate(counts)}
+    head = {
+        "license": "unknown",
+        "pretty_name": root.name,
+        "task_categories": ["image-classification"],
+        "size_categories": [size],
+        "tags": ["synthetic", "handful"],
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _pattern(rows)}]}],
+        "dataset_info": {
+            "features": [{"name": "image", "dtype": "image"}, {"name": "label", "dtype": {"class_label": {"names": names}}}]
+        },
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
+        f"{MARK}\n# {root.name}",
+        f"{len(rows):,} **synthetic** images of {len(counts):,} classes, made by [handful](https://pypi.org/project/handful/)."
+        " No image here is a photograph.",
+        _made(root, recipe),
+        _measured(root),
+        _nearest(rows),
+        _classes(counts),
+        _LOAD.format(repr(root.name)),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def may_write(root: Path) -> bool:
+    """Whether no card is there, or one that nobody has made their own."""
+    file = root / CARD
+    try:
+        return not file.exists() or MARK in file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def refresh(root: Path, recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the card again, with what has been measured since; a directory that can't be written is left alone."""
+    if may_write(root):
+        with suppress(OSError):
+            write_atomically(root / CARD, card(root, recipe, rows).encode("utf-8", "replace"))
+
+
+def _pattern(rows: Sequence[Mapping[str, Any]]) -> str:
+    folder = str(rows[0]["file"]).partition("/")[0] if rows else "images"
+    return f"{folder}/**"
+
+
+def _made(root: Path, recipe: Mapping[str, Any]) -> str:
+    model, sampler, drawn = (recipe.get(part) or {} for part in ("model", "sampler", "exemplars"))
+    terms = [f"`{term.get('method')}` (scale {term.get('scale')})" for term in recipe.get("guidance") or []]
+    lines = [
+        f"- model: `{Path(str(model.get('name'))).name}`; its own licence holds for what it makes",
+        f"- guidance: {', '.join(terms) or 'none'}",
+        f"- sampler: `{sampler.get('name')}`, {sampler.get('steps')} steps, seed {recipe.get('seed')}",
+    ]
+    if drawn.get("path"):
+        source, licence = _stated(root, str(drawn["path"]))
+        lines.append(
+            f"- exemplars: {drawn.get('k', drawn.get('per_class')) or 'all'} real images of each class; source: {source}"
+        )
+        lines.append(f"- the exemplars' licence: {licence}")
+    return (
+        "## How it was made\n\n"
+        + "\n".join(lines)
+        + "\n\n`recipe.yaml` holds everything; `handful generate recipe.yaml` repeats it."
+    )
+
+
+def _stated(root: Path, exemplars: str) -> tuple[str, str]:
+    """Source and licence of the exemplars, where a file of features states them."""
+    file = root / Path(exemplars).expanduser()
+    if file.is_file():
+        with suppress(HandfulError):
+            known = ExemplarFeatures.load(file)
+            return known.source or "not stated", known.licence or "not stated"
+    return "a folder", "not stated; fill it in before you publish"
+
+
+def _measured(root: Path) -> str:
+    evaluations, utilities = all_kept(root, "evaluation"), all_kept(root, "utility")
+    lines = []
+    if evaluations and isinstance(found := evaluations[-1].get("result"), dict):
+        for name in ("precision", "recall", "coverage", "f1", "frechet"):
+            if (value := found.get(name)) is not None:
+                lines.append(f"| {name} | {value:.3f} |")
+        if lines:
+            lines = [f"Judged by {found.get('judge')}:\n", "| metric | value |", "|---|---|", *lines]
+    if utilities and isinstance(found := utilities[-1].get("result"), dict):
+        lines += ["", str(found.get("sentence", ""))]
+    return "## What was measured\n\n" + "\n".join(lines or ["Nothing yet: `handful evaluate` and `handful utility` do."])
+
+
+def _nearest(rows: Sequence[Mapping[str, Any]]) -> str:
+    distances = [row["nearest_exemplar_distance"] for row in rows if row.get("nearest_exemplar_distance") is not None]
+    if not distances:
+        return ""
+    return (
+        "## Copies\n\nGuided images can be near copies of the exemplars. The smallest distance to an exemplar here is"
+        f" {min(distances):.4g} (the median {sorted(distances)[len(distances) // 2]:.4g}, in the features that guided);"
+        " `manifest.parquet` has it for every image. Look at the nearest ones in `handful report` before you publish, above"
+        " all where the exemplars show people or are not yours."
+    )
+
+
+def _classes(counts: Mapping[str, int]) -> str:
+    shown = list(counts.items())[:_MOST_CLASSES]
+    lines = [f"| {' '.join(name.split()).replace('|', '/')} | {count} |" for name, count in shown]
+    if len(counts) > len(shown):
+        lines.append(f"| and {len(counts) - len(shown):,} more | |")
+    return "\n".join(["## Classes", "", "| class | images |", "|---|---|", *lines])
