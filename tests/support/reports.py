@@ -29,7 +29,7 @@ def digits_run(out: Path, exemplars: Path | None, **more: Any) -> Path:
     """Twelve digits of each class in four steps."""
     asked: dict[str, Any] = {"model": {"name": "digits"}, "per_class": 12, "classes": list(CLASSES), "sampler": {"steps": 4}}
     if exemplars is not None:
-        asked["exemplars"] = {"path": str(exemplars), "per_class": 4}
+        asked["exemplars"] = {"path": str(exemplars), "k": 4}
     generate(recipe_from({**asked, **more}), out)
     return out
 

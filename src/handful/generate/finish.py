@@ -1,8 +1,9 @@
-"""What sums a run up: manifest, imagefolder metadata and contact sheet, written once by whoever finishes last."""
+"""What sums a run up: manifest, metadata, contact sheet, the data set's card; written once by whoever finishes last."""
 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from handful.data.images import read_image
 from handful.generate.job import Job
 from handful.recipe.plan import Cohort, image_seed
+from handful.runs.card import CARD, card, may_write
 from handful.runs.contact_sheet import MOST_CLASSES, contact_sheet_png
 from handful.runs.manifest import DONE, FAILED, guidance_text
 from handful.runs.run_directory import FINISHED
@@ -51,6 +53,7 @@ def finish(job: Job) -> int:
     finished, sheet = directory.path / FINISHED, job.directory.path / SHEET
     if finished.is_file() and finished.read_text() == state and (directory.path / MANIFEST).is_file():
         return images
+    counts, distances = Counter[str](), list[float]()
     first: dict[str, list[str]] = {cohort.class_name: [] for cohort in job.cohorts}
     folder = job.directory.writer.format == "imagefolder"
     with ExitStack() as stack:
@@ -61,12 +64,18 @@ def finish(job: Job) -> int:
             table.write_table(pa.Table.from_pylist(rows, job.schema))
             for row in rows:
                 if row["status"] == DONE:
+                    counts[row["class"]] += 1
+                    if row.get("nearest_exemplar_distance") is not None:
+                        distances.append(row["nearest_exemplar_distance"])
                     if lines is not None:
                         lines.write(metadata_line(row["file"], row["class"]).encode())
                     if len(first[row["class"]]) < 2 * _COLUMNS:
                         first[row["class"]].append(row["file"])
     if images:
         directory.publish(SHEET, _contact_sheet(job, {name: files for name, files in first.items() if files}))
+        if may_write(directory.path):
+            text = card(directory.path, job.recipe.as_dict(), counts, distances)
+            directory.publish(CARD, text.encode("utf-8", "replace"))
     elif sheet.exists():
         sheet.unlink()
     directory.publish(FINISHED, state.encode())

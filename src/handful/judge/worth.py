@@ -23,15 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from handful.data.augmentation import random_view
-from handful.data.exemplars import drawn_files
-from handful.data.images import image_folder, read_all, read_image
+from handful.data.images import read_all
+from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import load_extractor
-from handful.judge.copies import shared_files
 from handful.judge.last_block import LastBlockLearner
 from handful.judge.utility import train_classifier
 from handful.runs.kept import keep, kept, key_of
-from handful.runs.metadata import exemplars_of
+from handful.runs.metadata import exemplars_of, unused_images
 from handful.runs.progress import Progress
 
 KIND, VERSION = "utility", 1
@@ -49,8 +48,6 @@ AUGMENTATIONS: dict[str, bool | Callable[[Tensor, torch.Generator], Tensor]] = {
     "crop": partial(random_view, area=0.5, jitter=0.3, gray=0.0, mirrored=False),
     "crop, mirror, colours": partial(random_view, area=0.3),
 }
-
-Files = Mapping[str, Sequence[Path]]
 
 
 @dataclass(frozen=True)
@@ -230,7 +227,13 @@ def _texts(folders: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Sets:
-    """The files of everything that is trained or tested on, by class; all checked before anything is read."""
+    """All images that are trained or tested on, not read yet; all checked before anything is read.
+
+    Attributes:
+        classes: Of the generated images.
+        training, tests: By name; `EXEMPLARS` and `SYNTHETIC` first, `TEST` first.
+        notes: What else should be known.
+    """
 
     def __init__(
         self,
@@ -240,78 +243,83 @@ class _Sets:
         baselines: Mapping[str, str | Path],
         exemplars: str | Path | None,
     ) -> None:
-        made = image_folder(synthetic, field="synthetic")
-        self.classes, self.notes = list(made), list[str]()
-        drawn = exemplars_of(synthetic)
-        if exemplars is None and drawn is None:
-            problem = "it names no exemplars, which everything is compared with"
-            raise RequestError("exemplars", str(synthetic), problem, "Give their folder with --exemplars DIR.")
-        folder = drawn.folder if exemplars is None and drawn is not None else Path(exemplars or "").expanduser()
-        if folder.is_file():
-            problem = "these exemplars are features alone, and a classifier learns from images"
-            raise RequestError("exemplars", folder, problem, "Give the images' folder with --exemplars DIR.")
-        k, draw = (drawn.k, drawn.seed) if exemplars is None and drawn is not None else (None, 0)
-        guided = drawn_files(image_folder(folder, classes=self.classes, field="exemplars"), k, draw)
-        if test is None:
-            tested = self._left(folder, guided)
-        else:
-            tested = image_folder(test, classes=self.classes, field="test")
-            self._require_tests("test", test, tested, "Add images")
-        self.training: dict[str, Files] = {EXEMPLARS: guided, SYNTHETIC: made}
+        made = labelled_files(synthetic, field="synthetic")
+        self.classes, self.notes = made.classes, [*made.notes]
+        guided, left = self._exemplars(synthetic, exemplars, test is None)
+        tested = left if test is None or left else labelled_files(test, classes=self.classes, field="test")
+        assert tested is not None
+        few = [(count, name) for name in self.classes if (count := tested.counts.get(name, 0)) < FEWEST]
+        if few:
+            count, name = min(few)
+            problem = f"class '{name}' has {count} images to test on, at least {FEWEST} are needed"
+            fewer = "Draw fewer exemplars (--k of handful generate), add images, or name other ones with --test DIR"
+            remedy = "Add images" if test else fewer
+            raise RequestError("test", str(tested.root), problem, f"{remedy}.")
+        self.training: dict[str, LabelledFiles] = {EXEMPLARS: guided, SYNTHETIC: made}
         for name, path in baselines.items():
-            self.training[f"{name} alone"] = image_folder(path, classes=self.classes, field="baseline")
-        self.tests: dict[str, Files] = {TEST: tested}
+            self.training[f"{name} alone"] = labelled_files(path, classes=self.classes, field="baseline")
+        self.tests: dict[str, LabelledFiles] = {TEST: tested}
         for name, path in ood.items():
-            self.tests[name] = image_folder(path, field="ood")
-            unknown = sorted(set(self.tests[name]) - set(self.classes))
+            found = labelled_files(path, field="ood")
+            unknown = sorted(set(found.classes) - set(self.classes))
             if unknown or name == TEST:
                 problem = f"its classes {', '.join(unknown[:5])} are not in {synthetic}" if unknown else "this name is taken"
-                raise RequestError(
-                    "ood", str(path), problem, "Give images of the generated classes, under a name of their own."
-                )
-        same = shared_files((file for of_class in guided.values() for file in of_class), _flat(tested)[0])
+                raise RequestError("ood", str(path), problem, "Give images of the generated classes, under another name.")
+            self.tests[name] = found
+        self._contents = {
+            role: {name: _contents(files, role) for name, files in sets.items()}
+            for role, sets in (("training", self.training), ("tests", self.tests))
+        }
+        same = len(set(self._contents["tests"][TEST]) & set(self._contents["training"][EXEMPLARS]))
         if same:
             warnings.warn(f"{same} of the test images are exemplars, byte for byte: the accuracies flatter", stacklevel=4)
 
-    def _left(self, folder: Path, guided: Files) -> Files:
-        """The images of the exemplars' folder that guided nothing."""
-        everything = image_folder(folder, classes=self.classes, field="exemplars")
-        left = {name: [file for file in files if file not in set(guided[name])] for name, files in everything.items()}
-        self._require_tests("test", folder, left, "Draw fewer exemplars (--k of handful generate), add images")
-        self.notes.append(f"tested on the {sum(map(len, left.values()))} images of {folder} that guided nothing")
-        return left
-
-    def _require_tests(self, field: str, folder: str | Path, files: Files, remedy: str) -> None:
-        name = min(self.classes, key=lambda each: len(files[each]))
-        if len(files[name]) < FEWEST:
-            problem = f"class '{name}' has {len(files[name])} images to test on, at least {FEWEST} are needed"
-            other = "" if field == "test" and remedy == "Add images" else ", or name other real images with --test DIR"
-            raise RequestError(field, str(folder), problem, f"{remedy}{other}.")
+    def _exemplars(
+        self, synthetic: str | Path, exemplars: str | Path | None, tested: bool
+    ) -> tuple[LabelledFiles, LabelledFiles | None]:
+        """The images that guided, and those of their folder that did not, where these are to be tested on."""
+        if exemplars is not None:
+            found = labelled_files(exemplars, classes=self.classes, field="exemplars")
+            if tested:
+                raise RequestError("test", None, "it is missing", "Beside --exemplars, name real test images with --test DIR.")
+            return found, None
+        asked = exemplars_of(synthetic)
+        if asked is None:
+            problem = "it names no exemplars, which everything is compared with"
+            raise RequestError("exemplars", str(synthetic), problem, "Give their folder with --exemplars DIR.")
+        if asked.folder.is_file():
+            problem = "these exemplars are features alone, and a classifier learns from images"
+            raise RequestError("exemplars", asked.folder, problem, "Give the images' folder with --exemplars DIR.")
+        everything = labelled_files(asked.folder, classes=self.classes, field="exemplars")
+        left = unused_images(synthetic, needed=0, field="exemplars", remedy="--exemplars DIR and --test DIR")
+        unused = set(left.names)
+        guided = everything.only([place for place, name in enumerate(everything.names) if name not in unused])
+        if tested:
+            self.notes.append(f"tested on the {len(left)} images of {asked.folder} that guided nothing")
+        return guided, left if tested else None
 
     def digests(self) -> dict[str, Any]:
         """What identifies all images, by content."""
         return {
-            role: {name: _digest(files) for name, files in sets.items()}
+            role: {name: key_of([files.labels, self._contents[role][name]]) for name, files in sets.items()}
             for role, sets in (("training", self.training), ("tests", self.tests))
         }
 
     def size(self) -> tuple[int, int]:
         """Height and width of most of the generated images."""
-        files, _ = _flat(self.training[SYNTHETIC])
-        sample = files[:: max(1, len(files) // 50)]
-        (height, width), _ = Counter(tuple(read_image(file, channels=1).shape[1:]) for file in sample).most_common(1)[0]
+        made = self.training[SYNTHETIC]
+        sample = range(0, len(made), max(1, len(made) // 50))
+        (height, width), _ = Counter(tuple(made.image(place, channels=1).shape[1:]) for place in sample).most_common(1)[0]
         return height, width
 
 
-def _flat(files: Files) -> tuple[list[Path], list[str]]:
-    return [file for of_class in files.values() for file in of_class], [name for name, of in files.items() for _ in of]
+def _contents(files: LabelledFiles, field: str) -> list[str]:
+    """The SHA-256 of each image."""
 
+    def read(place: int) -> str:
+        return hashlib.sha256(files.content(place)).hexdigest()
 
-def _digest(files: Files) -> str:
-    state = hashlib.sha256()
-    for file, name in zip(*_flat(files), strict=True):
-        state.update(repr((name, hashlib.sha256(file.read_bytes()).hexdigest())).encode())
-    return state.hexdigest()
+    return read_all(read, range(len(files)), field=field, root=files.root)
 
 
 class _FromScratch:
@@ -322,15 +330,8 @@ class _FromScratch:
         self.name = f"a small convolutional network, from scratch, on {size[0]} x {size[1]} pixels"
         self.choices = list(AUGMENTATIONS)
 
-    def read(self, files: Files, field: str, augmented: bool) -> Tensor:
-        flat, _ = _flat(files)
-        images = torch.empty((len(flat), 3, *self.size))
-
-        def read(index: int) -> None:
-            images[index] = read_image(flat[index], channels=3, size=self.size)
-
-        read_all(read, range(len(flat)), field=field, root=flat[0].parent.parent)
-        return images.to(self.device)
+    def read(self, files: LabelledFiles, field: str, augmented: bool) -> Tensor:
+        return files.read(channels=3, size=self.size, field=field).images.to(self.device)
 
     def train(self, images: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
         return train_classifier(images, labels.to(self.device), classes, augment=AUGMENTATIONS[choice], groups=8, **options)
@@ -354,19 +355,11 @@ class _Pretrained:
         self.choices = ["1 view", f"{self.views} views"]
 
     @torch.no_grad()
-    def read(self, files: Files, field: str, augmented: bool) -> Tensor:
-        flat, _ = _flat(files)
+    def read(self, files: LabelledFiles, field: str, augmented: bool) -> Tensor:
         draw, parts = torch.Generator().manual_seed(0), []
-        for first in range(0, len(flat), 32):
-            some = flat[first : first + 32]
-            images = torch.stack(
-                read_all(
-                    lambda index, some=some: read_image(some[index], channels=3, size=self.size),
-                    range(len(some)),
-                    field=field,
-                    root=flat[0].parent.parent,
-                )
-            )
+        for first in range(0, len(files), 32):
+            some = files.only(range(first, min(first + 32, len(files))))
+            images = some.read(channels=3, size=self.size, field=field).images
             views = [images, *(random_view(images, draw, area=0.3) for _ in range(self.views - 1) if augmented)]
             parts.append(torch.stack([self.learner.enter(view) for view in views], 1))
         return torch.cat(parts)
@@ -385,17 +378,17 @@ def _learner(sets: _Sets, features: str | None) -> _Learner:
     size = sets.size()
     if features is None and max(size) <= SMALL:
         return _FromScratch(size)
-    images = sum(len(_flat(files)[0]) for files in sets.training.values())
+    images = sum(map(len, sets.training.values()))
     return _Pretrained(features or "dinov2", size, images)
 
 
 def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int, progress: Progress) -> Worth:
     classes, count = sets.classes, len(sets.classes)
     held = {name: learner.read(files, name, True) for name, files in sets.training.items()}
-    labels = {name: _numbers(files, classes) for name, files in sets.training.items()}
-    tested = {name: (learner.read(files, name, False), _numbers(files, classes)) for name, files in sets.tests.items()}
+    labels = {name: _numbers(files.labels, classes) for name, files in sets.training.items()}
+    tested = {name: (learner.read(files, name, False), _numbers(files.labels, classes)) for name, files in sets.tests.items()}
     notes, mixed = list(sets.notes), [name for name in sets.training if name != EXEMPLARS]
-    choosable = min(len(files) for files in sets.training[EXEMPLARS].values()) >= 2
+    choosable = min(sets.training[EXEMPLARS].counts.values()) >= 2
     trainings = seeds * (1 + 2 * len(mixed)) + (choosable and len(learner.choices) + len(SHARES) * len(mixed))
     progress.begin(trainings, 0)
 
@@ -457,9 +450,9 @@ def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int,
     return Worth(learner.name, choice, rows, differences, steps, seeds, notes)
 
 
-def _numbers(files: Files, classes: Sequence[str]) -> Tensor:
+def _numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
     places = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([places[name] for name in _flat(files)[1]])
+    return torch.tensor([places[name] for name in labels])
 
 
 def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -38,9 +38,9 @@ def gallery(runs: Sequence[Shown], room: int = ROOM) -> dict[str, Any]:
     first = runs[0]
     by_place = [_by_class(run) for run in runs]
     exemplars = _exemplars(first)
-    sample = [first.path / row["file"] for row in first.rows[:: max(1, len(first.rows) // 8)][:8]]
+    sample = [row["file"] for row in first.rows[:: max(1, len(first.rows) // 8)][:8]]
     wanted = len(first.classes) * (len(runs) + bool(exemplars)) + 2 * COPIES
-    pictures = Pictures(room, fitting_side(sample, wanted, room))
+    pictures = Pictures(room, fitting_side(first.path, sample, wanted, room))
     images: list[list[Any]] = []
     shown: dict[tuple[int, str], int] = {}
     places = {name: place for place, name in enumerate(first.classes)}
@@ -48,11 +48,11 @@ def gallery(runs: Sequence[Shown], room: int = ROOM) -> dict[str, Any]:
     def add(run: int, row: dict[str, Any]) -> bool:
         if (run, row["file"]) in shown:
             return True
-        picture = pictures.add(runs[run].path / row["file"])
+        picture = pictures.add(runs[run].path, row["file"])
         if picture < 0:
             return False
         nearest, folder = row.get("nearest_exemplar"), runs[run].exemplars
-        near = pictures.add(folder / nearest) if nearest and folder else -1
+        near = pictures.add(folder, nearest) if nearest and folder else -1
         distance = row.get("nearest_exemplar_distance")
         shown[run, row["file"]] = len(images)
         images.append([places.get(row["class"], -1), run, row["index"], picture, row["file"], nearest, distance, near])
@@ -66,7 +66,10 @@ def gallery(runs: Sequence[Shown], room: int = ROOM) -> dict[str, Any]:
     for column in range(COLUMNS):
         for name in first.classes:
             files = exemplars.get(name, [])
-            if column < min(len(files), _EXEMPLARS) and (picture := pictures.add(files[column])) >= 0:
+            if (
+                column < min(len(files), _EXEMPLARS)
+                and (picture := pictures.add(files[column].parent, files[column].name)) >= 0
+            ):
                 shown_exemplars[name].append([files[column].name, picture])
             for run, of_class in enumerate(by_place):
                 rows = of_class.get(name, [])

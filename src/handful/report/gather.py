@@ -88,7 +88,7 @@ def gather(path: str | Path, name: str | None = None) -> Shown:
     drawn = exemplars_of(root)
     folder = drawn.folder if drawn else None
     if folder is not None and not folder.is_dir():
-        kind = "are features alone, without images" if folder.is_file() else f"are gone: there is no folder {folder}"
+        kind = "lie in a file" if folder.is_file() else f"are gone: there is no folder {folder}"
         notes.append(f"The exemplars {kind}. So they are not shown.")
         folder = None
     evaluations = [each for each in all_kept(root, "evaluation") if isinstance(each.get("result"), dict)]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from handful.data.images import read_image, to_uint8
 from handful.errors import RequestError
+from handful.runs.writers import Writer
 
 _WHOLE = 64  # pixels: images up to this side stay as they are
 _REFUSED = 20  # pictures that did not fit, after which none is tried any more
@@ -32,14 +34,14 @@ class Pictures:
     def __init__(self, room: int, side: int = SIDES[0]) -> None:
         self.room, self.side = room, side
         self.uris: list[str] = []
-        self._places: dict[Path, int] = {}
+        self._places: dict[tuple[Path, str], int] = {}
         self.left_out = self.unreadable = 0
 
-    def add(self, file: Path) -> int:
-        """The place of a picture among `uris`; -1 where there is no room, or it can't be read."""
-        if file not in self._places:
+    def add(self, root: Path, file: str) -> int:
+        """The place of a picture among `uris`; -1 where there is no room, or it can't be read. `file` as manifests say it."""
+        if (root, file) not in self._places:
             full = self.left_out >= _REFUSED
-            uri = "" if full else data_uri(file, self.side)
+            uri = "" if full else data_uri(root, file, self.side)
             if full:
                 self.left_out += 1
                 return -1
@@ -51,24 +53,24 @@ class Pictures:
             else:
                 self.room -= len(uri)
                 self.uris.append(uri)
-            self._places[file] = -1 if uri is None else len(self.uris) - 1
-        return self._places[file]
+            self._places[root, file] = -1 if uri is None else len(self.uris) - 1
+        return self._places[root, file]
 
 
-def fitting_side(sample: list[Path], wanted: int, room: int) -> int:
+def fitting_side(root: Path, sample: list[str], wanted: int, room: int) -> int:
     """The largest of `SIDES` at which so many pictures like those of the sample fit."""
     for side in SIDES[:-1]:
-        sizes = [len(uri) for file in sample if (uri := data_uri(file, side)) is not None]
+        sizes = [len(uri) for file in sample if (uri := data_uri(root, file, side)) is not None]
         if sizes and wanted * sum(sizes) / len(sizes) <= room:
             return side
     return SIDES[-1]
 
 
-def data_uri(file: Path, side: int) -> str | None:
-    """A picture of an image file as text; None where it can't be read."""
+def data_uri(root: Path, file: str, side: int) -> str | None:
+    """A picture of an image, which may lie in a shard, as text; None where it can't be read."""
     try:
-        pixels = to_uint8(read_image(file, channels=3)).permute(1, 2, 0).contiguous().numpy()
-    except RequestError:
+        pixels = to_uint8(read_image(_content(root, file), channels=3, name=file)).permute(1, 2, 0).contiguous().numpy()
+    except (RequestError, OSError, LookupError, StopIteration):
         return None
     image = Image.fromarray(pixels)
     small = max(image.size) <= min(_WHOLE, side)
@@ -79,3 +81,8 @@ def data_uri(file: Path, side: int) -> str | None:
     image.save(stream, "PNG", optimize=True) if small else image.save(stream, "JPEG", quality=82)
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+@lru_cache(maxsize=64)
+def _content(root: Path, file: str) -> bytes:
+    return Writer().read(root, file)

@@ -1,13 +1,12 @@
 """README.md of a run directory: the data set's card, as the Hugging Face hub and `datasets` read it.
 
-Its YAML head says where the images are (so that a class called `test` is no split), what the labels are called, and that
-the images are synthetic. Below it stands how they were made, what was measured, and how near they are to the exemplars.
+Its YAML head says where the images are (so that a class called `test` is no split) and that they are synthetic. Below it stands how they were made, what was measured, and how near they are to the exemplars.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,36 +25,36 @@ _MOST_CLASSES = 100  # named in the table of classes
 _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"), (10**12, "1M<n<10M"))
 
 
-def card(root: Path, recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+def card(root: Path, recipe: Mapping[str, Any], counts: Mapping[str, int], distances: Sequence[float]) -> str:
     """The card's text; it holds no time, so that the same run has the same card.
 
     Args:
         root: The run directory, for what `handful evaluate` and `handful utility` kept there.
         recipe: With every default written out.
-        rows: Of the manifest, of images that are there.
+        counts: Images of each class.
+        distances: Of images to their nearest exemplar, where that was measured.
     """
-    counts = Counter(str(row["class"]) for row in rows)
-    size = next(name for most, name in _SIZES if len(rows) < most)
-    names = {str(place): name for place, name in enumerate(counts)}
+    images = sum(counts.values())
+    size = next(name for most, name in _SIZES if images < most)
+    path = (
+        "images/**" if (root / "images").is_dir() else f"data/*.{'tar' if next(root.glob('data/*.tar'), None) else 'parquet'}"
+    )
     head = {
         "license": "unknown",
         "pretty_name": root.name,
         "task_categories": ["image-classification"],
         "size_categories": [size],
         "tags": ["synthetic", "handful"],
-        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": _pattern(rows)}]}],
-        "dataset_info": {
-            "features": [{"name": "image", "dtype": "image"}, {"name": "label", "dtype": {"class_label": {"names": names}}}]
-        },
+        "configs": [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}],
     }
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"{MARK}\n# {root.name}",
-        f"{len(rows):,} **synthetic** images of {len(counts):,} classes, made by [handful](https://pypi.org/project/handful/)."
+        f"{images:,} **synthetic** images of {len(counts):,} classes, made by [handful](https://pypi.org/project/handful/)."
         " No image here is a photograph.",
         _made(root, recipe),
         _measured(root),
-        _nearest(rows),
+        _nearest(distances),
         _classes(counts),
         _LOAD.format(repr(root.name)),
     ]
@@ -71,16 +70,15 @@ def may_write(root: Path) -> bool:
         return False
 
 
-def refresh(root: Path, recipe: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+def refresh(root: Path, recipe: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes the card again, with what has been measured since; a directory that can't be written is left alone."""
     if may_write(root):
         with suppress(OSError):
-            write_atomically(root / CARD, card(root, recipe, rows).encode("utf-8", "replace"))
-
-
-def _pattern(rows: Sequence[Mapping[str, Any]]) -> str:
-    folder = str(rows[0]["file"]).partition("/")[0] if rows else "images"
-    return f"{folder}/**"
+            counts, distances = Counter[str](), list[float]()
+            for row in rows:
+                counts[row["class"]] += 1
+                distances += [row["nearest_exemplar_distance"]] * (row["nearest_exemplar_distance"] is not None)
+            write_atomically(root / CARD, card(root, recipe, counts, distances).encode("utf-8", "replace"))
 
 
 def _made(root: Path, recipe: Mapping[str, Any]) -> str:
@@ -128,8 +126,7 @@ def _measured(root: Path) -> str:
     return "## What was measured\n\n" + "\n".join(lines or ["Nothing yet: `handful evaluate` and `handful utility` do."])
 
 
-def _nearest(rows: Sequence[Mapping[str, Any]]) -> str:
-    distances = [row["nearest_exemplar_distance"] for row in rows if row.get("nearest_exemplar_distance") is not None]
+def _nearest(distances: Sequence[float]) -> str:
     if not distances:
         return ""
     return (

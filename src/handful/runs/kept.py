@@ -22,7 +22,8 @@ def run_root(folder: str | Path) -> Path | None:
     """The run directory that a folder is, or is the `images` of; None of a plain folder."""
     path = Path(folder).expanduser()
     path = path.parent if path.name == "images" else path
-    return path if (path / "recipe.yaml").is_file() and (path / "images").is_dir() else None
+    made = any((path / name).is_dir() for name in ("images", "data"))
+    return path if (path / "recipe.yaml").is_file() and made else None
 
 
 def key_of(data: Any) -> str:
