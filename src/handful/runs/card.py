@@ -1,6 +1,7 @@
 """README.md of a run directory: the data set's card, as the Hugging Face hub and `datasets` read it.
 
-Its YAML head says where the images are (so that a class called `test` is no split) and that they are synthetic. Below it stands how they were made, what was measured, and how near they are to the exemplars.
+Its YAML head says where the images are (so that a class called `test` is no split) and that they are synthetic. Below it
+stand how they were made, what was measured, and how near they are to the exemplars.
 """
 
 from __future__ import annotations
