@@ -29,7 +29,7 @@ from handful.demo.digits import _real_images
 from handful.report.tables import print_table
 from handful.runs.progress import progress_for
 from handful.sweep import prepare_sweep, read_sweep, run_sweep
-from handful.sweep.tables import choice_table, results_table
+from handful.sweep.printed import choice_table, results_table
 
 Terms = list[dict[str, Any]]
 STEPS_HELD = {"every": 3, "hold": True}

@@ -16,9 +16,9 @@ from torch import Tensor
 from handful.calibrate import prepare
 from handful.calibrate.analysis import Found, analyse, drawn_steps, roughness
 from handful.calibrate.candidates import PLAIN, Candidate, candidates, read_betas, read_taus
-from handful.calibrate.choice import by_calibration, preferred, shortlist
 from handful.calibrate.cost import affordable
-from handful.calibrate.measure import Recorded, cohort_file, kept_steps, logits_name
+from handful.calibrate.shortlist import by_calibration, preferred, shortlist
+from handful.calibrate.watch import Recorded, cohort_file, kept_steps, logits_name
 from handful.errors import RequestError
 from handful.features.registry import load_extractor
 from handful.generate.job import Job

@@ -7,8 +7,8 @@ from support.sweeps import digits_sweep, made_up
 
 from handful.sweep.choice import best_at_each_k, choose
 from handful.sweep.outputs import chosen_yaml
-from handful.sweep.plan import Setting, completed, planned_sets
-from handful.sweep.tables import choice_table, results_table
+from handful.sweep.planned import Setting, completed, planned_sets
+from handful.sweep.printed import choice_table, results_table
 
 NONE, LOW, HIGH, FEW = (
     Setting("none", 0.0, 0),

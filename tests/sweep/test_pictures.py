@@ -8,7 +8,7 @@ from PIL import Image
 from support.sweeps import digits_sweep, made_up
 
 from handful.sweep.pictures import _lines, _styles, over_k_png, pareto_png
-from handful.sweep.plan import Setting
+from handful.sweep.planned import Setting
 
 
 def rows(robust=True, several_k=True, methods=("chamfer",)):

@@ -7,7 +7,7 @@ from support.sweeps import digits_sweep, made_up
 
 from handful.errors import RequestError
 from handful.sweep.columns import gained, numbers
-from handful.sweep.plan import Setting, completed, planned_sets
+from handful.sweep.planned import Setting, completed, planned_sets
 from handful.sweep.results import against_baseline, means, parquet_of, read_results, rows_of
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from handful.calibrate.candidates import PLAIN, Candidate
-from handful.calibrate.measure import Recorded, Sees
+from handful.calibrate.watch import Recorded, Sees
 from handful.core.noise import Levels
 from handful.features.extractor import FeatureExtractor
 from handful.guidance import Timing

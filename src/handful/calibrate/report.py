@@ -11,7 +11,7 @@ import pyarrow as pa
 import yaml
 
 from handful.calibrate.analysis import Found
-from handful.calibrate.choice import Choice
+from handful.calibrate.shortlist import Choice
 from handful.guidance.classifier import ClassifierRequest
 from handful.report.tables import Table
 from handful.runs.manifest import parquet_bytes

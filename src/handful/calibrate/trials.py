@@ -18,8 +18,8 @@ from typing import Any, get_args
 
 from handful.calibrate.analysis import Found
 from handful.calibrate.candidates import PLAIN, Candidate
-from handful.calibrate.choice import Choice, temperatures_of
 from handful.calibrate.cost import affordable, overheads
+from handful.calibrate.shortlist import Choice, temperatures_of
 from handful.data.images import image_folder
 from handful.errors import RequestError, RunError
 from handful.features.extractor import FeatureExtractor
@@ -32,11 +32,11 @@ from handful.guidance.classifier import ClassifierRequest
 from handful.recipe.schema import ExemplarsRequest, did_you_mean
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.progress import Progress, Words
+from handful.sweep.checked import prepare_sweep
 from handful.sweep.columns import TEST, improvement, numbers
-from handful.sweep.job import prepare_sweep
 from handful.sweep.request import MethodRequest, SweepRequest, UtilityRequest
 from handful.sweep.results import Row
-from handful.sweep.run import SweepResult, run_sweep
+from handful.sweep.work import SweepResult, run_sweep
 
 TRIALS, CONFIRMED = "trials", "confirmed"  # the sweeps' folders
 COSTS = "step_costs.json"
@@ -202,7 +202,7 @@ def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor)
 
 
 def most_sets(request: TrialsRequest) -> int:
-    """How many sets at most: every shortlisted candidate (see `calibrate.choice.shortlist`), refined and confirmed."""
+    """How many sets at most: every shortlisted candidate (see `calibrate.shortlist.shortlist`), refined and confirmed."""
     ways = 3 * len(request.jacobians) + 2
     return 1 + ways * len(request.scales) + _EDGES + 4 + 3 * _CONFIRMING
 

@@ -56,9 +56,9 @@ def sweep(
         hide_loading_bars()
     from handful.report.tables import print_table
     from handful.runs.progress import Words, progress_for
-    from handful.sweep.job import prepare_sweep
-    from handful.sweep.run import run_sweep
-    from handful.sweep.tables import choice_table, plan_as_dict, plan_table, results_table
+    from handful.sweep.checked import prepare_sweep
+    from handful.sweep.printed import choice_table, plan_as_dict, plan_table, results_table
+    from handful.sweep.work import run_sweep
 
     job = prepare_sweep(asked, out, only=only, allow_version_change=allow_version_change)
     if not quiet:

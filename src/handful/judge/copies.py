@@ -12,7 +12,7 @@ import numpy as np
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages
 from handful.data.sources import labelled_files
-from handful.judge.images import FileImages, Images, as_images
+from handful.judge.image_sets import FileImages, Images, as_images
 from handful.metrics.copying import nearer
 from handful.metrics.neighbours import nearest
 from handful.runs.metadata import exemplars_of

@@ -20,7 +20,7 @@ from handful.files.digests import marks
 from handful.judge.copies import CopyCheck
 from handful.judge.evaluation import Evaluation
 from handful.judge.gains import AS_IS, compare
-from handful.judge.images import FileImages, common_size
+from handful.judge.image_sets import FileImages, common_size
 from handful.judge.judge import Judge, Seen
 from handful.judge.viewer import Keeping, Viewer
 from handful.runs.kept import keep, key_of

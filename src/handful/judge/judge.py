@@ -14,7 +14,7 @@ from handful.features.class_numbers import class_numbers
 from handful.features.extractor import FeatureExtractor
 from handful.judge.evaluation import Evaluation
 from handful.judge.gains import AS_IS, DRAWS, Measured
-from handful.judge.images import Images
+from handful.judge.image_sets import Images
 from handful.judge.viewer import Keeping, Viewer
 from handful.metrics import catalogue
 from handful.metrics.neighbours import require_neighbours
@@ -44,7 +44,7 @@ class Judge:
     """Judges many generated sets against one real set, whose features, balls and Gaussian it takes once.
 
     Args:
-        images: Real, (m, c, h, w) in [-1, 1], or `handful.judge.images.Images`; or what the judge saw of them, by view (m, D).
+        images: Real, (m, c, h, w) in [-1, 1], or `handful.judge.image_sets.Images`; or by view what the judge saw (m, D).
         labels: Their class names.
         extractor: What judges.
         k: Neighbour of precision, recall, density and coverage.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from handful.data.images import LabelledImages
 from handful.features.extractor import FeatureExtractor
-from handful.judge.images import as_images
+from handful.judge.image_sets import as_images
 from handful.judge.judge import Judge, Seen
 from handful.judge.utility import accuracy, train_classifier
 from handful.metrics.copying import copied_share

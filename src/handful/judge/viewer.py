@@ -25,7 +25,7 @@ from handful.features.extractor import FeatureExtractor
 from handful.files.sealed import seal, unseal
 from handful.judge.audit import TRANSFORMS, Views
 from handful.judge.gains import AS_IS
-from handful.judge.images import Images
+from handful.judge.image_sets import Images
 from handful.runs.progress import Progress
 
 _VERSION = 1  # of what is kept: raise it whenever the same file and judge give other features

@@ -1,10 +1,10 @@
 """Methods x scales x k x seeds as one resumable job: `sweep(request, out)`, or `prepare_sweep` and `run_sweep` apart.
 
-    request.py   what is asked for, and its YAML     plan.py      which sets, and the recipe of each
-    job.py       all checks before the work          run.py       the work
+    request.py   what is asked for, and its YAML     planned.py   which sets, and the recipe of each
+    checked.py   all checks before the work          work.py      the work
     real.py      the real images in two halves       store.py     the directory, resume, whose it is
     results.py   rows and means                      choice.py    what the objective prefers
-    tables.py, pictures.py, outputs.py               what is told and written
+    printed.py, pictures.py, outputs.py              what is printed and written
 
 Importing this package imports no torch, so that a misspelt request is refused at once.
 """
@@ -19,24 +19,24 @@ from handful.sweep.request import MethodRequest, SweepRequest, UtilityRequest, r
 
 if TYPE_CHECKING:
     from handful.runs.progress import Progress
+    from handful.sweep.checked import SweepJob as SweepJob
+    from handful.sweep.checked import prepare_sweep as prepare_sweep
     from handful.sweep.choice import Choice as Choice
-    from handful.sweep.job import SweepJob as SweepJob
-    from handful.sweep.job import prepare_sweep as prepare_sweep
-    from handful.sweep.plan import Setting as Setting
+    from handful.sweep.planned import Setting as Setting
     from handful.sweep.results import Mean as Mean
     from handful.sweep.results import read_results as read_results
-    from handful.sweep.run import SweepResult as SweepResult
-    from handful.sweep.run import run_sweep as run_sweep
+    from handful.sweep.work import SweepResult as SweepResult
+    from handful.sweep.work import run_sweep as run_sweep
 
 _HOME = {
     "Choice": "choice",
     "Mean": "results",
-    "Setting": "plan",
-    "SweepJob": "job",
-    "SweepResult": "run",
-    "prepare_sweep": "job",
+    "Setting": "planned",
+    "SweepJob": "checked",
+    "SweepResult": "work",
+    "prepare_sweep": "checked",
     "read_results": "results",
-    "run_sweep": "run",
+    "run_sweep": "work",
 }
 
 __all__ = [
@@ -74,8 +74,8 @@ def sweep(
         out: The sweep's directory; new, empty, or with a sweep that this one goes on with.
         progress: Told of every set (`handful.runs.progress`); None tells nobody.
         only: Names of methods to work on; None: all.
-        order, cache: See `handful.sweep.run.run_sweep`.
-        allow_version_change: See `handful.sweep.job.prepare_sweep`.
+        order, cache: See `handful.sweep.work.run_sweep`.
+        allow_version_change: See `handful.sweep.checked.prepare_sweep`.
 
     Returns:
         Rows, means and choice. Look at `failures`: sets that failed do not stop the others.
@@ -84,8 +84,8 @@ def sweep(
         RequestError: If it can't be done as asked; nothing has been written.
         RunError: If it failed at work.
     """
-    from handful.sweep.job import prepare_sweep
-    from handful.sweep.run import run_sweep
+    from handful.sweep.checked import prepare_sweep
+    from handful.sweep.work import run_sweep
 
     if isinstance(request, (str, Path)):
         request = read_sweep(request)

@@ -11,7 +11,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from handful.sweep.columns import TEST, VALIDATION, improvement, lower_is_better
-from handful.sweep.plan import Setting
+from handful.sweep.planned import Setting
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Mean, Row, means
 

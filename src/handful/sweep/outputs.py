@@ -9,7 +9,7 @@ from handful.runs.job_directory import OwnedDirectory
 from handful.sweep.choice import Choice, Pick, choose
 from handful.sweep.columns import TEST, VALIDATION
 from handful.sweep.pictures import over_k_png, pareto_png
-from handful.sweep.plan import PlannedSet
+from handful.sweep.planned import PlannedSet
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Row
 from handful.sweep.store import CHOSEN, OVER_K, PARETO

@@ -17,8 +17,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from handful.sweep.choice import Choice, best_at_each_k, choose, ranked
 from handful.sweep.columns import TEST
-from handful.sweep.labels import Label, place_labels
-from handful.sweep.plan import Setting
+from handful.sweep.label_places import Label, place_labels
+from handful.sweep.planned import Setting
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Mean, Row, means
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from handful.errors import RequestError
 from handful.sweep.columns import KEYS, SPLITS, gained, improvement, numbers
-from handful.sweep.plan import PlannedSet, Setting
+from handful.sweep.planned import PlannedSet, Setting
 
 Row = dict[str, Any]
 Record = dict[str, Any]

@@ -20,7 +20,7 @@ from handful.recipe.schema import with_new_fields
 from handful.runs.comparison import Comparison, compared
 from handful.runs.job_directory import OwnedDirectory
 from handful.sweep.columns import SPLITS
-from handful.sweep.plan import PlannedSet
+from handful.sweep.planned import PlannedSet
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Record
 

@@ -15,10 +15,10 @@ from handful.data.images import write_png
 from handful.data.sources import labelled_files
 from handful.errors import RequestError
 from handful.features.registry import load_extractor
-from handful.judge import images as module
+from handful.judge import image_sets as module
 from handful.judge.audit import TRANSFORMS, Views
 from handful.judge.evaluate import evaluate
-from handful.judge.images import FileImages, common_size
+from handful.judge.image_sets import FileImages, common_size
 from handful.judge.judge import Judge
 from handful.runs.progress import Progress
 

@@ -18,7 +18,7 @@ from handful.recipe.file import PROVENANCE
 from handful.runs.comparison import changed_versions
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.provenance import DECIDING
-from handful.sweep.plan import PlannedSet, chosen_methods, completed, planned_sets
+from handful.sweep.planned import PlannedSet, chosen_methods, completed, planned_sets
 from handful.sweep.real import Folder, look_into, refuse_shared, split_places
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Record

@@ -14,7 +14,7 @@ from support.pipelines import tiny_stable_diffusion
 from torch import Tensor
 
 from handful.calibrate import CalibrateJob, calibrate, prepare
-from handful.calibrate.measure import Recorded, Watched, watch
+from handful.calibrate.watch import Recorded, Watched, watch
 from handful.core.denoiser import Condition, Denoiser
 from handful.core.noise import Level
 from handful.features.registry import load_extractor

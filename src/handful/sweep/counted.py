@@ -5,7 +5,7 @@ from __future__ import annotations
 from handful.cost.estimate import Cost, cost_of
 from handful.errors import HandfulError
 from handful.recipe.schema import Recipe
-from handful.sweep.plan import PlannedSet
+from handful.sweep.planned import PlannedSet
 from handful.sweep.request import SweepRequest
 
 
@@ -13,7 +13,7 @@ class Operations:
     """Counts each kind of set once: methods and k differ in cost, scales above 0 and seeds do not.
 
     Args:
-        request: From `handful.sweep.plan.completed`.
+        request: From `handful.sweep.planned.completed`.
     """
 
     def __init__(self, request: SweepRequest) -> None:

@@ -7,7 +7,7 @@ from support.sweeps import digits_data, digits_sweep
 
 from handful.errors import RequestError
 from handful.sweep import read_sweep, sweep_from
-from handful.sweep.plan import Setting, completed, planned_sets, settings_of
+from handful.sweep.planned import Setting, completed, planned_sets, settings_of
 from handful.sweep.store import sweep_yaml
 
 TWO = [{"method": "chamfer", "features": "pixels", "scale": 0.2}, {"method": "cfg", "scale": 3.0}]

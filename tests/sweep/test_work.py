@@ -14,7 +14,7 @@ from support.killed import killed
 from support.runs import contents
 from support.sweeps import CLASSES, digits_data, digits_sweep, timeless
 
-import handful.sweep.run as sweep_run
+import handful.sweep.work as sweep_run
 from handful import cli, console
 from handful.data.exemplars import Exemplars
 from handful.data.images import read_folder

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from handful.report.tables import Table
+from handful.sweep.checked import SweepJob
 from handful.sweep.choice import Choice, Lead, Pick
 from handful.sweep.columns import TEST, VALIDATION, headings
-from handful.sweep.job import SweepJob
-from handful.sweep.operations import Operations
+from handful.sweep.counted import Operations
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Mean, Row, means
 

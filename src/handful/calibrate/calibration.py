@@ -29,11 +29,11 @@ import yaml
 
 from handful.calibrate.analysis import Found, analyse, with_roughness
 from handful.calibrate.candidates import BETAS, TAUS, Candidate, Looks, candidates
-from handful.calibrate.choice import Choice, by_calibration, shortlist
-from handful.calibrate.measure import KEPT_STEPS, SEEN, Recorded, Sees, bytes_needed, kept_images, watch
 from handful.calibrate.plot import reliability_png
 from handful.calibrate.report import guidance_block, guidance_yaml, rows_parquet
+from handful.calibrate.shortlist import Choice, by_calibration, shortlist
 from handful.calibrate.trials import Trials, TrialsRequest, by_trials, check_trials, most_sets, run_trials, step_costs
+from handful.calibrate.watch import KEPT_STEPS, SEEN, Recorded, Sees, bytes_needed, kept_images, watch
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.features.softplus import softened

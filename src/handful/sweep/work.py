@@ -14,16 +14,16 @@ from handful.data.images import LabelledImages, read_folder
 from handful.data.sources import labelled_files
 from handful.errors import HandfulError, RequestError, RunError, first_line
 from handful.generate import generate
-from handful.judge.images import FileImages, common_size
+from handful.judge.image_sets import FileImages, common_size
 from handful.judge.measure import Referee, Training, train_on
 from handful.runs.progress import Progress
 from handful.runs.run_directory import full_disk_told
+from handful.sweep.checked import SweepJob
 from handful.sweep.choice import Choice, choose
 from handful.sweep.columns import TEST
-from handful.sweep.job import SweepJob
-from handful.sweep.operations import Operations
+from handful.sweep.counted import Operations
 from handful.sweep.outputs import write_outputs
-from handful.sweep.plan import PlannedSet, Setting
+from handful.sweep.planned import PlannedSet, Setting
 from handful.sweep.real import read_real
 from handful.sweep.request import SweepRequest
 from handful.sweep.results import Mean, Record, Row, means, parquet_of, rows_of

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from handful.sweep.labels import Label, place_labels
+from handful.sweep.label_places import Label, place_labels
 
 
 def written(points, texts):
