@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from support.clip import save_clip
 from support.killed import killed
 from support.pipelines import tiny_stable_diffusion
 from support.pipelines_dit import tiny_dit
@@ -27,6 +28,7 @@ from handful.errors import RequestError
 from handful.generate.invert import InvertRequest, invert, prepare
 from handful.guidance.inversion import Embeddings, own_targets
 from handful.models import load
+from handful.recipe.file import read_recipe
 from handful.recipe.plan import ImageNoise, image_seed
 from handful.recipe.schema import Recipe, recipe_from
 
@@ -300,3 +302,23 @@ def test_a_file_of_the_librarys_own_needs_no_more_than_the_models_digest(targets
     handful.generate(asked(tmp_path / "sge", plain_model, per_class=1), tmp_path / "out")
     stored = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
     assert (stored["sampler"]["clamp"], stored["sampler"]["spacing"]) == (False, None)
+
+
+def test_crdi_and_clip_run_side_by_side_from_their_recipe_file(
+    targets: Path, tiny_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = tiny_model()
+    fit(targets, tmp_path / "babies.safetensors", model)
+    (tmp_path / "clip").mkdir()
+    save_clip(tmp_path / "clip")
+    text = (Path(__file__).parents[2] / "recipes" / "ffhq-babies-crdi-clip.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(text.replace("ffhq_10m.pt", model).replace("classifier: clip", "classifier: ./clip"))
+    recipe = read_recipe(tmp_path / "recipe.yaml").model_copy(update={"per_class": 4, "cohort": 2})
+    assert recipe.guidance is not None
+    alone = recipe.model_copy(update={"guidance": recipe.guidance[:1]})
+    seen = {}
+    for name, each in (("both", recipe), ("alone", alone)):
+        assert handful.generate(each, tmp_path / name).failures == []
+        seen[name] = [path.read_bytes() for path in sorted((tmp_path / name / "images").rglob("*.png"))]
+    assert len(seen["both"]) == 4
+    assert seen["both"] != seen["alone"]

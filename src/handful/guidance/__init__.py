@@ -48,6 +48,7 @@ METHODS: dict[str, Method] = {
     ),
     "cvsg": Method("handful.guidance.cvsg", "CVSGRequest", "diverse, and near the exemplars (c-VSG)"),
     "vendi": Method("handful.guidance.vendi", "VendiRequest", "diverse images, without exemplars"),
+    "particle": Method("handful.guidance.particle", "ParticleRequest", "images that push each other apart"),
     "cfg": Method("handful.guidance.cfg", "CFGRequest", "classifier-free guidance"),
     "apg": Method("handful.guidance.apg", "APGRequest", "classifier-free guidance, projected"),
     "cads": Method("handful.guidance.cads", "CADSRequest", "noise on the condition, beside cfg"),
