@@ -23,14 +23,16 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## the main job on the packaged digits: exemplars, baselines, guided sets, table, pictures
 	$(BIN)/handful demo $(ARGS)
 
-# The tests' networks are tiny: a second thread only waits, and on a busy machine holds up the first.
+# The tests' networks are tiny: a second thread only waits, and on a busy machine holds up the first. A file's tests share
+# what they set up, so a file stays with one process.
+SIDE_BY_SIDE ?= -n logical --maxprocesses 8 --dist loadfile
 test test-quick: export OMP_NUM_THREADS ?= 1
 
 test: lint docs  ## format, lint, types, the documentation, and every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 test-quick: $(READY)  ## the tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not slow' $(ARGS)
 
 # Debian's chromium where no browser is there; where neither is to be had, this says so and fails.
 test-browser: $(READY)  ## the report in a real, headless browser; HANDFUL_SCREENSHOTS=DIR keeps pictures of it
