@@ -121,3 +121,16 @@ def test_the_readme_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mo
         found: dict[str, Any] = {}
         exec(compile(block, str(page), "exec"), found)
         assert found["images"].shape == (16, 1, 8, 8)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
+    assert not [cell for cell in notebook.cells if cell.get("outputs")]
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", []) if "text/html" in output.get("data", {})]
+    assert len(shown) == 3  # exemplars, the run, the utility
+    assert (tmp_path / "out" / "report.html").is_file()

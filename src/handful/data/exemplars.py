@@ -162,6 +162,11 @@ class Exemplars:
         """The class names, in order."""
         return list(self.images)
 
+    def _repr_html_(self) -> str:
+        from handful.data.notebook import html_images
+
+        return html_images("exemplars", self.images)
+
     @property
     def counts(self) -> dict[str, int]:
         """How many images each class has."""

@@ -28,7 +28,7 @@ from handful.models.placement import Placement, check_placement, place, try_once
 from handful.models.prompts import Prompted
 from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars
 from handful.recipe.extractors import answer, load_for, targets_of
-from handful.recipe.file import PROVENANCE
+from handful.recipe.file import PROVENANCE, anchored
 from handful.recipe.inverting import Inverted, read_inversion
 from handful.recipe.plan import Cohort, plan_cohorts
 from handful.recipe.resolve import complete, model_options, settle
@@ -118,6 +118,14 @@ class Job:
         self.done &= marked
 
 
+def _from_here(recipe: Recipe) -> Recipe:
+    """A recipe made in Python has paths relative to the working directory; recipe.yaml, elsewhere, must find them again."""
+    parts = {"model": recipe.model, "exemplars": recipe.exemplars}
+    held = {"model": {"name": recipe.model.name}, "exemplars": {"path": recipe.exemplars.path}}
+    found = anchored({name: {key: value for key, value in part.items() if value} for name, part in held.items()}, Path.cwd())
+    return recipe.model_copy(update={name: part.model_copy(update=found[name]) for name, part in parts.items()})
+
+
 def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = False) -> Job:
     """Checks a request against the world; writes nothing.
 
@@ -130,6 +138,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     Raises:
         RequestError: Naming what can't be done, and the remedy.
     """
+    recipe = _from_here(recipe)
     inverted = read_inversion(recipe.guidance or ())
     recipe, notes = complete(recipe, inverted)
     guided = needing(recipe.guidance or (), "exemplars")

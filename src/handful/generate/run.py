@@ -25,6 +25,7 @@ from handful.core.noise import noised
 from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import Exemplars, default_cache
 from handful.data.images import from_uint8, read_image, to_uint8
+from handful.data.notebook import html_table, png_uri
 from handful.errors import RunError
 from handful.generate.finish import finish, planned_rows
 from handful.generate.job import GROWING, Job, prepare
@@ -80,6 +81,12 @@ class RunSummary:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {**asdict(self), "out": str(self.out)}
+
+    def _repr_html_(self) -> str:
+        sheet = self.out / "contact_sheet.png"
+        rows = [["images", self.images], ["made now", self.cohorts_done], ["failed", self.cohorts_failed]]
+        shown = html_table(str(self.out), ["cohorts", ""], rows, self.failures)
+        return shown + (f'<img src="{png_uri(sheet.read_bytes())}" alt="contact sheet">' if sheet.is_file() else "")
 
 
 class _NotFinite(Exception):

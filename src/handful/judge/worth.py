@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from handful.data.augmentation import random_view
 from handful.data.images import read_all
+from handful.data.notebook import html_table
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import load_extractor
@@ -150,6 +151,11 @@ class Worth:
             points = f"{100 * best.gain:+.1f} points, spread {100 * best.margin:.1f}"
             beside = f" They are {how} {best.over.removeprefix('exemplars + ')} ({points})."
         return f"{verdict}: {text}.".replace("%", " %") + beside
+
+    def _repr_html_(self) -> str:
+        tests = list(self.rows[0].tests)
+        rows = [[row.name, row.images, *(row.tests[name].mean for name in tests)] for row in self.rows]
+        return html_table(self.network, ["trained on", "images", *tests], rows, [self.sentence])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages, read_folder
+from handful.data.notebook import html_table
 from handful.data.sources import labelled_files
 from handful.errors import HandfulError, RequestError, RunError, first_line
 from handful.generate import generate
@@ -63,6 +64,11 @@ class SweepResult:
     def means(self, split: str = TEST) -> dict[Setting, Mean]:
         """Each setting's means over the seeds on one half of the real images, `validation` or `test`."""
         return means(self.rows, split)
+
+    def _repr_html_(self) -> str:
+        columns = ("precision", "coverage", "f1", "robust_f1", "copied", "utility", "flops_ratio")
+        rows = [[str(setting), *(mean.mean.get(column) for column in columns)] for setting, mean in self.means().items()]
+        return html_table(str(self.out), ["setting", *columns], rows, [*self.failures, *self.notes])
 
     def choice(self) -> Choice:
         """What the objective prefers."""
