@@ -13,7 +13,7 @@ from handful.cli import app
 from handful.commands.evaluate import named_folders
 from handful.data.images import encode_png
 from handful.metrics.catalogue import METRICS
-from handful.report.tables import Table, demo_table, print_table
+from handful.report.tables import Table, print_table
 from handful.zoo.digits import load_digits_split
 
 HEADINGS = [metric.heading for metric in METRICS if metric.compared and metric.name != "copied"]
@@ -199,23 +199,3 @@ def test_a_table_is_aligned_and_never_cut(capsys):
         "b            12.000",
         "a note",
     ]
-
-
-def test_the_demo_table_shows_spreads_only_where_there_are_seeds():
-    columns = [
-        "precision",
-        "coverage",
-        "f1",
-        "recall",
-        "frechet",
-        "robust_precision",
-        "robust_coverage",
-        "copied",
-        "utility",
-        "seconds",
-    ]
-    mean = {"method": "cfg", "scale": 1.0, "k": 0, "seeds": 3, **dict.fromkeys(columns, 0.5)}
-    with_spread = demo_table([mean | {f"{column}_spread": 0.01 for column in columns}])
-    assert with_spread.rows[0][:2] == ["cfg w=1", "0.500 ±0.010"]
-    single = demo_table([mean | {"seeds": 1} | {f"{column}_spread": None for column in columns}])
-    assert single.rows[0][1] == "0.500"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from handful.demo.digits import COLUMNS, demo, entries, means
+from handful.demo.compared import means, table_of
+from handful.demo.digits import COLUMNS, ENTRIES, demo
 from handful.errors import RequestError
-from handful.guidance.chamfer import ChamferRequest
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def small(tmp_path_factory):
 @pytest.mark.slow
 def test_every_method_and_k_has_one_finite_row(small):
     out, rows = small
-    assert [(r["method"], r["scale"], r["k"]) for r in rows] == [(e.method, e.scale, e.k) for e in entries()]
+    assert [(r["method"], r["scale"], r["k"]) for r in rows] == [(e.method, e.scale, e.k) for e in ENTRIES]
     numbers = torch.tensor([[row[column] for column in COLUMNS] for row in rows], dtype=torch.float64)
     assert numbers.isfinite().all()
     assert json.loads((out / "results.json").read_text()) == rows
@@ -67,15 +67,17 @@ def test_settings_without_sense_are_refused_before_anything_is_written(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_runs_the_defaults_that_generate_has():
-    plain = next(e.guidance[0] for e in entries() if e.method == "chamfer")
-    assert isinstance(plain, ChamferRequest)
-    assert plain.margin == 0, "chamfer is the paper's formula"
-
-
 def test_means_and_spreads_are_those_of_the_seeds():
     base = {"method": "none", "scale": 0.0, "k": 0, **dict.fromkeys(COLUMNS, 0.5)}
-    (mean,) = means([{**base, "seed": 0, "coverage": 0.2}, {**base, "seed": 1, "coverage": 0.4}])
+    (mean,) = means([{**base, "seed": 0, "coverage": 0.2}, {**base, "seed": 1, "coverage": 0.4}], COLUMNS)
     assert mean["coverage"] == pytest.approx(0.3)
     assert mean["coverage_spread"] == pytest.approx(0.2 / 2**0.5), "standard deviation of a sample of two"
-    assert means([{**base, "seed": 0}])[0]["coverage_spread"] is None
+    assert means([{**base, "seed": 0}], COLUMNS)[0]["coverage_spread"] is None
+
+
+def test_the_table_shows_spreads_only_where_there_are_seeds_and_no_column_that_nobody_measured():
+    mean = {"method": "cfg", "scale": 1.0, "k": 0, "seeds": 3, "coverage": 0.5, "coverage_spread": 0.01, "utility": None}
+    shown = table_of("t", [mean], {"coverage": "C", "utility": "U"}, ())
+    assert shown.headings == ["method", "C"]
+    assert shown.rows == [["cfg w=1", "0.500 ±0.010"]]
+    assert table_of("t", [mean | {"seeds": 1, "coverage_spread": None}], {"coverage": "C"}, ()).rows[0][1] == "0.500"

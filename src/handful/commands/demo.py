@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -12,15 +14,19 @@ import typer
 from handful.commands.shared import Quiet
 from handful.errors import RequestError
 
+MODELS = {"mnist": (3, 32), "digits": (3, 64), "cifar10": (1, 16)}  # seeds, images of each class
+
 
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A new directory; an interrupted demo goes on there.  [demo, or demo-cifar10]"),
+        typer.Option(metavar="DIR", help="A new directory; an interrupted demo goes on there.  [demo, or demo-MODEL]"),
     ] = None,
-    model: Annotated[str, typer.Option(metavar="NAME", help="digits, or cifar10.")] = "digits",
+    model: Annotated[str, typer.Option(metavar="NAME", help="mnist, digits, or cifar10.")] = "mnist",
     seeds: Annotated[int | None, typer.Option(help="Repetitions.  [3; cifar10: 1]")] = None,
-    per_class: Annotated[int | None, typer.Option(help="Images to generate of each class.  [64; cifar10: 16]")] = None,
+    per_class: Annotated[
+        int | None, typer.Option(help="Images to generate of each class.  [32; digits: 64; cifar10: 16]")
+    ] = None,
     real: Annotated[
         Path | None,
         typer.Option(
@@ -32,47 +38,39 @@ def demo(
 ) -> None:
     """Generate images without guidance, with classifier-free guidance and with guidance by exemplars, and compare them.
 
-    digits: every set is judged on held-out real digits by a classifier that guided nothing, and a small classifier trained on
-    it alone is tested on them; each seed draws exemplars anew. cifar10: a provisional model of photographs; exemplars and the
-    real images that two judges compare with are packaged as features alone. Writes run directories, contact_sheet.png and
-    results.json.
+    mnist: a published model of MNIST, and other people's digits: what 2, 4 or 16 real images of each class are worth alone, and
+    with synthetic ones. digits: a small model that has collapsed onto typical digits. cifar10: a provisional model of
+    photographs; exemplars and the real images that two judges compare with are packaged as features alone. Each seed draws
+    noise and (but for cifar10) exemplars anew. Writes run directories, contact_sheet.png and results.json.
 
     \b
     Examples:
       handful demo --seeds 1
       handful demo --out demo --json > rows.json
-      handful demo --model cifar10
+      handful demo --model digits
       handful demo --model cifar10 --real cifar10-test.parquet
     """
-    from handful.report.tables import demo_table, print_table
+    if model not in MODELS:
+        raise RequestError("--model", model, "there is no demo of it", "Choose mnist, digits or cifar10.")
+    if real is not None and model != "cifar10":
+        raise RequestError("--real", real, f"the demo of {model} has real digits of its own", "Leave it out.")
+    from handful.demo.compared import means, table_of
+    from handful.report.tables import WIDTH, print_table
 
     def say(text: str) -> None:
         if not quiet:
             print(text, file=sys.stderr)
 
-    from handful.demo.digits import means
-
-    if model == "digits":
-        if real is not None:
-            raise RequestError("--real", real, "the demo of digits has real digits of its own", "Leave it out.")
-        from handful.demo.digits import demo as run_digits
-
-        out = out or Path("demo")
-        rows = run_digits(out, seeds=3 if seeds is None else seeds, per_class=64 if per_class is None else per_class, say=say)
-        shown = demo_table(means(rows))
-    elif model == "cifar10":
-        from handful.demo.cifar10 import COLUMNS, table
-        from handful.demo.cifar10 import demo as run_cifar10
-
-        out = out or Path("demo-cifar10")
-        rows = run_cifar10(
-            out, seeds=1 if seeds is None else seeds, per_class=16 if per_class is None else per_class, real=real, say=say
-        )
-        shown = table(means(rows, tuple(COLUMNS)))
-    else:
-        raise RequestError("--model", model, "there is no demo of it", "Choose digits or cifar10.")
+    made = import_module(f"handful.demo.{model}")
+    usual = MODELS[model]
+    out = out or Path("demo" if model == "mnist" else f"demo-{model}")
+    sizes = {"seeds": usual[0] if seeds is None else seeds, "per_class": usual[1] if per_class is None else per_class}
+    rows = made.demo(out, **sizes, **({} if real is None else {"real": real}), say=say)
     if json_wanted:
         print(json.dumps(rows))
         return
-    print_table(shown)
+    mean = means(rows, tuple(made.COLUMNS))
+    print_table(table_of(made.TITLE, mean, made.COLUMNS, made.NOTES))
+    if hasattr(made, "answer"):
+        print("\n" + textwrap.fill(made.answer(mean), WIDTH))
     print(f"\npictures: {out / 'contact_sheet.png'}   rows: {out / 'results.json'}   sets: {out}/seed-*/METHOD/")

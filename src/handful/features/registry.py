@@ -12,7 +12,7 @@ from handful.features.torchscript import from_torchscript
 from handful.features.transformers import from_transformers, skeleton_of_transformers
 from handful.models.user_code import run_user_file
 
-PACKAGED = ("pixels", "digits-guide", "digits-judge", "cifar10-guide", "cifar10-judge", "cifar10-simclr")
+PACKAGED = ("pixels", "digits-guide", "digits-judge", "uci-judge", "cifar10-guide", "cifar10-judge", "cifar10-simclr")
 TRANSFORMERS = {
     "dinov2": "facebook/dinov2-base",
     "dinov2-small": "facebook/dinov2-small",
@@ -47,11 +47,11 @@ def load_extractor(name: str) -> FeatureExtractor:
     """Loads an extractor by name.
 
     Args:
-        name: `digits-guide`, `digits-judge`, `cifar10-guide`, `cifar10-judge`, `cifar10-simclr` (packaged), `pixels`,
-            `dinov2` (ViT-B/14; `dinov2-small`, `-large`, `-giant`), `clip` (ViT-L/14), a directory or hub name for
-            transformers, `FILE.pt` for a TorchScript file, or `FILE.py:FUNCTION` (runs that file) for one's own. Those of
-            transformers may end in `@SIDE`, as in `dinov2@112`: the network is then fed smaller or larger images than usual,
-            which is the cheaper or the dearer.
+        name: `digits-guide`, `digits-judge`, `uci-judge` (the same judge, of digits at MNIST's size), `cifar10-guide`,
+            `cifar10-judge`, `cifar10-simclr` (packaged), `pixels`, `dinov2` (ViT-B/14; `dinov2-small`, `-large`, `-giant`),
+            `clip` (ViT-L/14), a directory or hub name for transformers, `FILE.pt` for a TorchScript file, or
+            `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers may end in `@SIDE`, as in `dinov2@112`:
+            the network is then fed smaller or larger images than usual, which is the cheaper or the dearer.
 
     Raises:
         RequestError: If there is no such extractor, or it can't be used as asked.
@@ -106,6 +106,19 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
 
         network = load_digits_classifier("guide" if name == "digits-guide" else "judge")
         return FeatureExtractor(name, network, channels=1, size=(8, 8), features=network.features, classify=network)
+    if name == "uci-judge":
+        from handful.zoo.digits import load_digits_classifier
+        from handful.zoo.mnist import as_digits
+
+        judge = load_digits_classifier("judge")
+        return FeatureExtractor(
+            name,
+            judge,
+            channels=1,
+            size=(28, 28),
+            features=lambda images: judge.features(as_digits(images)),
+            classify=lambda images: judge(as_digits(images)),
+        )
     if name.startswith("cifar10-") and name in PACKAGED:
         from handful.zoo import cifar10
 

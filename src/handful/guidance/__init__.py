@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from handful.guidance.auto import Auto as Auto
     from handful.guidance.base import ExemplarPotential as ExemplarPotential
     from handful.guidance.base import Guidance as Guidance
     from handful.guidance.base import Potential as Potential
@@ -42,6 +43,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "chamfer": Method("handful.guidance.chamfer", "ChamferRequest", "nearest exemplars; the default where there are some"),
     "energy": Method("handful.guidance.energy", "EnergyRequest", "all exemplars at once, for few of them"),
+    "auto": Method("handful.guidance.auto", "AutoRequest", "energy, as strongly as the exemplars lie off the model's images"),
     "classifier": Method("handful.guidance.classifier", "ClassifierRequest", "a classifier of clean images, or CLIP"),
     "noisy-classifier": Method(
         "handful.guidance.noisy_classifier", "NoisyClassifierRequest", "a classifier trained on noisy images"
@@ -64,6 +66,7 @@ def request_of(method: str) -> type[TermRequest]:
 
 _HOME = {
     **dict.fromkeys(("ExemplarPotential", "Guidance", "Potential", "Pull", "Smoothing", "Step", "Timing"), "base"),
+    "Auto": "auto",
     "CADS": "cads",
     "CFG": "cfg",
     "CVSG": "cvsg",

@@ -273,6 +273,10 @@ class Potential(Guidance):
         """The potential as it stands at a level of noise; itself for most."""
         return self
 
+    def measured(self, level: Level) -> float:
+        """Its strength once it has seen the images: for most what it was before."""
+        return self.strength(level)
+
     def view(self, images: Tensor) -> Tensor:
         """What is seen in images (n, c, h, w): (n, D); the extractor's features where nothing else is said."""
         return self.extractor(images)

@@ -247,7 +247,7 @@ class Guided(Around):
             gradient = self._image_gradient(term, images, level)
             if pull.normalize != "none":
                 gradient = _unit(gradient, [term])
-            total = total + term.strength(level) * gradient
+            total = total + term.measured(level) * gradient
         return total, _rms(total, terms)
 
     def _image_gradient(self, term: Potential, images: Tensor, level: Level) -> Tensor:

@@ -121,13 +121,17 @@ class Referee:
         row: Row = self.judge.judged(self.see(made) if seen is None else seen).row()
         row["copied"] = None
         if exemplars is not None:
-            near = {name: exemplars[name].flatten(1) for name in self._pixels}
-            row["copied"] = copied_share(pixels_by_class(made), near, self._pixels)
+            row["copied"] = self.copied(made, exemplars)
         labels = _numbers(self.test.labels, self.real.classes)
         found = [accuracy(network, self.test.images, labels) for network in classifiers]
         row["utility"] = fmean(found) if found else None
         row["utility_spread"] = stdev(found) if len(found) > 1 else None
         return row
+
+    def copied(self, made: LabelledImages, exemplars: Mapping[str, Tensor]) -> float:
+        """The share of `made` that is nearer to an exemplar, in pixels, than 99 % of the real images are."""
+        near = {name: exemplars[name].flatten(1) for name in self._pixels}
+        return copied_share(pixels_by_class(made), near, self._pixels)
 
 
 def pixels_by_class(images: LabelledImages) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ that is compared: what differs is the data alone.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +52,33 @@ class SmallClassifier(nn.Module):
         return self.head(self.body(images))
 
 
+class LightClassifier(nn.Module):
+    """Three strided convolutions with group normalisation: (n, c, h, w) -> logits (n, classes); 28 x 28 is enough for it.
+
+    Trained on images of one contrast and tested on another's, batch normalisation fails: with it 880 of 897 UCI digits were
+    called an 8 by a classifier of MNIST's like. It costs a fifth of `SmallClassifier`.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 16) -> None:
+        super().__init__()
+
+        def stage(before: int, after: int, side: int) -> list[nn.Module]:
+            return [nn.Conv2d(before, after, side, 2, side // 2), nn.ReLU(), nn.GroupNorm(4, after)]
+
+        stages = [*stage(channels, width, 5), *stage(width, 2 * width, 3), *stage(2 * width, 4 * width, 3)]
+        self.body = nn.Sequential(*stages, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2))
+        self.head = nn.Linear(64 * width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
 def train_classifier(
     images: Tensor,
     labels: Tensor,
     classes: int,
     *,
+    network: Callable[[int, int], nn.Module] | None = None,
     steps: int = 400,
     batch: int = 64,
     rate: float = 3e-3,
@@ -65,12 +88,13 @@ def train_classifier(
     seed: int = 0,
     weights: Tensor | None = None,
     groups: int | None = None,
-) -> SmallClassifier:
+) -> nn.Module:
     """Trains a classifier from scratch; deterministic on CPU for a seed.
 
     Args:
         images: (n, c, h, w) in [-1, 1].
         labels: int64 (n,), 0 to classes - 1.
+        network: Makes the network from channels and classes; None: a `SmallClassifier` of `width`.
         steps: Optimizer steps, the same for every set that is compared, whatever its size.
         batch: Images a step.
         rate: Highest learning rate.
@@ -96,19 +120,20 @@ def train_classifier(
     draw, change = torch.Generator().manual_seed(seed), _shifted if augment is True else augment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights and dropout have no generator of their own
-        network = SmallClassifier(images.shape[1], classes, width, groups).to(images.device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
+        make = network or partial(SmallClassifier, width=width, groups=groups)
+        trained = make(images.shape[1], classes).to(images.device)
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
         for _ in range(steps):
             pick = picked(len(images), batch, draw, weights).to(images.device)
             batch_images = _mirrored(images[pick], draw) if flip else images[pick]
             batch_images = change(batch_images, draw) if change else batch_images
-            loss = cross_entropy(network(batch_images), labels[pick], label_smoothing=0.05)
+            loss = cross_entropy(trained(batch_images), labels[pick], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
-    return network.eval()
+    return trained.eval()
 
 
 def picked(count: int, batch: int, draw: torch.Generator, weights: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@
     stable_diffusion.py  Stable Diffusion 1.5, 2.1 and SDXL
     stable_diffusion3.py Stable Diffusion 3 and 3.5
     flux.py              Flux
-    mnist_vit.py         the zoo's mnist
+    mnist.py             the zoo's mnist
 
 Each of them offers `skeleton(source, options)`, the denoiser on the meta device from its configs alone, so that a wrong
 request is refused before anything large is read, and `load(source, options)`, the same with its weights.

@@ -68,9 +68,14 @@ AUTO_FEATURES = "dinov2"  # for every other model
 # the cheap jacobian on every step is as good as the exact one (docs/findings.md).
 _IN_PIXELS = {"jacobian": "gaussian", "every": 1}
 # In a small network's features the smooth, cheap gradient is the one whose gain is real (section 9).
+_SMOOTH = {"softplus": 3.0, "jacobian": "gaussian", "smoothing": Smoothing(shift=2)}
 DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
-    "cifar10-guide": {"energy": {"softplus": 3.0, "jacobian": "gaussian", "scale": 0.3, "smoothing": Smoothing(shift=2)}},
-    "pixels": {"chamfer": {**_IN_PIXELS, "scale": 0.2}, "energy": {**_IN_PIXELS, "scale": 0.05}},
+    "cifar10-guide": {"energy": {**_SMOOTH, "scale": 0.3}, "auto": {**_SMOOTH, "scale": 0.5}},
+    "pixels": {
+        "chamfer": {**_IN_PIXELS, "scale": 0.2},
+        "energy": {**_IN_PIXELS, "scale": 0.05},
+        "auto": {**_IN_PIXELS, "scale": 0.1},
+    },
 }
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from handful.judge.gains import DRAWS, LEVEL, RULE
 from handful.metrics import catalogue
@@ -129,38 +129,6 @@ def gains_tables(found: Evaluation) -> list[Table]:
     return tables
 
 
-def demo_table(means: Sequence[Mapping[str, Any]]) -> Table:
-    """A line a method: mean, and spread over the seeds."""
-    columns = {
-        "precision": "precision",
-        "coverage": "coverage",
-        "f1": "F1",
-        "recall": "recall",
-        "frechet": "frechet",
-        "robust_precision": "rob.prec",
-        "robust_coverage": "rob.cov",
-        "copied": "copied",
-        "utility": "utility",
-        "seconds": "seconds",
-    }
-    seeds = max(mean["seeds"] for mean in means)
-    table = Table(
-        f"digits, judged by a classifier that guided nothing; mean of {seeds} seed{'s' * (seeds > 1)}"
-        + (" ± standard deviation" if seeds > 1 else ""),
-        ["method", *columns.values()],
-    )
-    for mean in means:
-        name = mean["method"] + (f" w={mean['scale']:g}" if mean["method"] == "cfg" else "")
-        name += f" k={mean['k']}" if mean["k"] else ""
-        table.rows.append([name, *(_spread(mean[column], mean[f"{column}_spread"]) for column in columns)])
-    table.notes = [
-        "rob.: after mild transforms of real and generated images alike.  copied: share nearer to an exemplar than 99 % of",
-        "held-out real digits are (against 32 exemplars where none guided).  utility: accuracy on held-out real digits of a",
-        "small classifier trained on the set alone.  seconds: of sampling.",
-    ]
-    return table
-
-
 def cost_tables(found: Cost) -> list[Table]:
     """What sampling costs in three ways; where the recipe's operations go; what comes once a class."""
     height, width = found.resolution
@@ -215,7 +183,3 @@ def _range(ends: tuple[float, float] | None) -> str:
 
 def _wrapped(notes: Sequence[str]) -> list[str]:
     return [line for note in notes for line in textwrap.wrap(note, WIDTH, break_long_words=False)]
-
-
-def _spread(value: float, spread: float | None) -> str:
-    return _number(value) + ("" if spread is None else f" ±{_number(spread)}")

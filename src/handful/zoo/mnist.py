@@ -22,6 +22,11 @@ def at_mnist_size(images: Tensor) -> Tensor:
     return pad(interpolate(images, (20, 20), mode="bilinear", antialias=True, align_corners=False), (4,) * 4, value=-1.0)
 
 
+def as_digits(images: Tensor) -> Tensor:
+    """Back to 8 x 8: (n, 1, 28, 28) -> (n, 1, 8, 8); differentiable."""
+    return interpolate(images[..., 4:24, 4:24], (8, 8), mode="bilinear", antialias=True, align_corners=False)
+
+
 def load_uci_split() -> DigitsSplit:
     """The UCI digits, split once: `train_`, a pool to draw exemplars from (90 of each class, 900), and `test_` (897).
 

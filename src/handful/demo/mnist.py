@@ -1,0 +1,150 @@
+"""`handful demo`: somebody else's model, your handful.
+
+The zoo's `mnist` is a published model of MNIST; the user's digits are the UCI ones, by other writers and another scanner. With
+k real images of each class: what are they worth alone, what does a synthetic set add, and which way to make it adds most? Each
+set is judged, and a small classifier learns from the exemplars alone, from the set alone and from both; 897 real digits that
+nothing else saw are its test.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from handful.data.augmentation import stroke_view
+from handful.data.exemplars import Exemplars
+from handful.data.images import LabelledImages, read_folder
+from handful.demo.compared import Demo, Entry, Row, Say, begin, check_size, write_real
+from handful.features.registry import load_extractor
+from handful.judge.measure import Referee
+from handful.judge.utility import LightClassifier, accuracy, train_classifier
+from handful.runs.contact_sheet import contact_sheet
+from handful.zoo.mnist import CLASSES, SIZE, load_uci_split
+
+KS = (2, 4, 16)
+STEPS, SHARE = 150, 0.25  # of a training; of the exemplars in a batch beside a synthetic set
+METHODS: dict[str, Row] = {
+    "none": {"guidance": []},
+    "cfg": {"guidance": [{"method": "cfg"}]},
+    "sdedit": {"guidance": [], "start": {"from": "exemplars", "depth": 0.5}},
+    "chamfer": {"guidance": [{"method": "chamfer"}]},
+    "energy": {"guidance": [{"method": "energy"}]},
+    "auto": {"guidance": [{"method": "auto"}]},
+}
+UNGUIDED = ("none", "cfg")  # one set serves every k
+TITLE = "MNIST's published model, UCI digits"
+COLUMNS = {
+    "exemplars": "exemplars",
+    "utility": "synthetic",
+    "both": "both",
+    "precision": "precision",
+    "coverage": "coverage",
+    "robust_precision": "rob.prec",
+    "robust_coverage": "rob.cov",
+    "copied": "copied",
+    "seconds": "seconds",
+}
+NOTES = (
+    "exemplars, synthetic, both: accuracy on 897 real test digits of a small classifier trained on the k exemplars of each",
+    "class alone, on the synthetic set alone, and on both (a quarter of each batch exemplars), augmented alike.",
+    "precision, coverage: by a classifier of real UCI digits; rob.: after mild transforms of real and generated images alike.",
+    "copied: share nearer to an exemplar than 99 % of real test digits are.  seconds: of sampling.",
+)
+
+
+def entries() -> list[Entry]:
+    return [Entry(name, k, says=says, guided=name not in UNGUIDED) for k in KS for name, says in METHODS.items()]
+
+
+def demo(out: str | Path, *, seeds: int = 3, per_class: int = 32, say: Say = lambda text: None) -> list[Row]:
+    """Runs the demo, or goes on with one that was interrupted.
+
+    Args:
+        out: A new or empty directory, or one with a demo of the same settings.
+        seeds: How often everything is repeated, exemplars drawn anew each time.
+        per_class: Images generated of each class, and guided together.
+        say: Called with a line on what is done.
+
+    Returns:
+        A row for each method, k and seed, as in `results.json`.
+
+    Raises:
+        RequestError: If `out` holds something else, or the settings make no sense.
+        RunError: If a set can't be generated.
+    """
+    check_size(seeds, per_class)
+    out = Path(out)
+    rows = begin(out, {"demo": "mnist", "per_class": per_class})
+    split, pool = load_uci_split(), out / "real-pool"
+    write_real(pool, split.train_images, split.train_labels, CLASSES)
+    write_real(out / "real-test", split.test_images, split.test_labels, CLASSES)
+    test = read_folder(out / "real-test", channels=1, size=SIZE)
+    referee = Referee(test, load_extractor("uci-judge"), classes=CLASSES)
+
+    @cache
+    def drawn(k: int, seed: int) -> dict[str, Tensor]:
+        return Exemplars.from_folder(pool, channels=1, size=SIZE, k=k, seed=seed).images
+
+    @cache
+    def by_exemplars(k: int, seed: int) -> float:
+        return _utility([drawn(k, seed)], test, seed)
+
+    @cache
+    def judged(method: str, k: int, seed: int) -> Row:
+        entry = next(each for each in entries() if (each.method, each.k) == (method, k or KS[0]))
+        made = compared.made(out, entry, seed)
+        row = referee.row(made)
+        del row["copied"], row["utility_spread"]
+        return {**row, "utility": _utility([made.by_class()], test, seed)}
+
+    def measure(entry: Entry, seed: int, made: LabelledImages) -> Row:
+        exemplars = drawn(entry.k, seed)
+        return {
+            **judged(entry.method, entry.k if entry.guided else 0, seed),
+            "copied": referee.copied(made, exemplars),
+            "exemplars": by_exemplars(entry.k, seed),
+            "both": _utility([made.by_class(), exemplars], test, seed),
+        }
+
+    shared = {"per_class": per_class, "cohort": per_class, "sampler": {"steps": 12}}
+    compared = Demo("mnist", entries(), shared, measure, ("exemplars", "utility", "both"), str(pool), (1, *SIZE))
+    rows = compared.run(out, rows, seeds, say)
+    _picture(compared, out, drawn(KS[0], 0))
+    return rows
+
+
+def _utility(sets: list[dict[str, Tensor]], test: LabelledImages, seed: int) -> float:
+    """Accuracy on the test after training on a set, or on two of which the second is `SHARE` of each batch."""
+    images = torch.cat([images for each in sets for images in each.values()])
+    labels = torch.tensor([CLASSES.index(name) for each in sets for name, images in each.items() for _ in images])
+    weights = None
+    if len(sets) == 2:
+        first, second = (sum(map(len, each.values())) for each in sets)
+        weights = torch.cat([torch.full((first,), (1 - SHARE) / first), torch.full((second,), SHARE / second)])
+    network = train_classifier(
+        images, labels, len(CLASSES), network=LightClassifier, steps=STEPS, augment=stroke_view, seed=seed, weights=weights
+    )
+    return accuracy(network, test.images, torch.tensor([CLASSES.index(name) for name in test.labels]))
+
+
+def _picture(compared: Demo, out: Path, exemplars: dict[str, Tensor]) -> None:
+    """Class by class the exemplars, and one image from the same noise by each method of the smallest k."""
+    first = [entry for entry in compared.entries if entry.k == KS[0]]
+    sets = [compared.made(out, entry).by_class() for entry in first]
+    shown = {name: torch.cat([torch.stack([each[name][place] for each in sets]) for place in range(3)]) for name in CLASSES}
+    contact_sheet(exemplars, shown, out / "contact_sheet.png", columns=len(first) * 3, rows=1)
+
+
+def answer(means: list[Row]) -> str:
+    """The demo in one sentence."""
+    k = KS[0]
+    of = {mean["method"]: mean for mean in means if mean["k"] == k}
+    best = max(of, key=lambda method: of[method]["both"])
+    return (
+        f"With {k} real images of each class a classifier is right on {of['none']['exemplars']:.1%} of the test digits; with"
+        f" plain images of somebody else's model beside them on {of['none']['both']:.1%}, with classifier-free guidance on"
+        f" {of['cfg']['both']:.1%}, and with {best} on {of[best]['both']:.1%}."
+    ).replace("%", " %")
