@@ -19,8 +19,10 @@ from handful.cost.estimate import cost_of
 from handful.data.images import read_image
 from handful.errors import RequestError
 from handful.generate import prepare
+from handful.generate.describe import plan_as_text
 from handful.generate.run import run
-from handful.recipe.plan import start_places
+from handful.recipe.file import read_recipe
+from handful.recipe.plan import setting_of, start_places
 from handful.recipe.schema import Recipe
 
 EVERY = {"guidance": [], "sampler": {"steps": 6}}
@@ -111,3 +113,56 @@ def test_what_it_cannot_start_from_is_refused(digits_folder: Path, tmp_path: Pat
             asked(digits_folder, depth)
     with pytest.raises(RequestError, match=r"^start\.from: 'noise': there is no such choice"):
         digits_recipe(digits_folder, start={"from": "noise"})
+
+
+# --- mixtures ----------------------------------------------------------------------------------------------------------
+
+ENERGY = {"method": "energy", "scale": 0.3, "every": 1}
+MIX = [{"share": 1, "start": {"depth": 0.5}}, {"share": 1, "guidance": [ENERGY]}]
+
+
+def mixed(folder: Path, **changes: Any) -> Recipe:
+    return digits_recipe(folder, **{"sampler": {"steps": 6}, "cohort": 2, "mix": MIX, **changes})
+
+
+def test_each_cohort_of_a_mixture_is_what_its_setting_alone_makes_of_it(digits_folder: Path, tmp_path: Path):
+    assert run(prepare(mixed(digits_folder), tmp_path / "mixed")).failures == []
+    alone = [{"guidance": [], "start": {"depth": 0.5}, "mix": None}, {"guidance": [ENERGY], "mix": None}]
+    for name, way in zip(("started", "guided"), alone, strict=True):
+        run(prepare(mixed(digits_folder, **way), tmp_path / name))
+    found = images(tmp_path / "mixed")
+    rows = pq.read_table(tmp_path / "mixed" / "manifest.parquet").to_pylist()
+    for row in rows:
+        of = "started" if row["cohort"] % 2 == 0 else "guided"
+        assert found[row["file"]] == images(tmp_path / of)[row["file"]]
+        assert (row["started_from"] is None) == (row["energy_energy"] is not None) == (of == "guided")
+        assert ("energy" in row["guidance"]) == (of == "guided")
+    again = prepare(read_recipe(tmp_path / "mixed" / "recipe.yaml"), tmp_path / "mixed")
+    assert len(again.done) == len(again.cohorts) == 6, "its recipe.yaml asks for the same"
+    with pytest.raises(RequestError, match=r"mix\[0\]\.start\.depth: 0.5 there, 0.7 now"):
+        prepare(mixed(digits_folder, mix=[{"share": 1, "start": {"depth": 0.7}}, MIX[1]]), tmp_path / "mixed")
+    assert "50%: none, start from exemplars, depth 0.5 | 50%: energy" in plan_as_text(again)
+
+
+def test_shares_are_kept_as_a_class_grows():
+    for shares in ((1, 1), (3, 1), (0.2, 0.5, 0.3)):
+        made = [0] * len(shares)
+        for cohort in range(40):
+            made[setting_of(cohort, shares)] += 1
+            ideal = [share / sum(shares) * (cohort + 1) for share in shares]
+            assert max(abs(a - b) for a, b in zip(made, ideal, strict=True)) <= 1
+
+
+def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path):
+    for changes, said in (
+        ({"guidance": [ENERGY]}, "mix: 2: guidance is stated beside it"),
+        ({"cohort": 6}, "has 1 cohort, too few"),
+        ({"exemplars": {}}, "mix[0].start"),
+        ({"mix": [MIX[0], {"share": 1, "guidance": [{"method": "energy", "every": 9}]}]}, "mix[1].guidance[0].every: 9"),
+        ({"mix": [MIX[0], {"share": 1, "guidance": [{"method": "energy", "features": "/no"}]}]}, "mix[1].guidance[0].features"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            prepare(mixed(digits_folder, **changes), tmp_path / "out")
+        assert said in str(caught.value)
+    with pytest.raises(RequestError, match="here one setting is taken at a time"):
+        cost_of(mixed(digits_folder))

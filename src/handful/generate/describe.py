@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from handful.generate.job import Job, megabytes
+from handful.recipe.schema import Recipe
 
 
 def plan_as_dict(job: Job) -> dict[str, Any]:
@@ -37,19 +38,18 @@ def plan_as_text(job: Job) -> str:
         else str(max(counts.values(), default=0))
     )
     alone = "" if job.exemplars is None or job.exemplars.images else ", as features alone"
-    told = ("embeddings", "classifier", "softplus", "scale", "exchange", "features", "jacobian", "every")
-    terms = [
-        ", ".join([term.method, *(f"{key} {value}" for key in told if (value := getattr(term, key, None)) is not None)])
-        for term in recipe.guidance or ()
-    ]
+    parts = [each.recipe for each in job.parts] or [recipe]
+    guidance = [_terms(part) + (f", start {part.start.as_text()}" if part.start else "") for part in parts]
+    if recipe.mix:
+        total = sum(each.share for each in recipe.mix)
+        guidance = [f"{each.share / total:.0%}: {text}" for each, text in zip(recipe.mix, guidance, strict=True)]
     steps = (
         f"the last {job.levels.steps} of {recipe.sampler.steps}" if job.inverted or recipe.start else str(recipe.sampler.steps)
     )
     lines = {
         "model": f"{recipe.model.name}, {height} x {width} x {channels}, {recipe.model.dtype} on {job.provenance['device']}",
         "exemplars": f"{recipe.exemplars.path}, {each} of each class{alone}" if counts else "none",
-        "guidance": "; ".join(terms) or "none",
-        **({"start": recipe.start.as_text()} if recipe.start else {}),
+        "guidance": " | ".join(guidance),
         "sampler": f"{recipe.sampler.name}, {steps} steps, {recipe.sampler.spacing}",
         "classes": f"{len(names)}: {listed}",
         "cohorts": f"{plan['cohorts']} of up to {recipe.cohort} images; {plan['cohorts_done']} are done",
@@ -58,3 +58,12 @@ def plan_as_text(job: Job) -> str:
         "out": plan["out"],
     }
     return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
+
+
+def _terms(recipe: Recipe) -> str:
+    told = ("embeddings", "classifier", "softplus", "scale", "exchange", "features", "jacobian", "every")
+    terms = [
+        ", ".join([term.method, *(f"{key} {value}" for key in told if (value := getattr(term, key, None)) is not None)])
+        for term in recipe.guidance or ()
+    ]
+    return "; ".join(terms) or "none"

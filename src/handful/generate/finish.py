@@ -30,7 +30,7 @@ def planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:
     """What is known of a cohort's images before they are made."""
     files = job.directory.writer.files(cohort)
     shared = {"class": cohort.class_name, "label": cohort.label, "cohort": cohort.index, "status": status}
-    shared |= {"model": job.model_name, "guidance": guidance_text(job.recipe)}
+    shared |= {"model": job.model_name, "guidance": guidance_text(job.of(cohort).recipe)}
     return [
         {
             "file": files[place] if status == DONE else None,

@@ -6,7 +6,8 @@ What needs no model is checked first, then what needs it; nothing is written, so
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from handful.data.sources import ONLY_CLASS, labelled_files
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.classifier import classifying
-from handful.guidance.method import PotentialRequest, energy_columns, named, needing, potentials
+from handful.guidance.method import PotentialRequest, TermRequest, energy_columns, named, needing, potentials
 from handful.models import load, skeleton
 from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place, try_once
@@ -30,9 +31,9 @@ from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, list
 from handful.recipe.extractors import answer, load_for, targets_of
 from handful.recipe.file import PROVENANCE, anchored
 from handful.recipe.inverting import Inverted, read_inversion
-from handful.recipe.plan import Cohort, plan_cohorts
-from handful.recipe.resolve import complete, model_options, settle
-from handful.recipe.schema import Recipe, with_new_fields
+from handful.recipe.plan import Cohort, plan_cohorts, setting_of
+from handful.recipe.resolve import Settled, complete, model_options, settle
+from handful.recipe.schema import MixRequest, Recipe, with_new_fields
 from handful.runs.comparison import changed_versions, compared
 from handful.runs.manifest import manifest_schema
 from handful.runs.metadata import drawn
@@ -43,6 +44,15 @@ from handful.runs.writers import Writer, check_class_names
 GROWING = ("classes", "per_class", "counts")  # of a recipe: what may change while all that is there stays
 _BLOCK = 4096  # bytes a small file takes on a disk
 _ROW = 1024  # more than a row of the manifest and of metadata.jsonl take, in the marker and in the final files
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting of a mixture: an ordinary recipe, with what a job has of it."""
+
+    recipe: Recipe
+    levels: Levels
+    targets: dict[str, dict[int, int]]
 
 
 @dataclass
@@ -70,6 +80,7 @@ class Job:
         grown: Whether other classes or numbers of images are asked for than when the run began.
         done: Keys of the cohorts that lie finished in the directory.
         encoded: x0 of the exemplars that images start from, by class, as far as they are encoded.
+        parts: Of a mixture, the settings.
         bytes_needed: Estimate of the disk space that the others take; the upper bound, as if nothing compressed.
     """
 
@@ -94,12 +105,26 @@ class Job:
     how: list[str] = field(default_factory=list)
     done: set[str] = field(default_factory=set)
     encoded: dict[str, Tensor] = field(default_factory=dict)
+    parts: list[Setting] = field(default_factory=list)
     bytes_needed: int = 0
 
     @property
     def images(self) -> int:
         """How many images the finished run has."""
         return sum(cohort.count for cohort in self.cohorts)
+
+    @property
+    def terms(self) -> list[TermRequest]:
+        """The guidance of all settings."""
+        recipes = [each.recipe for each in self.parts] or [self.recipe]
+        return [term for each in recipes for term in each.guidance or ()]
+
+    def of(self, cohort: Cohort) -> Job:
+        """The job as it is for a cohort: of a mixture, that of the cohort's setting."""
+        if not self.recipe.mix:
+            return self
+        setting = self.parts[setting_of(cohort.index, [each.share for each in self.recipe.mix])]
+        return replace(self, recipe=setting.recipe, levels=setting.levels, targets=setting.targets)
 
     @property
     def model_name(self) -> str:
@@ -140,8 +165,18 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     """
     recipe = _from_here(recipe)
     inverted = read_inversion(recipe.guidance or ())
-    recipe, notes = complete(recipe, inverted)
-    guided = needing(recipe.guidance or (), "exemplars")
+    mix, places = recipe.mix, [f"mix[{number}]" for number in range(len(recipe.mix or ()))]
+    ways, notes = [], []
+    for number, part in enumerate(recipe.parts):
+        with named(places[number]) if mix else nullcontext():
+            if mix and needing(part.guidance or (), "embeddings"):
+                problem, remedy = "it has a path and a condition of its own", "Make another run of it, without mix."
+                raise RequestError("guidance", "inversion", problem, remedy)
+            way, said = complete(part, inverted)
+        ways.append({"guidance": way.guidance, "start": way.start})
+        notes += [f"{places[number]}.{note}" for note in said] if mix else said
+    recipe = way
+    guided = [each for way in ways for each in needing(way["guidance"] or (), "exemplars")]
     if guided and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
         raise RequestError("exemplars.path", None, f"{guided[0][1].method} guidance needs exemplars", remedy)
@@ -157,29 +192,39 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     outline = skeleton(recipe.model.name, options)
     if found == [ONLY_CLASS] and (outline.label_count or outline.prompted):
         labelled_files(str(recipe.exemplars.path), field="exemplars")  # images alone have no class: it refuses them
-    settled = settle(recipe, outline, found, inverted)
+    settings = []
+    for number, way in enumerate(ways):
+        with named(places[number]) if mix else nullcontext():
+            settings.append(settle(recipe.model_copy(update=way), outline, found, inverted))
+    settled = settings[0]
     placement = placement_of(recipe, device)
     check_placement(outline, placement)
     recipe, labels = settled.recipe, settled.labels
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": str(device)})})
     notes += labels.notes
     check_class_names(labels.of, "classes")
-    guidance, image_shape = recipe.guidance or (), outline.image_shape
-    exemplars = drawn_exemplars(recipe, image_shape, list(labels.of))
+    guidance, image_shape = [term for each in settings for term in each.recipe.guidance or ()], outline.image_shape
+    at: list[int | str] = [
+        f"{places[number]}.guidance[{index}]" if mix else index
+        for number, each in enumerate(settings)
+        for index in range(len(each.recipe.guidance or ()))
+    ]
+    started = next((each.recipe for each in settings if each.recipe.start is not None), recipe)
+    exemplars = drawn_exemplars(started, image_shape, list(labels.of))
     notes += exemplars.warnings if exemplars else []
     fewest = min(exemplars.counts.values()) if exemplars else 0
-    for index, term in guided if fewest else ():
-        with named(index):
+    for index, term in needing(guidance, "exemplars") if fewest else ():
+        with named(at[index]):
             term.check_exemplars(fewest)
     extractors: dict[str, FeatureExtractor] = {}
     for index, term in potentials(guidance):
         if term.key not in extractors:
-            with named(index):
+            with named(at[index]):
                 extractors[term.key] = load_for(term.looks, list(labels.of)).to(device)
     exemplars = fitting(exemplars, guidance, extractors)
     targets: dict[str, dict[int, int]] = {name: {} for name in labels.of}
     for index, term in potentials(guidance):
-        with named(index):
+        with named(at[index]):
             seen = _tried(term, extractors[term.key], outline)
             if (asked := classifying(term)) is not None:
                 names, classes = extractors[term.key].classes, labels.model_classes or outline.classes
@@ -195,9 +240,13 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     prompts = list(recipe.model.prompts.values())
     told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
     notes += make_ready(denoiser, prompts, placement, settled.levels, told)
-    energies = [column for column in energy_columns(guidance) if column]
+    columns = [column for each in settings for column in energy_columns(each.recipe.guidance or ()) if column]
+    energies = list(dict.fromkeys(columns))
     recipe, cohorts, planned = _planned(recipe, labels.of, asked_classes, kept)
     notes += planned
+    parts: list[Setting] = []
+    if mix:
+        recipe, parts = _mixed(recipe, mix, settings, targets, cohorts)
     directory.writer = Writer(recipe.output.format, recipe.output.image, tuple(labels.of))
     job = Job(
         recipe,
@@ -208,13 +257,14 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         exemplars,
         extractors,
         cohorts,
-        manifest_schema(energies, recipe.start is not None),
+        manifest_schema(energies, started.start is not None),
         image_shape,
         provenance,
         notes,
         allow_version_change,
         inverted,
         targets,
+        parts=parts,
     )
     check_against_stored(job)
     job.done = {
@@ -224,6 +274,34 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     }
     check_rest(job)
     return job
+
+
+def _mixed(
+    recipe: Recipe,
+    mix: Sequence[MixRequest],
+    settings: Sequence[Settled],
+    targets: Mapping[str, Mapping[int, int]],
+    cohorts: Sequence[Cohort],
+) -> tuple[Recipe, list[Setting]]:
+    """The recipe of a mixture with its settings decided, and what each cohort's job takes."""
+    shares = [each.share for each in mix]
+    for name in {cohort.class_name for cohort in cohorts}:
+        count = sum(cohort.class_name == name for cohort in cohorts)
+        if {setting_of(index, shares) for index in range(count)} != set(range(len(shares))):
+            problem = f"class '{name}' has {count} cohort{'s' * (count > 1)}, too few for each setting to make one"
+            raise RequestError("mix", len(mix), problem, "Use a smaller cohort (--cohort), or more images (--per-class).")
+    parts, first = [], 0
+    for each in settings:
+        count = len(each.recipe.guidance or ())
+        own = {name: {i - first: to for i, to in of.items() if first <= i < first + count} for name, of in targets.items()}
+        way = {"guidance": each.recipe.guidance, "start": each.recipe.start, "mix": None}
+        parts.append(Setting(recipe.model_copy(update=way), each.levels, own))
+        first += count
+    decided = tuple(
+        MixRequest(share=asked.share, guidance=part.recipe.guidance or (), start=part.recipe.start)
+        for asked, part in zip(mix, parts, strict=True)
+    )
+    return recipe.model_copy(update={"guidance": None, "start": None, "mix": decided}), parts
 
 
 def _with_kept_classes(recipe: Recipe, kept: Mapping[str, Sequence[int]]) -> Recipe:

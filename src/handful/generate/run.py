@@ -126,7 +126,7 @@ def run(
         progress.begin(job.images, job.images - sum(cohort.count for cohort in pending))
 
         def make(cohort: Cohort, claim: int) -> bool:
-            images, rows = _make(job, cohort, features, progress, summary, claims.beat)
+            images, rows = _make(job.of(cohort), cohort, features, progress, summary, claims.beat)
             if not claims.still_mine(cohort.key, claim):
                 return False  # this process was silent for so long that another took the cohort over
             job.directory.commit(cohort, images, rows, job.schema)
@@ -157,7 +157,7 @@ def cohort_again(job: Job, cohort: Cohort, cache: Path) -> tuple[list[bytes], li
     with same_arithmetic(job.threads):
         features = _exemplar_features(job, cache)
         _fit_preview(job, Progress())
-        return _make(job, cohort, features, Progress(), RunSummary(job.directory.path), lambda: None)
+        return _make(job.of(cohort), cohort, features, Progress(), RunSummary(job.directory.path), lambda: None)
 
 
 def _write_request(job: Job, alone: bool) -> None:
@@ -196,7 +196,7 @@ def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
     cache = cache / re.sub(r"\W+", "-", f"torch {torch.__version__} {describe_device(job.device)}{threads}").strip("-")
     by_class: dict[str, dict[View, Tensor]] = {cohort.class_name: {} for cohort in job.cohorts}
     if job.exemplars is not None:
-        for name, reduce in views(job.recipe.guidance or ()):
+        for name, reduce in views(job.terms):
             for class_name, features in job.exemplars.seen_by(job.extractors[name], reduce, cache).items():
                 by_class[class_name][name, reduce] = features.to(job.device)
     return by_class
@@ -206,7 +206,7 @@ def _fit_preview(job: Job, progress: Progress) -> None:
     """Fits the linear preview of latents to the exemplars, some of each class, where a term looks through it."""
     if job.exemplars is None or not job.exemplars.images or not isinstance(job.denoiser, LatentDenoiser):
         return
-    if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.recipe.guidance or ())):
+    if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.terms)):
         return
     each = max(1, _FITTED // len(job.exemplars.classes))
     explained = job.denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))

@@ -292,9 +292,10 @@ def make_terms(requests: Requests, context: Context) -> list[Guidance]:
 
 
 @contextmanager
-def named(index: int) -> Iterator[None]:
-    """Puts the term's place before the field that an error names."""
+def named(place: int | str) -> Iterator[None]:
+    """Puts a place, or that of the term of this number, before the field that an error names."""
+    prefix = f"guidance[{place}]" if isinstance(place, int) else place
     try:
         yield
     except RequestError as error:
-        raise RequestError(f"guidance[{index}].{error.field}", error.value, error.problem, error.remedy) from None
+        raise RequestError(f"{prefix}.{error.field}", error.value, error.problem, error.remedy) from None

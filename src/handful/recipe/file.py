@@ -116,7 +116,7 @@ def recipe_yaml(recipe: Recipe, provenance: Mapping[str, Any] | None = None) -> 
 def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Makes the paths of unchecked recipe data absolute: those that are relative are relative to base."""
     data = deepcopy(dict(data))
-    model, exemplars, guidance = data.get("model"), data.get("exemplars"), data.get("guidance")
+    model, exemplars = data.get("model"), data.get("exemplars")
     if isinstance(model, dict) and isinstance(model.get("name"), str) and model["name"] not in ZOO:
         path, colon, function = model["name"].rpartition(":")  # FILE.py:FUNCTION
         if path.endswith(".py"):
@@ -128,7 +128,9 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
             model[key] = _absolute(model[key], base, only_existing=True)
     if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):
         exemplars["path"] = _absolute(exemplars["path"], base, only_existing=exemplars["path"] in EXEMPLARS)
-    for term in guidance if isinstance(guidance, list) else []:
+    mix = data.get("mix")
+    settings = [data, *(each for each in (mix if isinstance(mix, list) else []) if isinstance(each, dict))]
+    for term in [term for each in settings for term in each.get("guidance") or () if isinstance(each["guidance"], list)]:
         for key, field in _fields(term).items():
             if isinstance(term.get(key), str) and EXTRACTOR in field.metadata:
                 term[key] = anchored_extractor(term[key], base)

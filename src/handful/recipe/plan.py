@@ -239,6 +239,17 @@ def plan_cohorts(
     return planned
 
 
+def setting_of(cohort: int, shares: Sequence[float]) -> int:
+    """Which setting of a mixture makes a class's cohort of this number: after each cohort all are as near to their shares as
+    can be, so a class may grow."""
+    made = [0] * len(shares)
+    place = 0
+    for number in range(1, cohort + 2):
+        place = max(range(len(shares)), key=lambda i: (round(shares[i] * number / sum(shares) - made[i], 9), -i))
+        made[place] += 1
+    return place
+
+
 def image_seed(run_seed: int, class_name: str, index: int) -> int:
     """The seed of one image: 63 bits of BLAKE2b over what names it."""
     named = f"{run_seed}\0{class_name}\0{index}".encode("utf-8", "surrogatepass")

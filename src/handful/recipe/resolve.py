@@ -53,6 +53,9 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
     Raises:
         RequestError: Naming the dotted field.
     """
+    if recipe.mix is not None:
+        remedy = "Leave out mix, and state guidance and start; handful generate makes mixtures."
+        raise RequestError("mix", len(recipe.mix), "here one setting is taken at a time", remedy)
     if inverted is not None:
         recipe = as_fitted(recipe, inverted)
         if recipe.start is not None:

@@ -22,6 +22,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from typing_extensions import Self
 
 from handful.errors import RequestError
 from handful.errors import did_you_mean as did_you_mean
@@ -188,6 +189,19 @@ class StartRequest(Request):
         return max(1, round(self.depth * steps))
 
 
+class MixRequest(Request):
+    """One setting of a mixture: whole cohorts of each class are made by it.
+
+    Attributes:
+        share: Of the cohorts, against the other settings' shares.
+        guidance, start: As in a recipe; nothing said is no guidance, and noise.
+    """
+
+    share: Annotated[float, Field(gt=0)]
+    guidance: tuple[GuidanceRequest, ...] = ()
+    start: StartRequest | None = None
+
+
 class SamplerRequest(Request):
     """How noise becomes images.
 
@@ -239,6 +253,7 @@ class Recipe(Request):
         sampler: How noise becomes images.
         start: Where images start from; None: noise.
         guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
+        mix: Two or more settings, each with its share of every class's cohorts, in the place of guidance and start.
         chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
         output: How the images are written.
     """
@@ -254,12 +269,26 @@ class Recipe(Request):
     sampler: SamplerRequest = SamplerRequest()
     start: StartRequest | None = None
     guidance: tuple[GuidanceRequest, ...] | None = None
+    mix: Annotated[tuple[MixRequest, ...], Field(min_length=2)] | None = None
     chunk: Positive | None = None
     output: OutputRequest = OutputRequest()
 
     def images_of(self, class_name: str) -> int:
         """How many images of a class are asked for."""
         return self.counts.get(class_name, self.per_class)
+
+    @model_validator(mode="after")
+    def _one_or_mixed(self) -> Self:
+        for name in ("guidance", "start") if self.mix else ():
+            if getattr(self, name):
+                raise RequestError("mix", len(self.mix or ()), f"{name} is stated beside it", f"State {name} inside mix alone.")
+        return self
+
+    @property
+    def parts(self) -> list[Recipe]:
+        """The recipe of each setting of a mixture; the recipe itself where there is none."""
+        ways = [{"guidance": each.guidance, "start": each.start, "mix": None} for each in self.mix or ()]
+        return [self.model_copy(update=way) for way in ways] or [self]
 
     @property
     def steps_run(self) -> int:
