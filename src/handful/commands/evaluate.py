@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Json, Quiet, named_folders, pairs, renamed, require_writable
+from handful.commands.shared import Json, Quiet, listed, named_folders, pairs, renamed, require_writable
 
 
 def evaluate(
@@ -35,6 +35,14 @@ def evaluate(
     ] = None,
     audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets.")] = True,
     ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Measure real against real too.")] = True,
+    groups: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Measure by group too: a column, a CSV of image and group, or '.* in (.*)'."),
+    ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Measure also: kernel_distance, frechet_infinity, authenticity, cmmd.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(metavar="NAME", help="A CLIP, for CLIPScore: image to its prompt.")] = None,
     save_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
     json_wanted: Json = False,
     quiet: Quiet = False,
@@ -66,7 +74,7 @@ def evaluate(
     if save_json is not None:
         require_writable(save_json)
     from handful.judge.evaluate import evaluate as judged
-    from handful.report.tables import evaluation_table, gains_tables, print_table
+    from handful.report.tables import evaluation_table, gains_tables, group_tables, print_table
     from handful.runs.progress import Words, progress_for
 
     found = judged(
@@ -79,13 +87,16 @@ def evaluate(
         baselines=baselines,
         exemplars=exemplars,
         judge_class=classes,
+        groups=groups,
+        metrics=listed(metrics) or (),
+        clip=clip,
         progress=progress_for(quiet, Words("judging", "judged", "images")),
     )
     text = json.dumps(found.to_dict(), indent=None if json_wanted else 1, allow_nan=False)
     if json_wanted:
         print(text, flush=True)
     else:
-        for number, table in enumerate([evaluation_table(found), *gains_tables(found)]):
+        for number, table in enumerate([evaluation_table(found), *group_tables(found), *gains_tables(found)]):
             print("\n" * bool(number), end="")
             print_table(table)
     if save_json is not None:  # after the result is printed: a full disk takes nothing

@@ -17,14 +17,16 @@ from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
 from handful.files.digests import marks
+from handful.judge.clip_score import ClipScore
 from handful.judge.copies import CopyCheck
 from handful.judge.evaluation import Evaluation
 from handful.judge.gains import AS_IS, compare
+from handful.judge.groups import by_group, read_groups
 from handful.judge.image_sets import FileImages, common_size
 from handful.judge.judge import Judge, Seen
 from handful.judge.viewer import Keeping, Viewer
 from handful.runs.kept import keep, key_of
-from handful.runs.metadata import guided_by, unused_images
+from handful.runs.metadata import guided_by, prompts_of, unused_images
 from handful.runs.progress import Progress
 
 __all__ = ["Evaluation", "Judge", "Seen", "evaluate"]
@@ -42,6 +44,8 @@ def evaluate(
     exemplars: str | Path | None = None,
     judge_class: Mapping[str, str | int] | None = None,
     metrics: Sequence[str] = (),
+    groups: str | None = None,
+    clip: str | None = None,
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -61,6 +65,8 @@ def evaluate(
         audit, ceiling, judge_class, metrics: As for `Judge`.
         baselines: By name, sets to compare with: of the same classes and size as the synthetic one.
         exemplars: The folder of the exemplars, to count copies of them.
+        groups: Measure by group too; see `handful.judge.groups.read_groups`.
+        clip: A CLIP, for CLIPScore: each image to the prompt of its class (the run's own, or "a photo of a CLASS").
         seed: Of the bootstrap draws that tell a gain from chance.
         cache: Where features are kept; None: `handful.data.exemplars.default_cache()`.
         progress: Told of every image.
@@ -82,6 +88,9 @@ def evaluate(
 
     sets = _listed(synthetic, real, baselines, neighbours, tell)
     classes = sets["synthetic"].files.classes
+    grouped = groups and [read_groups(sets[role].files, groups, tell, role) for role in ("real", "synthetic")]
+    scorer = clip and ClipScore(clip, {name: prompts_of(synthetic).get(name, f"a photo of a {name}") for name in classes})
+    metrics = [*metrics, *(["clip_score"] if clip and "clip_score" not in metrics else [])]
     if exemplars is not None:
         labelled_files(exemplars, classes=classes, field="exemplars")
     try:
@@ -114,7 +123,7 @@ def evaluate(
             keeping=keeping,
         )
         check = CopyCheck(exemplars, synthetic, reference, classes) if exemplars is not None else None
-        seen = {name: _seen(sitting, check, images) for name, images in sets.items() if name != "real"}
+        seen = {name: _seen(sitting, check, scorer or None, images) for name, images in sets.items() if name != "real"}
         keeping.progress.note("comparing features")
     finally:
         keeping.progress.end()
@@ -132,7 +141,8 @@ def evaluate(
                 " distance and Vendi score depend on the number, so their gains mislead; generate as many"
             )
         gains[name] = compare(mine, theirs)
-    found = replace(found, gains=gains, intervals=mine.intervals(), notes=(*notes, *sitting.notes))
+    of_groups = by_group(of_made[AS_IS], *grouped, sitting.metrics, seed) if grouped else None
+    found = replace(found, gains=gains, intervals=mine.intervals(), groups=of_groups, notes=(*notes, *sitting.notes))
     asked = {
         "real": str(reference.files.root),
         "judge": judge,
@@ -141,13 +151,16 @@ def evaluate(
         "exemplars": exemplars and str(exemplars),
     }
     contents = {role: sorted(zip(images.labels, images.contents, strict=True)) for role, images in sets.items()}
-    key = key_of([asked, extractor.digest, audit, ceiling, dict(judge_class or {}), list(metrics), seed, contents])
+    decided = [audit, ceiling, dict(judge_class or {}), list(metrics), groups, clip, seed]
+    key = key_of([asked, extractor.digest, decided, contents])
     keep(synthetic, "evaluation", key, {"asked": asked, "result": found.to_dict()})
     return found
 
 
-def _seen(judge: Judge, check: CopyCheck | None, images: FileImages) -> Seen:
+def _seen(judge: Judge, check: CopyCheck | None, scorer: ClipScore | None, images: FileImages) -> Seen:
     seen = judge.see(images, images.labels)
+    if scorer is not None:
+        seen.per_image[AS_IS]["clip_score"] = scorer(images)
     if check is not None:
         seen.per_image[AS_IS]["copied"] = check(images)
     return seen

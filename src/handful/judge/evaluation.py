@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from handful.judge.gains import AS_IS, Comparison
+from handful.judge.groups import Groups
 from handful.metrics import catalogue
 from handful.metrics.summary import Summary, plain
 
@@ -25,6 +26,7 @@ class Evaluation:
         transformed: The audited metrics, pooled, after each mild transform of both sets; empty where the audit was left out.
         gains: By the baseline's name, what this set gains over it.
         intervals: By metric, where its value may lie for other images of the same generator (`gains.LEVEL`); see `gains`.
+        groups: What was found by group; None where there are none.
         notes: What the user should know.
     """
 
@@ -34,6 +36,7 @@ class Evaluation:
     transformed: Mapping[str, Row] = field(default_factory=dict)
     gains: Mapping[str, Comparison] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    groups: Groups | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -77,6 +80,7 @@ class Evaluation:
                 "transformed": {name: {**row, **sizes} for name, row in self.transformed.items()},
                 "gains": {name: found.to_dict() for name, found in self.gains.items()},
                 "intervals": dict(self.intervals),
+                "groups": self.groups and self.groups.to_dict(),
                 "notes": list(self.notes),
             }
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from handful.errors import RequestError, did_you_mean
+from handful.metrics.kernel import authenticity, cmmd, frechet_at_infinity, kernel_distance
 from handful.metrics.reference import Sets, TooFew, redrawn_frechet, redrawn_mean, redrawn_members
 from handful.metrics.vendi import vendi
 
@@ -92,6 +93,16 @@ METRICS: tuple[Metric, ...] = (
     per_image("judge_accuracy", "accuracy", "share of the generated images that the judge names as asked"),
     per_image("copied", "copied", "share of the generated images that are nearer to an exemplar of their class than 99 % of the"
               " real images are (in pixels)", lower_is_better=True, audited=False),
+    per_image("clip_score", "CLIPScore", "100 times the cosine of image and prompt in CLIP, not below 0", audited=False,
+              usual=False),
+    Metric("kernel_distance", "KD", lambda sets: kernel_distance(sets.real.features, sets.generated),
+           "unbiased kernel distance (KID, KD), mean of 100 subsets of up to 1,000", lower_is_better=True, usual=False),
+    Metric("frechet_infinity", "Frechet inf.", lambda sets: frechet_at_infinity(sets.real.features, sets.generated),
+           "Frechet distance of infinitely many images, by extrapolation", lower_is_better=True, audited=False, usual=False),
+    Metric("authenticity", "authenticity", lambda sets: authenticity(sets.real.features, sets.generated),
+           "share farther from its nearest real image than that is from another real one", audited=False, usual=False),
+    Metric("cmmd", "CMMD", lambda sets: cmmd(sets.real.features, sets.generated),
+           "1,000 times the squared MMD of unit features (meant for CLIP's)", lower_is_better=True, usual=False),
 )
 # fmt: on
 

@@ -89,6 +89,21 @@ def evaluation_table(found: Evaluation) -> Table:
     return table
 
 
+def group_tables(found: Evaluation) -> list[Table]:
+    """Each group, the mean, the worst and the gap; no table where there are no groups."""
+    groups, columns = found.groups, columns_of(found)
+    if groups is None:
+        return []
+    table = Table(f"by group, judge {found.judge}, k = {found.summary.k}", ["", "real", "generated", *columns.values()])
+    for name, scores in {**groups.per_group, "mean over groups": groups.mean}.items():
+        cells = [_number(scores.values.get(metric)) for metric in columns]
+        table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
+    table.rows.append(["gap", "-", "-", *(_number(groups.gap.get(metric)) for metric in columns)])
+    table.rows.append(["worst group", "-", "-", *(groups.worst.get(metric, "-") for metric in columns)])
+    table.notes = _wrapped([f"{name}: {scores.note}" for name, scores in groups.per_group.items() if scores.note])
+    return [table]
+
+
 def gains_tables(found: Evaluation) -> list[Table]:
     """A table a baseline: what is gained in each metric, and what of it survives the transforms."""
     tables, headings_of = [], catalogue.headings()

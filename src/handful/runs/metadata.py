@@ -123,6 +123,11 @@ def _drawn(run: str | Path) -> dict[str, Any]:
     return json.loads((Path(run).expanduser() / ".handful" / "exemplars.json").read_text(encoding="utf-8"))
 
 
+def prompts_of(run: str | Path) -> dict[str, str]:
+    """What the model of a run was told of each class; empty where it was told classes, or it is no run."""
+    return {str(name): str(text) for name, text in _part(_part(_recipe(run), "model"), "prompts").items()}
+
+
 def _recipe(run: str | Path) -> dict[str, Any]:
     run = Path(run).expanduser()
     file = (run.parent if run.name == "images" else run) / "recipe.yaml"

@@ -1,0 +1,170 @@
+"""Every metric by group (a region, a domain): each group's generated images against its own real ones, mean, worst and gap."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from handful.data.sources import LabelledFiles
+from handful.errors import RequestError, did_you_mean, first_line
+from handful.judge.gains import DRAWS, interval_of
+from handful.metrics.catalogue import Metric, lower_is_better
+from handful.metrics.reference import Sets, draw_counts
+from handful.metrics.summary import Scores, mean_scores, rows_by_label, scores
+
+_NAMES = ("file_name", "file", "path", "file_path", "image")  # columns that name an image
+
+
+@dataclass(frozen=True)
+class Groups:
+    """What was found by group.
+
+    Attributes:
+        per_group: Each group's scores.
+        intervals: Of each group's metrics, by the bootstrap over its generated images.
+        mean: Over the groups.
+        worst: By metric, the group with the worst value.
+        gap: By metric, how much better the best group is than the worst; 0 or more.
+    """
+
+    per_group: Mapping[str, Scores]
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]]
+    mean: Scores
+    worst: Mapping[str, str]
+    gap: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        per_group = {
+            name: {**found.to_dict(), "intervals": dict(self.intervals[name])} for name, found in self.per_group.items()
+        }
+        return {"per_group": per_group, "mean": self.mean.to_dict(), "worst": dict(self.worst), "gap": dict(self.gap)}
+
+
+def by_group(
+    sets: Sets, real: Sequence[str | None], made: Sequence[str | None], metrics: Sequence[Metric], seed: int
+) -> Groups:
+    """Measures each group that both sets have; images without a group are left out.
+
+    Args:
+        sets: All images.
+        real, made: The group of each real and generated image.
+        metrics: Which.
+        seed: Of the bootstrap.
+    """
+    rows = [rows_by_label((name or "" for name in names), len(names), "groups") for names in (real, made)]
+    per_group, intervals = {}, {}
+    for name in sorted((rows[0].keys() & rows[1].keys()) - {""}):
+        of_group = sets.of(rows[0][name], rows[1][name])
+        found = per_group[name] = scores(of_group, metrics)
+        counts = draw_counts(["all"] * found.n_generated, DRAWS, seed)
+        intervals[name] = {
+            each.name: interval_of(value, each.redraw(of_group, counts))
+            for each in metrics
+            if each.redraw is not None and (value := found.values[each.name]) is not None
+        }
+    worst, gap = {}, {}
+    for metric in metrics:
+        values = {name: value for name, found in per_group.items() if (value := found.values[metric.name]) is not None}
+        if metric.compared and values:
+            choose = max if lower_is_better(metric.name) else min
+            worst[metric.name] = choose(values, key=lambda name, of=values: of[name])
+            gap[metric.name] = max(values.values()) - min(values.values())
+    return Groups(per_group, intervals, mean_scores(list(per_group.values()), "groups"), worst, gap)
+
+
+def read_groups(files: LabelledFiles, asked: str, tell: Callable[[str], None], role: str) -> list[str | None]:
+    """The group of each image of a set; None where it has none, which is told.
+
+    Args:
+        files: The set.
+        asked: A CSV file of image and `group`; a regular expression with one group in brackets, of class names, such as
+            `.* in (.*)`; or a column that lies with the set (metadata.jsonl, parquet, its own CSV).
+        tell: Told of images without a group.
+        role: What errors call the set.
+
+    Raises:
+        RequestError: There is no such table or column, or no image has a group.
+    """
+    if asked.lower().endswith(".csv"):
+        known = _keyed(_csv(Path(asked).expanduser()), "group", asked)
+        found = [_of_name(known, files, place) for place in range(len(files))]
+    elif "(" in asked:
+        try:
+            pattern = re.compile(asked)
+        except re.error as error:
+            raise RequestError("groups", asked, f"this is no regular expression ({error})", "Write '.* in (.*)'.") from None
+        if pattern.groups != 1:
+            raise RequestError("groups", asked, f"it has {pattern.groups} groups in brackets", "Write one, as in '.* in (.*)'.")
+        matches = {label: pattern.fullmatch(label) for label in files.classes}
+        found = [match[1] if (match := matches[label]) else None for label in files.labels]
+    else:
+        known = _keyed(_beside(files.root, role), asked, str(files.root))
+        found = [_of_name(known, files, place) for place in range(len(files))]
+    if missing := found.count(None):
+        if missing == len(found):
+            problem = f"none of the {len(found)} {role} images has a group"
+            raise RequestError("groups", asked, problem, "Name a column, a CSV file of image and group, or a pattern.")
+        tell(f"{missing} of the {len(found)} {role} images have no group: they are left out of the groups")
+    return found
+
+
+def _keyed(rows: Sequence[Mapping[str, Any]], column: str, where: str) -> dict[str, str]:
+    """The column by the image's name, as it is written and by its last part alone where that names one image."""
+    columns = list(rows[0]) if rows else []
+    name = next((each for each in _NAMES if each in columns), None)
+    if column not in columns or name is None:
+        lacks = f"column '{column}'" if column not in columns else f"column that names the image ({', '.join(_NAMES)})"
+        raise RequestError("groups", where, f"it has no {lacks}", did_you_mean(column, columns, "Its columns"))
+    known: dict[str, str] = {}
+    short: dict[str, set[str]] = {}
+    for row in rows:
+        if row[column] not in (None, ""):
+            text = row[name].get("path") if isinstance(row[name], Mapping) else row[name]
+            known[str(text)] = str(row[column])
+            short.setdefault(Path(str(text)).name, set()).add(str(row[column]))
+    return {**{each: next(iter(of)) for each, of in short.items() if len(of) == 1}, **known}
+
+
+def _of_name(known: Mapping[str, str], files: LabelledFiles, place: int) -> str | None:
+    path = Path(files.names[place])
+    ends = ["/".join(path.parts[-length:]) for length in range(len(path.parts), 0, -1)]
+    return next((known[end] for end in (str(path), *ends) if end in known), None)
+
+
+def _csv(path: Path) -> list[dict[str, Any]]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return list(csv.DictReader(stream))
+    except UnicodeDecodeError:
+        raise RequestError("groups", path, "it is not UTF-8", "Save it as UTF-8.") from None
+    except OSError as error:
+        raise RequestError("groups", path, f"it can't be read ({error.strerror or error})", "Check the path.") from None
+
+
+def _beside(root: Path, role: str) -> list[dict[str, Any]]:
+    """The table that lies with a set."""
+    if root.suffix == ".csv":
+        return _csv(root)
+    try:
+        if root.suffix == ".parquet":
+            file = pq.ParquetFile(root)
+            columns = [name for name in file.schema_arrow.names if name != "image"] + ["image.path"]
+            return file.read(columns=columns, use_threads=False).to_pylist()
+        tables = [*root.glob("metadata.jsonl"), *root.glob("*/metadata.jsonl")]
+        lines = [line for table in tables for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [json.loads(line) for line in lines]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RequestError("groups", root, f"its table can't be read ({first_line(error)})", "Write it again.") from None
+    if not rows:
+        problem = f"the {role} images have no metadata.jsonl to take a column from"
+        raise RequestError("groups", root, problem, "Give a CSV file of image and group, or a pattern of class names.")
+    return rows
