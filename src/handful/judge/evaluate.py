@@ -88,7 +88,7 @@ def evaluate(
 
     sets = _listed(synthetic, real, baselines, neighbours, tell)
     classes = sets["synthetic"].files.classes
-    grouped = groups and [read_groups(sets[role].files, groups, tell, role) for role in ("real", "synthetic")]
+    grouped = {role: read_groups(sets[role].files, groups, tell, role) for role in ("real", "synthetic") if groups}
     scorer = clip and ClipScore(clip, {name: prompts_of(synthetic).get(name, f"a photo of a {name}") for name in classes})
     metrics = [*metrics, *(["clip_score"] if clip and "clip_score" not in metrics else [])]
     if exemplars is not None:
@@ -141,7 +141,9 @@ def evaluate(
                 " distance and Vendi score depend on the number, so their gains mislead; generate as many"
             )
         gains[name] = compare(mine, theirs)
-    of_groups = by_group(of_made[AS_IS], *grouped, sitting.metrics, seed) if grouped else None
+    of_groups = None
+    if grouped:
+        of_groups = by_group(of_made[AS_IS], grouped["real"], grouped["synthetic"], sitting.metrics, seed)
     found = replace(found, gains=gains, intervals=mine.intervals(), groups=of_groups, notes=(*notes, *sitting.notes))
     asked = {
         "real": str(reference.files.root),
