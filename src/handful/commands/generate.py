@@ -87,6 +87,11 @@ def generate(
         str | None, typer.Option(metavar="KIND", help="png, jpeg:QUALITY, webp:QUALITY or webp-lossless.  [png]")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes of this machine to share the work.")] = 1,
+    engine: Annotated[str, typer.Option(metavar="NAME", help="local, or ray: --workers actors on a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster, such as auto.  [one of this machine alone]")
+    ] = None,
+    ray_gpus: Annotated[float | None, typer.Option(metavar="SHARE", help="GPUs of each Ray actor.  [1 on CUDA]")] = None,
     only: Annotated[
         str | None, typer.Option(metavar="CLASS/NUMBER", help="Make one image of a run again, and say whether it is the same.")
     ] = None,
@@ -155,6 +160,10 @@ def generate(
         out = recipe.parent
     if out is None:
         raise RequestError("out", None, "--out is missing", "Give a new or empty directory with --out DIR.")
+    if engine not in ("local", "ray"):
+        raise RequestError("--engine", engine, "there is no such engine", did_you_mean(engine, ["local", "ray"], "Engines"))
+    if engine == "local" and (ray_address or ray_gpus is not None):
+        raise RequestError("--ray-address", ray_address or ray_gpus, "the engine is not ray", "Add --engine ray.")
     if order not in ("plan", "reversed"):
         raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
 
@@ -181,7 +190,19 @@ def generate(
         again = make_again(job, only)
         print(json.dumps(again.as_dict()) if json_wanted else again.as_text())
         raise typer.Exit(0 if again.same else 1)
-    if workers > 1:
+    if engine == "ray":
+        from handful.generate.ray_engine import run_by_ray
+
+        summary = run_by_ray(
+            job,
+            asked,
+            workers,
+            progress_for(quiet),
+            address=ray_address,
+            gpus=ray_gpus,
+            allow_version_change=allow_version_change,
+        )
+    elif workers > 1:
         from handful.generate.workers import run_with_workers
 
         summary = run_with_workers(job, asked, workers, progress_for(quiet), allow_version_change=allow_version_change)

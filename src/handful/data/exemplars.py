@@ -30,6 +30,7 @@ from handful.data.images import read_all, read_image
 from handful.data.sources import labelled_files
 from handful.errors import RequestError, RunError
 from handful.files.atomic import printable, write_atomically
+from handful.files.locks import held
 
 # Part of every content hash: raise it whenever `read_image` turns the same file into other pixels. Version 2 reads TIFF, and
 # PNG with a transparent colour, otherwise than version 1 did.
@@ -362,21 +363,22 @@ def _class_features(exemplars: Exemplars, name: str, extractor: Extractor, cache
     # A digest is hexadecimal by custom only: what a path cannot hold is replaced, and the key tells such digests apart.
     prefix = re.sub(r"[^\w-]", "_", extractor.digest)[:16] or "_"
     file = None if cache is None else Path(cache) / "features" / prefix / f"{key}.safetensors"
-    if file is not None:
-        kept = _load(file, key, len(exemplars.images[name]))
-        if kept is not None:
-            return kept
-    features = _extract(exemplars.images[name], extractor, batch)
-    if cache is not None and file is not None:
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, save({"features": features}, {"key": key, "sha256": _checksum(features)}))
-        except OSError as error:
-            if Path(cache) not in _warned:
-                _warned.add(Path(cache))
-                text = f"The cache {cache} cannot be written ({error.strerror or error}): features are computed each time."
-                warning.warn(text, RuntimeWarning, stacklevel=4)
-    return features
+    kept = None if file is None else _load(file, key, len(exemplars.images[name]))
+    if file is None or kept is not None:
+        return _extract(exemplars.images[name], extractor, batch) if kept is None else kept
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with held(file.parent / ".lock"):  # of many processes the first one computes; the others wait, and read
+            kept = _load(file, key, len(exemplars.images[name]))
+            if kept is None:
+                kept = _extract(exemplars.images[name], extractor, batch)
+                write_atomically(file, save({"features": kept}, {"key": key, "sha256": _checksum(kept)}))
+    except OSError as error:
+        if Path(str(cache)) not in _warned:
+            _warned.add(Path(str(cache)))
+            text = f"The cache {cache} cannot be written ({error.strerror or error}): features are computed each time."
+            warning.warn(text, RuntimeWarning, stacklevel=4)
+    return _extract(exemplars.images[name], extractor, batch) if kept is None else kept
 
 
 def _load(file: Path, key: str, count: int) -> Tensor | None:

@@ -10,7 +10,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,9 @@ from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import Exemplars, default_cache
 from handful.data.images import from_uint8, read_image, to_uint8
 from handful.data.notebook import html_table, png_uri
-from handful.errors import RunError
+from handful.errors import RequestError, RunError
+from handful.files.atomic import write_atomically
+from handful.files.sealed import seal, unseal
 from handful.generate.finish import finish, planned_rows
 from handful.generate.job import GROWING, Job, prepare
 from handful.generate.share import at_work, claims_of, work
@@ -49,6 +51,7 @@ __all__ = ["Job", "RunSummary", "prepare", "run"]
 
 _AT_ONCE = 16  # images through the decoder or an extractor where no chunk is stated
 _FITTED = 128  # exemplars that the linear preview is fitted to: every latent pixel of each counts
+_PREVIEW = "linear preview"
 _EXPLAINED = 0.5  # share of the colours' variance below which it is pointed out
 
 
@@ -113,39 +116,75 @@ def run(
         RequestError: If another recipe's run has begun there meanwhile.
         RunError: If the disk is full.
     """
-    progress = progress or Progress()
-    summary, claims = RunSummary(job.directory.path), claims_of(job)
-    with full_disk_told(job.directory.path), ExitStack() as stack:
-        stack.enter_context(at_work(job, claims, lambda alone: _write_request(job, alone)))
-        stack.enter_context(same_arithmetic(job.threads))
+    with Worker(job, progress, cache) as worker:
         pending = [cohort for cohort in _ordered(job.cohorts, order) if cohort.key not in job.done]
+        summary = worker.summary
         summary.cohorts_resumed, summary.notes = len(job.done), [*job.notes, *job.changes]
-        features = _exemplar_features(job, cache or default_cache()) if pending else {}
-        if pending:
-            _fit_preview(job, progress)
-        progress.begin(job.images, job.images - sum(cohort.count for cohort in pending))
-
-        def make(cohort: Cohort, claim: int) -> bool:
-            images, rows = _make(job.of(cohort), cohort, features, progress, summary, claims.beat)
-            if not claims.still_mine(cohort.key, claim):
-                return False  # this process was silent for so long that another took the cohort over
-            job.directory.commit(cohort, images, rows, job.schema)
-            summary.cohorts_done += 1
-            made.append(cohort.count)
-            return True
-
-        made: list[int] = []
+        worker.progress.begin(job.images, job.images - sum(cohort.count for cohort in pending))
         try:
-            failures = work(job, claims, pending, make, progress)
+            failures = work(job, worker.claims, pending, worker.make, worker.progress)
         finally:
-            progress.end()
+            worker.progress.end()
         summary.failures = [failures[cohort.key] for cohort in job.cohorts if cohort.key in failures]
         summary.cohorts_failed = len(summary.failures)
         summary.cohorts_elsewhere = len(pending) - summary.cohorts_done - summary.cohorts_failed
-        summary.images_per_second = sum(made) / summary.seconds if made and summary.seconds else None
+        summary.images_per_second = worker.made / summary.seconds if worker.made and summary.seconds else None
         with job.directory.lock():
             summary.images = finish(job)
     return summary
+
+
+class Worker:
+    """One of the processes that make a run's cohorts; at work inside a `with` block.
+
+    Args:
+        job, progress, cache: As for `run`.
+
+    Attributes:
+        claims: Who makes what.
+        summary: What this process has done.
+        made: How many images it has made.
+    """
+
+    def __init__(self, job: Job, progress: Progress | None = None, cache: Path | None = None) -> None:
+        self.job, self.progress, self._cache = job, progress or Progress(), cache or default_cache()
+        self.claims, self.summary, self.made = claims_of(job), RunSummary(job.directory.path), 0
+        self._features: dict[str, dict[View, Tensor]] | None = None
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Worker:
+        with ExitStack() as stack:
+            stack.enter_context(full_disk_told(self.job.directory.path))
+            stack.enter_context(at_work(self.job, self.claims, lambda alone: _write_request(self.job, alone)))
+            stack.enter_context(same_arithmetic(self.job.threads))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def make(self, cohort: Cohort, claim: int) -> bool:
+        """Makes and commits a cohort that is claimed; False where the claim was lost meanwhile.
+
+        Raises:
+            RunError: It can't be made.
+        """
+        if self._features is None:
+            self._features = _exemplar_features(self.job, self._cache)
+            _fit_preview(self.job, self.progress)
+        images, rows = _make(self.job.of(cohort), cohort, self._features, self.progress, self.summary, self.claims.beat)
+        if not self.claims.still_mine(cohort.key, claim):
+            return False  # this process was silent for so long that another took the cohort over
+        self.job.directory.commit(cohort, images, rows, self.job.schema)
+        self.summary.cohorts_done += 1
+        self.made += cohort.count
+        return True
+
+    def make_one(self, place: int) -> None:
+        """Makes the cohort at a place of the plan, unless it is there or another process makes it."""
+        cohort = self.job.cohorts[place]
+        if not self.job.directory.is_marked(cohort):
+            work(self.job, self.claims, [cohort], self.make, self.progress, wait=False)
 
 
 def cohort_again(job: Job, cohort: Cohort, cache: Path) -> tuple[list[bytes], list[dict[str, Any]]]:
@@ -208,13 +247,30 @@ def _fit_preview(job: Job, progress: Progress) -> None:
         return
     if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.terms)):
         return
-    each = max(1, _FITTED // len(job.exemplars.classes))
-    explained = job.denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))
+    explained = _shared_preview(job, job.denoiser)
     if not explained > _EXPLAINED:
         progress.note(
             f"note: the linear preview explains {explained:.0%} of the exemplars' colours, so guidance sees little; "
             "guidance.chamfer.reduce=1 looks through the decoder"
         )
+
+
+def _shared_preview(job: Job, denoiser: LatentDenoiser) -> float:
+    """The share of colours that the preview explains; it is fitted by the first of many processes, and read by the others."""
+    assert job.exemplars is not None
+    file = job.directory.own / "preview.safetensors"
+    about = {key: job.provenance[key] for key in CONTENTS}
+    with job.directory.lock():
+        with suppress(RequestError):
+            settings, tensors = unseal(file, _PREVIEW, 1, field="out", remedy="")
+            if settings["of"] == about:
+                denoiser.linear_preview = tensors["weight"]
+                return float(settings["explained"])
+        each = max(1, _FITTED // len(job.exemplars.classes))
+        explained = denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))
+        assert denoiser.linear_preview is not None
+        write_atomically(file, seal(_PREVIEW, 1, {"of": about, "explained": explained}, {"weight": denoiser.linear_preview}))
+    return explained
 
 
 def _make(

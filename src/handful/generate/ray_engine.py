@@ -1,0 +1,117 @@
+"""`--engine ray`: cohorts are mapped by Ray Data over a pool of actors, which share a run as any other processes do.
+
+Each actor loads the model once, claims the cohorts that it is given and writes them itself; the driver checks the request
+before, and writes what sums the run up after. An actor or node that dies loses at most its cohort: Ray gives it to another
+one, which takes the claim over. The run directory must be on a file system that all nodes see.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from handful.errors import RequestError, RunError
+from handful.generate.job import Job, prepare
+from handful.generate.run import RunSummary, Worker, run
+from handful.recipe.schema import Recipe
+from handful.runs.progress import Progress
+
+_BLOCKS = 2000  # a block is what is tried again together
+
+
+class CohortActor:
+    """An actor: one of the processes that work on a run.
+
+    Args:
+        recipe, out, allow_version_change: As for `prepare`.
+    """
+
+    def __init__(self, recipe: Recipe, out: str, allow_version_change: bool) -> None:
+        self.worker = Worker(prepare(recipe, out, allow_version_change=allow_version_change)).__enter__()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Makes the cohorts at some places of the plan, unless others make them."""
+        for place in batch["id"].tolist():
+            self.worker.make_one(int(place))
+        return batch
+
+
+def run_by_ray(
+    job: Job,
+    recipe: Recipe,
+    workers: int,
+    progress: Progress | None = None,
+    *,
+    address: str | None = None,
+    gpus: float | None = None,
+    allow_version_change: bool = False,
+) -> RunSummary:
+    """Runs a job by Ray.
+
+    Args:
+        job: From `prepare`, for what it has checked.
+        recipe: What it was prepared from.
+        workers: At most so many actors.
+        progress: Is told when all is done.
+        address: Of a Ray cluster; None: one that this process is connected to, else one of this machine alone.
+        gpus: Of each actor, a fraction too; None: one where the job computes on CUDA.
+
+    Raises:
+        RequestError: Ray is not installed, or no cluster answers at the address.
+        RunError: As `run`.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise RequestError("--engine", "ray", "Ray is not installed", "pip install 'handful[ray]'") from None
+    progress = progress or Progress()
+    started = not ray.is_initialized()
+    if started:
+        try:
+            _knock(address)
+            ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+        except (OSError, ValueError, RuntimeError) as error:
+            told = str(error).splitlines()[0]
+            raise RequestError("--ray-address", address, f"no Ray answers ({told})", "Start one: ray start --head.") from None
+    began = time.perf_counter()
+    try:
+        pending = [place for place, cohort in enumerate(job.cohorts) if cohort.key not in job.done]
+        if pending:
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.max_errored_blocks = -1  # what a dead node leaves is made at the end
+            options = {"num_gpus": (1 if gpus is None else gpus) if job.device.type == "cuda" else 0, "num_cpus": 1}
+            places = ray.data.from_items([{"id": place} for place in pending], override_num_blocks=min(len(pending), _BLOCKS))
+            mapped = places.map_batches(
+                CohortActor,
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
+                fn_constructor_args=(recipe, str(Path(job.directory.path)), allow_version_change),
+                **options,
+            )
+            mapped.materialize()
+    except ray.exceptions.RayError as error:
+        raise RunError(f"Ray: {str(error).splitlines()[0]}") from error
+    finally:
+        if started:
+            ray.shutdown()
+    # What is left where nodes died is made here; then, or at once, what sums the run up is written.
+    summary = run(prepare(recipe, job.directory.path, allow_version_change=allow_version_change), progress)
+    summary.seconds = time.perf_counter() - began
+    summary.cohorts_resumed = len(job.done)
+    summary.cohorts_done = len(job.cohorts) - len(job.done) - summary.cohorts_failed
+    return summary
+
+
+def _knock(address: str | None) -> None:
+    """Ray itself tries for minutes where nobody listens.
+
+    Raises:
+        OSError: Nobody does.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host or "127.0.0.1", int(port)), timeout=5).close()

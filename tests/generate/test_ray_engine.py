@@ -1,0 +1,57 @@
+"""Ray maps cohorts over actors on two real nodes; one that is killed loses nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.runs import contents, tiny_recipe
+
+import handful
+from handful.errors import RequestError
+from handful.generate.job import prepare
+from handful.generate.ray_engine import run_by_ray
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.mark.slow
+def test_two_nodes_of_which_one_is_killed_make_the_bytes_of_one_process(
+    tiny_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(handful.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    )
+    recipe = tiny_recipe(tiny_model(2), per_class=16, cohort=1, sampler={"steps": 12})
+    handful.generate(recipe, tmp_path / "one")
+    out = tmp_path / "ray"
+    job = prepare(recipe, out)
+    with pytest.raises(RequestError, match="no Ray answers"):
+        run_by_ray(job, recipe, 2, address="127.0.0.1:1")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    doomed = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+
+    def kill_one() -> None:
+        while len(job.directory.marked()) < 3:
+            time.sleep(0.05)
+        cluster.remove_node(doomed, allow_graceful=False)
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    try:
+        summary = run_by_ray(job, recipe, 2)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    killer.join(10)
+    assert not killer.is_alive()
+    assert (summary.images, summary.cohorts_done, summary.failures) == (32, 32, [])
+    assert contents(out) == contents(tmp_path / "one")
