@@ -366,19 +366,22 @@ def _class_features(exemplars: Exemplars, name: str, extractor: Extractor, cache
     kept = None if file is None else _load(file, key, len(exemplars.images[name]))
     if file is None or kept is not None:
         return _extract(exemplars.images[name], extractor, batch) if kept is None else kept
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with held(file.parent / ".lock"):  # of many processes the first one computes; the others wait, and read
-            kept = _load(file, key, len(exemplars.images[name]))
-            if kept is None:
-                kept = _extract(exemplars.images[name], extractor, batch)
-                write_atomically(file, save({"features": kept}, {"key": key, "sha256": _checksum(kept)}))
-    except OSError as error:
-        if Path(str(cache)) not in _warned:
-            _warned.add(Path(str(cache)))
-            text = f"The cache {cache} cannot be written ({error.strerror or error}): features are computed each time."
-            warning.warn(text, RuntimeWarning, stacklevel=4)
-    return _extract(exemplars.images[name], extractor, batch) if kept is None else kept
+    lock = Path(tempfile.gettempdir()) / f"handful-{key[:32]}.lock"
+    with held(lock):  # of many processes on a machine the first one computes; the others wait, and read
+        kept = _load(file, key, len(exemplars.images[name]))
+        if kept is not None:
+            return kept
+        features = _extract(exemplars.images[name], extractor, batch)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, save({"features": features}, {"key": key, "sha256": _checksum(features)}))
+        except OSError as error:
+            if Path(str(cache)) not in _warned:
+                _warned.add(Path(str(cache)))
+                text = f"The cache {cache} cannot be written ({error.strerror or error}): features are computed each time."
+                warning.warn(text, RuntimeWarning, stacklevel=4)
+        lock.unlink(missing_ok=True)
+    return features
 
 
 def _load(file: Path, key: str, count: int) -> Tensor | None:
