@@ -28,8 +28,8 @@ from handful.recipe.schema import Recipe, recipe_from
 
 
 def sums(out: Path) -> dict[str, str]:
-    """SHA-256 of every file, but the lock's."""
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "lock"]
+    """SHA-256 of every file, but the lock's and the card's, which names its folder."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("lock", "README.md")]
     return {str(path.relative_to(out)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

@@ -26,6 +26,6 @@ def tiny_recipe(name: str, **changes: Any) -> Recipe:
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    """Every file of a run directory, but the lock (which is empty)."""
-    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != "lock"]
+    """Every file of a run directory, but the lock (which is empty) and the card (which names its folder)."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name not in ("lock", "README.md")]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
