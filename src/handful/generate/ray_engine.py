@@ -7,6 +7,7 @@ one, which takes the claim over. The run directory must be on a file system that
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from pathlib import Path
@@ -65,6 +66,7 @@ def run_by_ray(
     try:
         import ray
         import ray.data
+        from ray.exceptions import RayError
     except ImportError:
         raise RequestError("--engine", "ray", "Ray is not installed", "pip install 'handful[ray]'") from None
     progress = progress or Progress()
@@ -72,7 +74,7 @@ def run_by_ray(
     if started:
         try:
             _knock(address)
-            ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             told = str(error).splitlines()[0]
             raise RequestError("--ray-address", address, f"no Ray answers ({told})", "Start one: ray start --head.") from None
@@ -93,7 +95,7 @@ def run_by_ray(
                 **options,
             )
             mapped.materialize()
-    except ray.exceptions.RayError as error:
+    except RayError as error:
         raise RunError(f"Ray: {str(error).splitlines()[0]}") from error
     finally:
         if started:
