@@ -20,7 +20,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
-demo: $(READY)  ## the main job on the packaged digits: exemplars, baselines, guided sets, table, pictures
+demo: $(READY)  ## a published model and other people's digits: what a handful is worth, table, pictures
 	$(BIN)/handful demo $(ARGS)
 
 # The tests' networks are tiny: a second thread only waits, and on a busy machine holds up the first. A file's tests share

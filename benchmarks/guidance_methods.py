@@ -25,7 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import cifar10
 import yaml
 
-from handful.demo.digits import _real_images
+from handful.demo.digits import write_digits
 from handful.report.tables import print_table
 from handful.runs.progress import progress_for
 from handful.sweep import prepare_sweep, read_sweep, run_sweep
@@ -39,7 +39,7 @@ CALIBRATED: dict[str, dict[str, Any]] = {"digits": {"softplus": 3.0}, "cifar10":
 
 def digits(out: Path) -> dict[str, Any]:
     """The request on the packaged digits."""
-    _real_images(out)
+    write_digits(out)
     chamfer = {"method": "chamfer", "features": "pixels", "jacobian": "gaussian", "every": 1}
     k = [2, 4, 8, 16, 32]
     return {

@@ -1,6 +1,6 @@
 """Draws the README's picture from a finished demo: exemplars and three methods, a line each, for a few classes.
 
-python tools/readme_picture.py demo docs/digits.png
+python tools/readme_picture.py demo-digits docs/digits.png
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def strip(images: torch.Tensor) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("demo", type=Path, help="directory of a finished handful demo")
+    parser.add_argument("demo", type=Path, help="directory of a finished handful demo --model digits")
     parser.add_argument("out", type=Path, help="PNG to write")
     args = parser.parse_args()
     drawn = Exemplars.from_folder(args.demo / "real-train", channels=1, size=(8, 8), k=32, seed=0).images

@@ -73,9 +73,7 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Say = lam
     check_size(seeds, per_class)
     out = Path(out)
     rows = begin(out, {"demo": "digits", "per_class": per_class})
-    split, pool = load_digits_split(), out / "real-train"
-    write_real(pool, split.train_images, split.train_labels, CLASSES)
-    write_real(out / "real-held-out", split.test_images, split.test_labels, CLASSES)
+    pool = write_digits(out)
     held_out = read_folder(out / "real-held-out", channels=1, size=SIZE)
 
     def drawn(k: int, seed: int) -> dict[str, torch.Tensor]:
@@ -94,6 +92,14 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Say = lam
         rows = made.run(out, rows, seeds, say)
     contact_sheet(drawn(HEADLINE.k, 0), made.made(out, HEADLINE).by_class(), out / "contact_sheet.png")
     return rows
+
+
+def write_digits(out: Path) -> Path:
+    """Writes the real digits to `out`/real-train, which it returns, and `out`/real-held-out."""
+    split, pool = load_digits_split(), out / "real-train"
+    write_real(pool, split.train_images, split.train_labels, CLASSES)
+    write_real(out / "real-held-out", split.test_images, split.test_labels, CLASSES)
+    return pool
 
 
 @contextmanager

@@ -78,10 +78,10 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 32, say: Say = lam
     check_size(seeds, per_class)
     out = Path(out)
     rows = begin(out, {"demo": "mnist", "per_class": per_class})
-    split, pool = load_uci_split(), out / "real-pool"
+    split, pool = load_uci_split(), out / "real-train"
     write_real(pool, split.train_images, split.train_labels, CLASSES)
-    write_real(out / "real-test", split.test_images, split.test_labels, CLASSES)
-    test = read_folder(out / "real-test", channels=1, size=SIZE)
+    write_real(out / "real-held-out", split.test_images, split.test_labels, CLASSES)
+    test = read_folder(out / "real-held-out", channels=1, size=SIZE)
     referee = Referee(test, load_extractor("uci-judge"), classes=CLASSES)
 
     @cache
