@@ -25,7 +25,8 @@ from handful.runs.contact_sheet import contact_sheet
 from handful.zoo.mnist import CLASSES, SIZE, load_uci_split
 
 KS = (2, 4, 16)
-STEPS, SHARE = 150, 0.25  # of a training; of the exemplars in a batch beside a synthetic set
+STEPS = 150  # of a training
+EQUAL = 6  # so many exemplars of a class make half of a batch beside a synthetic set: k make k / (k + 6)
 METHODS: dict[str, Row] = {
     "none": {"guidance": []},
     "cfg": {"guidance": [{"method": "cfg"}]},
@@ -49,9 +50,10 @@ COLUMNS = {
 }
 NOTES = (
     "exemplars, synthetic, both: accuracy on 897 real test digits of a small classifier trained on the k exemplars of each",
-    "class alone, on the synthetic set alone, and on both (a quarter of each batch exemplars), augmented alike.",
+    "class alone, on the synthetic set alone, and on both (k / (k + 6) of each batch exemplars), augmented alike.",
     "precision, coverage: by a classifier of real UCI digits; rob.: after mild transforms of real and generated images alike.",
     "copied: share nearer to an exemplar than 99 % of real test digits are.  seconds: of sampling.",
+    "contact_sheet.png: the exemplars of k = 2, and below them three noises, each made by " + ", ".join(METHODS) + ".",
 )
 
 
@@ -117,13 +119,14 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 32, say: Say = lam
 
 
 def _utility(sets: list[dict[str, Tensor]], test: LabelledImages, seed: int) -> float:
-    """Accuracy on the test after training on a set, or on two of which the second is `SHARE` of each batch."""
+    """Accuracy on the test after training on a set, or on two, of which the second holds the exemplars (see `EQUAL`)."""
     images = torch.cat([images for each in sets for images in each.values()])
     labels = torch.tensor([CLASSES.index(name) for each in sets for name, images in each.items() for _ in images])
     weights = None
     if len(sets) == 2:
         first, second = (sum(map(len, each.values())) for each in sets)
-        weights = torch.cat([torch.full((first,), (1 - SHARE) / first), torch.full((second,), SHARE / second)])
+        share = second / (second + EQUAL * len(CLASSES))
+        weights = torch.cat([torch.full((first,), (1 - share) / first), torch.full((second,), share / second)])
     network = train_classifier(
         images, labels, len(CLASSES), network=LightClassifier, steps=STEPS, augment=stroke_view, seed=seed, weights=weights
     )
