@@ -117,6 +117,9 @@ def headings() -> dict[str, str]:
     return {metric.name: metric.heading for metric in METRICS if metric.compared}
 
 
+PER_IMAGE = ("judge_accuracy", "copied", "clip_score")  # means of what each image has: features alone do not give them
+
+
 def chosen(extra: Iterable[str] = ()) -> list[Metric]:
     """The usual metrics, and those that are asked for by name, in the table's order.
 
