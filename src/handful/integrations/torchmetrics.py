@@ -47,9 +47,13 @@ class SetMetric(Metric):
             raise RequestError("name", name, "there is no such metric of features", did_you_mean(name, known, "Metrics"))
         self.metric = next(metric for metric in catalogue.METRICS if metric.name == name)
         self.extractor, self.neighbours = extractor, neighbours
-        self.higher_is_better = not self.metric.lower_is_better
         for state in ("real", "generated"):
             self.add_state(state, default=[], dist_reduce_fx="cat")
+
+    @property
+    def higher_is_better(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Which direction is better."""
+        return not self.metric.lower_is_better
 
     @torch.no_grad()
     def update(self, images: Tensor, real: bool) -> None:
