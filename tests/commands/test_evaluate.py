@@ -199,3 +199,21 @@ def test_a_table_is_aligned_and_never_cut(capsys):
         "b            12.000",
         "a note",
     ]
+
+
+def test_a_file_that_could_not_be_written_is_refused_before_anything_is_judged(folders, tmp_path, capsys):
+    made, real = folders
+    asked = ("evaluate", made, "--real", real, "--judge", "no-such-judge", "--save-json")
+    assert handful(*asked, tmp_path / "no" / "x.json") == 2
+    assert "there is no folder" in capsys.readouterr().err
+    assert handful(*asked, tmp_path) == 2
+    assert "this is a folder" in capsys.readouterr().err
+
+
+def test_former_option_names_go_on_working_with_a_note(folders, capsys):
+    made, real = folders
+    assert handful("evaluate", made, "--real", real, "--features", "pixels", "--k", 3, "--no-audit", "--json") == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["k"] == 3
+    assert "--features is called --judge now" in said.err
+    assert handful("evaluate", made, "--real", real, "--features", "pixels", "--judge", "pixels") == 2
