@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handful import console
-from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed, loading
+from handful.commands.shared import (
+    ClassNames,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    NullClass,
+    Quiet,
+    TrustPickle,
+    listed,
+    loading,
+    lora_option,
+)
 from handful.errors import RequestError
 from handful.guidance import METHODS
 
@@ -74,6 +86,14 @@ def generate(
     template: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="Add a LoRA to the model; may be repeated.  [weight 1]")
+    ] = None,
+    embedding: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD=FILE", help="Teach a text model a word (textual inversion); may be repeated."),
+    ] = None,
+    vae: Annotated[str | None, typer.Option(metavar="DIR", help="Another autoencoder for a model of latents.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_pickle: TrustPickle = False,
@@ -130,6 +150,9 @@ def generate(
         "model.null_class": null_class,
         "model.classes": listed(class_names),
         "model.template": template,
+        "model.lora": [lora_option(one) for one in lora] if lora else None,
+        "model.embeddings": dict(one.partition("=")[::2] for one in embedding) if embedding else None,
+        "model.vae": vae,
         "model.dtype": dtype,
         "model.trust_pickle": trust_pickle or None,
         "model.device": device,

@@ -32,6 +32,15 @@ def loading(what: str, quiet: bool = False) -> None:
         print(f"loading torch{f' and {what}' if what else ''} ...", file=sys.stderr)
 
 
+def lora_option(text: str) -> dict[str, str | float]:
+    """`FILE:0.8` -> its path and weight; a file's own name may hold colons."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return {"path": path, "weight": float(weight)} if path else {"path": text}
+    except ValueError:
+        return {"path": text}
+
+
 def listed(text: str | None) -> list[str] | None:
     """ "a, b" -> ["a", "b"], and '"a, b", c' -> ["a, b", "c"]; None stays None."""
     return None if text is None else [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]

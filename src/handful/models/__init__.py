@@ -118,9 +118,24 @@ def _found(
             "Give a directory that diffusers wrote, a checkpoint file, a hub name such as org/model, or one of: "
             f"{', '.join(ZOO)}.",
         )
+    source = replace(source, parts={name: _part(options, name) for name in ("vae", "scheduler") if getattr(options, name)})
     family = family_of(source)
     check_components(source, options)
     return source, options, _family(family)
+
+
+def _part(options: ModelOptions, name: str) -> Source:
+    """Where another autoencoder or scheduler lies.
+
+    Raises:
+        RequestError: If there is no such thing.
+    """
+    given, file = str(getattr(options, name)), "scheduler_config.json" if name == "scheduler" else "config.json"
+    found = find_source(given)
+    if found is None or found.file is not None or not (found.read_json(file) or found.read_json(f"{name}/{file}")):
+        problem = f"there is no {file} in it, or it is no directory and no hub name"
+        raise RequestError(f"model.{name}", given, problem, f"Give the directory of a {name} as diffusers saves it.")
+    return found
 
 
 def family_of(source: Source) -> str:

@@ -18,7 +18,7 @@ from handful.models.pipelines import component_on_meta, load_pipeline, on_meta, 
 from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 
-UNUSED = ("negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
+UNUSED = ("lora", "embeddings", "negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
 
 
 class DiTDenoiser(LatentDenoiser):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ def configs_of(source: Source, options: ModelOptions, kind: str) -> Source:
             f"'{source.name}' is the transformer of a {kind}, and there is no such pipeline",
             "Give config: the pipeline's directory or hub name.",
         )
-    return found
+    return replace(found, parts=source.parts)
 
 
 def refuse_missing(name: str, pipeline: Mapping[str, Any], needed: tuple[str, ...]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +25,10 @@ class ModelOptions:
         embedded_guidance: What a guidance-distilled network (Flux) is told as its scale.
         without: Components of a pipeline not to load, such as text_encoder_3.
         preview_decoder: A tiny autoencoder (diffusers' AutoencoderTiny) that guidance decodes with, by directory or hub name.
+        lora: Additions to the networks, each a file and its weight: merged into the weights, so part of the model's digest.
+        embeddings: Textual inversion: words and the file of each one's embedding.
+        vae: Another autoencoder, by directory or hub name.
+        scheduler: Another scheduler's levels: a directory or hub name with a scheduler_config.json.
         config: For a single file: the directory or hub name with the pipeline's configs.
         revision: Of a hub name; None takes main.
         variant: Of the weight files, such as fp16.
@@ -38,10 +43,17 @@ class ModelOptions:
     embedded_guidance: float = 3.5
     without: tuple[str, ...] = ()
     preview_decoder: str | Path | None = None
+    lora: Sequence[Any] = ()  # (path, weight), or what has these as attributes
+    embeddings: Mapping[str, str] | None = None
+    vae: str | Path | None = None
+    scheduler: str | Path | None = None
     config: str | Path | None = None
     revision: str | None = None
     variant: str | None = None
     trust_pickle: bool = False
+
+
+ADAPTERS = ("lora", "embeddings", "vae", "scheduler")  # what changes a pipeline's parts
 
 
 def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from handful.errors import RequestError, first_line
@@ -95,6 +97,7 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
     words: dict[str, Any] = {"torch_dtype": options.dtype} if options.dtype else {}
     words |= dict.fromkeys(options.without)
     words |= {} if transformer is None else {"transformer": transformer}
+    words |= _other_parts(source, options)
     if kind == "StableDiffusionPipeline":
         words |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
@@ -111,7 +114,89 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
     for name, part in pipeline.components.items():
         if isinstance(part, nn.Module):
             _refuse_lacking(part, "model", source.name, f" of its {name}")
+    add_to(pipeline, options)
     return pipeline
+
+
+def _other_parts(source: Source, options: ModelOptions) -> dict[str, Any]:
+    """The autoencoder and the scheduler that stand in for the pipeline's own."""
+    import diffusers
+
+    made: dict[str, Any] = {}
+    if (there := source.parts.get("vae")) is not None:
+        inside = "" if there.read_json("config.json") else "vae"
+        made["vae"] = load_component(there, options, inside, str(source.config("vae").get("_class_name", "AutoencoderKL")))
+    if "scheduler" in source.parts:
+        config = source.scheduler()
+        cls: Any = getattr(diffusers, str(config.get("_class_name")), None)
+        if cls is None:
+            raise RequestError("model.scheduler", options.scheduler, "diffusers has no such scheduler", "Give another.")
+        made["scheduler"] = cls.from_config(config)
+    return made
+
+
+def add_to(pipeline: Any, options: ModelOptions) -> None:
+    """Merges LoRAs into a pipeline's networks, and teaches its text encoders new words.
+
+    Raises:
+        RequestError: If a file can't be read, or does not fit this model.
+    """
+    for given in options.lora:
+        path, weight = given if isinstance(given, tuple) else (given.path, given.weight)
+        _merge_lora(pipeline, Path(path).expanduser(), float(weight))
+    for word, path in (options.embeddings or {}).items():
+        _teach(pipeline, word, Path(path).expanduser())
+
+
+def _merge_lora(pipeline: Any, path: Path, weight: float) -> None:
+    file = path / "pytorch_lora_weights.safetensors" if path.is_dir() else path
+    kind = type(pipeline).__name__
+    if not file.is_file() or file.suffix != ".safetensors":
+        problem = "there is no such file, or it is no .safetensors"
+        raise RequestError("model.lora", str(path), problem, "Give the file of a LoRA, FILE.safetensors.")
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise RequestError("model.lora", str(path), f"diffusers adds no LoRA to a {kind}", "Leave it out.")
+    if importlib.util.find_spec("peft") is None:
+        raise RequestError("model.lora", str(path), "diffusers needs the package peft for it", "Install it: pip install peft.")
+    before = _sums(pipeline)
+    try:
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name="handful")
+        pipeline.fuse_lora(lora_scale=weight, adapter_names=["handful"])
+        pipeline.unload_lora_weights()
+    except Exception as error:  # diffusers and peft raise many kinds for what does not fit
+        problem = f"it does not fit this {kind} ({first_line(error)})"
+        raise RequestError("model.lora", str(path), problem, "Give the LoRA's own base model, or leave it out.") from error
+    if weight and _sums(pipeline) == before:
+        problem = f"nothing in it belongs to a part of this {kind}"
+        raise RequestError("model.lora", str(path), problem, "Give the LoRA's own base model, or leave it out.")
+
+
+def _sums(pipeline: Any) -> list[float]:
+    """Of each parameter of the pipeline: a LoRA that fits changes some."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return [float(each.detach().double().sum()) for network in networks for each in network.parameters()]
+
+
+def _teach(pipeline: Any, word: str, path: Path) -> None:
+    if not path.is_file() or path.suffix != ".safetensors":
+        problem = "there is no such file, or it is no .safetensors"
+        raise RequestError("model.embeddings", str(path), problem, "Give WORD: FILE.safetensors, of textual inversion.")
+    if not hasattr(pipeline, "load_textual_inversion"):
+        problem = f"diffusers teaches a {type(pipeline).__name__} no words"
+        raise RequestError("model.embeddings", word, problem, "Leave it out.")
+    try:
+        held: Any = load_file(path)
+        if "clip_l" in held and "clip_g" in held:  # of SDXL's two encoders
+            for key, number in (("clip_l", ""), ("clip_g", "_2")):
+                parts = {"text_encoder": getattr(pipeline, f"text_encoder{number}")}
+                parts |= {"tokenizer": getattr(pipeline, f"tokenizer{number}")}
+                pipeline.load_textual_inversion(held[key], token=word, **parts)
+        else:
+            pipeline.load_textual_inversion(held, token=word)
+    except Exception as error:
+        problem = f"it does not fit this {type(pipeline).__name__} ({first_line(error)})"
+        remedy = "Give one of this model's text encoders, and a word that its tokenizer does not know yet."
+        raise RequestError("model.embeddings", f"{word}: {path}", problem, remedy) from error
 
 
 def load_component(source: Source, options: ModelOptions, part: str, kind: str) -> nn.Module:

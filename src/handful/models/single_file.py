@@ -50,7 +50,7 @@ def identified(source: Source, options: ModelOptions) -> tuple[str, Source, Mode
         return kind, source, options
     name = str(options.config or default_config(shapes))
     folder = Path(name).expanduser()
-    configs = Source(name, folder=folder) if folder.is_dir() else Source(name)
+    configs = Source(name, folder=folder if folder.is_dir() else None, parts=source.parts)
     try:
         found = configs.read_json("model_index.json")
     except (RequestError, ValueError) as error:  # ValueError: the hub's client, for what can't be a name there

@@ -27,6 +27,7 @@ class Source:
         folder: A local directory; None for a hub name or configs alone.
         file: A single file of weights; None otherwise.
         revision: Of a hub name.
+        parts: Where a part lies instead, by its name: `vae`, `scheduler`.
         configs: Configs known without any file, by their path in the model: `{"unet/config.json": {...}}`.
     """
 
@@ -35,6 +36,7 @@ class Source:
     file: Path | None = None
     revision: str | None = None
     configs: Mapping[str, Mapping[str, Any]] | None = field(default=None, compare=False)
+    parts: Mapping[str, Source] = field(default_factory=dict, compare=False)
 
     def read_json(self, path: str) -> dict[str, Any] | None:
         """A small file of the model; None if it has none of that name.
@@ -42,6 +44,10 @@ class Source:
         Raises:
             RequestError: If it is damaged, or the hub and its cache don't have the model.
         """
+        part, _, file = path.partition("/")
+        if part in self.parts and file:
+            there = self.parts[part]
+            return there.read_json(file) or there.read_json(path)
         if self.configs is not None:
             held = self.configs.get(path)
             return None if held is None else dict(held)

@@ -22,7 +22,7 @@ from handful.models.schedulers import schedule_of
 from handful.models.source import Source
 from handful.zoo import ZOO
 
-UNUSED = ("negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
+UNUSED = ("lora", "embeddings", "vae", "negative_prompt", "embedded_guidance", "without", "config", "trust_pickle")
 AUTOENCODERS = ("vae", "vqvae")
 
 

@@ -123,7 +123,12 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
             model["name"] = _absolute(path, base) + colon + function
         else:
             model["name"] = _absolute(model["name"], base, only_existing=True)
-    for key in ("config", "preview_decoder"):
+    for one in model.get("lora") or () if isinstance(model, dict) else ():
+        if isinstance(one, dict) and isinstance(one.get("path"), str):
+            one["path"] = _absolute(one["path"], base)
+    if isinstance(model, dict) and isinstance(words := model.get("embeddings"), dict):
+        model["embeddings"] = {word: _absolute(file, base) for word, file in words.items() if isinstance(file, str)}
+    for key in ("config", "preview_decoder", "vae", "scheduler"):
         if isinstance(model, dict) and isinstance(model.get(key), str):
             model[key] = _absolute(model[key], base, only_existing=True)
     if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):

@@ -88,6 +88,18 @@ _IMAGE: dict[str, JsonValue] = {
 _DEVICE: dict[str, JsonValue] = {"problem": "there is no such device", "remedy": "Choose auto, cpu, cuda, cuda:N or mps."}
 
 
+class LoraRequest(Request):
+    """An addition to a model's networks, merged into them.
+
+    Attributes:
+        path: FILE.safetensors, or the directory that a training wrote it to.
+        weight: How much of it.
+    """
+
+    path: Annotated[str, Field(min_length=1)]
+    weight: float = 1.0
+
+
 class ModelRequest(Request):
     """Which pretrained model, what it is told, and how it is run.
 
@@ -104,6 +116,9 @@ class ModelRequest(Request):
         embedded_guidance: What a guidance-distilled model (Flux) is told as its scale.
         without: Components of a pipeline not to load, such as text_encoder_3.
         preview_decoder: A tiny autoencoder that guidance decodes with where `reduce` is below the latents' factor.
+        lora: Additions to the networks, by file and weight.
+        embeddings: Textual inversion: words, and the file of each one's embedding.
+        vae, scheduler: Another autoencoder, and another scheduler's levels, by directory or hub name.
         config: For a single file: the directory or hub name with the pipeline's configs.
         revision, variant: Of a hub name; of the weight files.
         trust_pickle: Run the code in a pickled network.
@@ -126,6 +141,10 @@ class ModelRequest(Request):
     embedded_guidance: Weight = 3.5
     without: tuple[str, ...] = ()
     preview_decoder: Annotated[str, Field(min_length=1)] | None = None
+    lora: tuple[LoraRequest, ...] = ()
+    embeddings: dict[str, str] | None = None
+    vae: Annotated[str, Field(min_length=1)] | None = None
+    scheduler: Annotated[str, Field(min_length=1)] | None = None
     config: Annotated[str, Field(min_length=1)] | None = None
     revision: str | None = None
     variant: str | None = None
