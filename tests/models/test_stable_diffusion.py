@@ -360,7 +360,6 @@ def refused(folder: Path, problem: str, **words: Any) -> None:
     ("config", "problem"),
     [
         ({"in_channels": 9}, r"^model: .*9 channels and its latents have 4.*inpainting"),
-        ({"time_cond_proj_dim": 8}, r"^model: .*told a guidance scale.*\(time_cond_proj_dim 8\)"),
         ({"num_class_embeds": 5}, r"^model: .*told a class or a level of noise"),
         ({"addition_embed_type": "text", "addition_embed_type_num_heads": 2}, r"^model: .*addition_embed_type text"),
     ],

@@ -77,7 +77,7 @@ def generate(
         str | None, typer.Option(metavar="FILE", help="What handful invert wrote, for inversion guidance.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
-    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
+    sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm, heun or lcm.  [dpmpp_2m]", metavar="NAME")] = None,
     cohort: Annotated[int | None, typer.Option(help="Images guided together.  [64]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,

@@ -123,6 +123,38 @@ def ddpm(
     return x
 
 
+def lcm(
+    denoiser: Denoiser,
+    x: Tensor,
+    levels: Levels,
+    condition: Condition,
+    *,
+    noise: Noise,
+    recurrence: int = 1,
+    each: Each | None = None,
+) -> Tensor:
+    """Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1; latent consistency models, Luo et al.
+    2023, arXiv 2310.04378, algorithm 3): each estimate is noised afresh to the next level. For networks distilled to it.
+
+    Args:
+        noise: Draws fresh noise.
+        recurrence: As for `ddim`.
+    """
+    for index, (t, s) in enumerate(levels.pairs()):
+        for more in reversed(range(recurrence)):
+            x = denoiser.enter(x, levels, index, condition)
+            x0 = denoiser(x, t, condition)
+            x = s.alpha * x0
+            if s.sigma > 0:
+                x = x + s.sigma * _drawn(noise)
+            x = denoiser.leave(x, levels, index)
+            if more:
+                x = _noised_again(x, s, t, _drawn(noise))
+        if each:
+            each(index, x0)
+    return x
+
+
 def heun(denoiser: Denoiser, x: Tensor, levels: Levels, condition: Condition, *, each: Each | None = None) -> Tensor:
     """Heun's second-order method (Karras et al. 2022, algorithm 1, without churn): two evaluations a step.
 
@@ -185,5 +217,5 @@ def _drawn(noise: Noise | None) -> Tensor:
     return noise()
 
 
-SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpmpp_2m": dpmpp_2m}
-STOCHASTIC = ("ddim", "ddpm")  # those that take `noise`
+SAMPLERS = {"ddim": ddim, "ddpm": ddpm, "heun": heun, "dpmpp_2m": dpmpp_2m, "lcm": lcm}
+STOCHASTIC = ("ddim", "ddpm", "lcm")  # those that take `noise`

@@ -42,6 +42,7 @@ from handful.runs.run_directory import RunDirectory
 from handful.runs.writers import Writer, check_class_names
 
 GROWING = ("classes", "per_class", "counts")  # of a recipe: what may change while all that is there stays
+FEW_STEPS = 8  # so many or fewer are for models that were distilled to it
 _BLOCK = 4096  # bytes a small file takes on a disk
 _ROW = 1024  # more than a row of the manifest and of metadata.jsonl take, in the marker and in the final files
 
@@ -239,6 +240,12 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         inverted.check(denoiser, provenance["model_sha256"])
     prompts = list(recipe.model.prompts.values())
     told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
+    compared = any(term.scale for _, term in needing(guidance, "null condition"))
+    if denoiser.prompted and compared and settled.levels.steps <= FEW_STEPS:
+        notes.append(
+            f"guidance with a null condition at {settled.levels.steps} steps: models that were distilled for few steps "
+            "have theirs inside, and take no more of it; scale 0, or chamfer, leaves it as it is"
+        )
     notes += make_ready(denoiser, prompts, placement, settled.levels, told)
     columns = [column for each in settings for column in energy_columns(each.recipe.guidance or ()) if column]
     energies = list(dict.fromkeys(columns))

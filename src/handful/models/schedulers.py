@@ -105,7 +105,7 @@ def _with_own(schedule: Schedule, config: dict[str, Any]) -> Schedule:
 def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:
     """The levels that a scheduler of this config steps through; None for a kind without such a path."""
     kind = str(config.get("_class_name", "DDPMScheduler"))
-    known = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep")
+    known = ("DDIM", "DDPM", "EulerDiscrete", "EulerAncestralDiscrete", "DPMSolverMultistep", "LCM")
     if kind.removesuffix("Scheduler") not in known and not config.get("use_flow_sigmas"):
         return None  # others keep paths that only their own sampler walks
 
@@ -117,6 +117,9 @@ def own_path(config: dict[str, Any]) -> Callable[[int], Path] | None:
         if config.get("use_flow_sigmas"):
             # the end that some keep there is the beta schedule's least sigma / alpha, which no flow knows
             return from_flow(torch.cat([scheduler.sigmas[:-1], torch.zeros(1)]))
+        if kind == "LCMScheduler":  # whose last answer is the image itself
+            abar = torch.cat([scheduler.alphas_cumprod.double()[scheduler.timesteps.cpu()], torch.ones(1).double()])
+            return abar.sqrt(), (1 - abar).sqrt()
         if hasattr(scheduler, "sigmas"):  # Euler's are sigma / alpha, and end in 0
             return from_ratios(scheduler.sigmas)
         abar = scheduler.alphas_cumprod.double()[scheduler.timesteps.cpu()]

@@ -7,6 +7,7 @@ pooled embedding and the picture's sizes (its section 2.2). Single files of both
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,6 @@ PIPELINE, PIPELINE_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no latent depends on
 # Fields of a UNet's config that say it is told something which a prompt doesn't give.
 TOLD_MORE = {
-    "time_cond_proj_dim": "a guidance scale, as distilled consistency models are",
     "class_embed_type": "a class or a level of noise, as upscalers are",
     "num_class_embeds": "a class or a level of noise, as upscalers are",
     "encoder_hid_dim_type": "an image, by an IP-Adapter or kin",
@@ -42,6 +42,7 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
     Args:
         network: The UNet.
         vae, prediction, levels, resolution, preview_vae: As for `LatentDenoiser`.
+        embedded_guidance: The guidance scale that a network is told into which one was distilled (latent consistency models).
         prompts: Gives "text" (n, tokens, width), and for SDXL "pooled" (n, width) and "time_ids" (n, 6).
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
     """
@@ -55,10 +56,12 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
         resolution: tuple[int, int],
         prompts: Prompts,
         *,
+        embedded_guidance: float = 0.0,
         preview_vae: nn.Module | None = None,
         pipeline: Any = None,
     ) -> None:
         super().__init__(network, vae, prediction, levels, resolution, preview_vae=preview_vae)
+        self.embedded_guidance = embedded_guidance
         self.prompts, self.pipeline = prompts, pipeline
         unet: Any = network.config
         told: Any = vae.config
@@ -68,8 +71,24 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
         told, added = condition.embeddings, None
         if "pooled" in told:  # the sizes stay in float32, as the network makes sines of them
             added = {"text_embeds": told["pooled"].to(scaled), "time_ids": told["time_ids"].to(scaled.device)}
-        text = told["text"].to(scaled)
-        return self.network(scaled, time, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False)[0]
+        text, scale = told["text"].to(scaled), None
+        config: Any = self.network.config
+        if (width := config.time_cond_proj_dim) is not None:
+            scale = guidance_waves(self.embedded_guidance, width).to(scaled).expand(len(scaled), width)
+        return self.network(
+            scaled, time, timestep_cond=scale, encoder_hidden_states=text, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+def guidance_waves(scale: float, width: int) -> Tensor:
+    """A guidance scale as latent consistency models are told it, sines then cosines of 1000 (scale - 1): (1, width), float32.
+
+    Meng et al. 2023 (arXiv 2210.03142), section 3; VDM's embedding of times, as diffusers' pipeline has it.
+    """
+    half = width // 2
+    rates = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * torch.tensor([[scale - 1]], dtype=torch.float32) * rates
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))
 
 
 def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
@@ -102,6 +121,7 @@ def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
         levels,
         _resolution(unet.config, vae.config, options),
         _blank_prompts(unet.config, length),
+        embedded_guidance=options.embedded_guidance,
         preview_vae=preview_decoder(options, meta=True),
     )
 
@@ -152,6 +172,7 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusionDenois
         levels,
         resolution,
         _prompts(pipeline, resolution, options),
+        embedded_guidance=options.embedded_guidance,
         preview_vae=preview_decoder(options),
         pipeline=pipeline,
     )
@@ -204,7 +225,8 @@ def _refuse(
         pooled: Width of what the second text encoder gives for SDXL's pooled embedding; None where unknown.
     """
     refuse_for_prompts(options, UNUSED)
-    refuse_options(options, "trust_pickle", "embedded_guidance")
+    distilled = unet.get("time_cond_proj_dim") is not None
+    refuse_options(options, "trust_pickle", *(() if distilled else ("embedded_guidance",)))
     xl = _is_xl(unet)
     other = "Use the family's base model for text to image."
     needed = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ()))

@@ -58,7 +58,7 @@ def _term(value: object, _: object) -> TermRequest:
 
 
 GuidanceRequest = Annotated[SerializeAsAny[TermRequest], WrapValidator(_term)]
-Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun"]
+Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun", "lcm"]
 
 # What `every` left open makes of a run: so many guided steps, or up to three more (docs/findings.md, section 6).
 GUIDED_STEPS = 4
