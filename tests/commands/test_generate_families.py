@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -342,3 +343,22 @@ def test_the_cost_of_a_local_pipeline_needs_neither_weights_nor_exemplars(model,
     assert (found["evaluations"], found["cfg"]["evaluations"]) == (40, 80)
     assert 0.4 < found["ratio_to_cfg"] < 1
     assert found["flops_per_image"] == pytest.approx(sum(found["parts"].values()))
+
+
+def test_prompts_of_a_file_are_drawn_per_image_and_written_to_the_manifest(disk, tmp_path):
+    (tmp_path / "p.csv").write_text("class,prompt\nant,a red ant\nant,an ant at night\nbee,a bee\n")
+    asked = ("--model", disk / "sd", "--guidance", "none", "--classes", "ant,bee", "--per-class", 6, "--steps", 2)
+    assert handful("generate", *asked, "--prompts", tmp_path / "p.csv", "--out", tmp_path / "out") == 0
+    rows = pq.read_table(tmp_path / "out" / "manifest.parquet").to_pylist()
+    told = {row["file"]: row["prompt"] for row in rows}
+    assert {row["prompt"] for row in rows if row["class"] == "ant"} == {"a red ant", "an ant at night"}
+    assert {row["prompt"] for row in rows if row["class"] == "bee"} == {"a bee"}
+    made = images(tmp_path / "out")
+    assert handful("generate", tmp_path / "out" / "recipe.yaml", "--out", tmp_path / "again") == 0
+    assert images(tmp_path / "again") == made
+    # each image is the one that its prompt alone gives
+    one = next(file for file, prompt in told.items() if prompt == "a red ant")
+    alone = ("--set", "model.prompts.ant=a red ant", "--set", "model.prompts.bee=a bee")
+    assert handful("generate", *asked, *alone, "--out", tmp_path / "alone") == 0
+    pairs = zip(np.asarray(Image.open(tmp_path / "out" / one)), np.asarray(Image.open(tmp_path / "alone" / one)), strict=True)
+    assert all(abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in pairs)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from handful.errors import RequestError
-from handful.recipe.prompting import prompts_of
-from handful.recipe.schema import ModelRequest
+from handful.recipe.prompting import all_prompts, prompt_for, prompts_of, read_prompts
+from handful.recipe.schema import ModelRequest, recipe_from
 
 
 def asked(**words: Any) -> ModelRequest:
@@ -65,3 +65,32 @@ def test_what_cannot_be_filled_is_refused_by_name(words: dict[str, Any], field: 
 def test_prompts_may_say_more_than_is_generated_and_an_empty_one_is_meant():
     said = asked(prompts={"cat": "", "dog": "a dog"})
     assert prompts_of(["cat"], said) == {"cat": ""}
+
+
+FILES = {
+    "p.csv": 'class,prompt\ncat,"a cat, asleep"\ndog,a dog\ncat,a cat at night\n',
+    "p.jsonl": '{"class": "cat", "prompt": "a cat, asleep"}\n{"class": "dog", "prompt": "a dog"}\n'
+    '{"class": "cat", "prompt": "a cat at night"}\n',
+    "p.json": '{"cat": ["a cat, asleep", "a cat at night"], "dog": "a dog"}',
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_come_from_csv_json_and_jsonl_and_are_drawn_by_the_images_seed(tmp_path, name):
+    (tmp_path / name).write_text(FILES[name])
+    given = read_prompts(tmp_path / name)
+    assert given == {"cat": ["a cat, asleep", "a cat at night"], "dog": ["a dog"]}
+    recipe = recipe_from({"model": {"name": "x", "prompts": given}})
+    prompts = prompts_of(["cat", "dog"], recipe.model)
+    drawn = [prompt_for(prompts["cat"], seed) for seed in range(64)]
+    assert drawn == [prompt_for(prompts["cat"], seed) for seed in range(64)]
+    assert 16 < drawn.count("a cat at night") < 48  # of 64 fair draws: a false alarm in 30,000
+    assert prompt_for("alone", 3) == "alone"
+    assert all_prompts(prompts) == ["a cat, asleep", "a cat at night", "a dog"]
+
+
+@pytest.mark.parametrize("text", ["", "name,text\ncat,a cat\n", "class,prompt\ncat,\n"])
+def test_a_file_that_holds_no_prompts_is_refused(tmp_path, text):
+    (tmp_path / "p.csv").write_text(text)
+    with pytest.raises(RequestError, match=r"^--prompts: .*(columns class and prompt)"):
+        read_prompts(tmp_path / "p.csv")

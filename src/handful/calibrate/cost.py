@@ -20,6 +20,7 @@ from handful.cost.estimate import evaluated
 from handful.generate.job import Job
 from handful.guidance import Classifier, Guided, Timing
 from handful.recipe.plan import ImageNoise
+from handful.recipe.prompting import prompt_for
 
 _ROUNDS = 11
 _SECONDS = 60.0  # no further round is begun after so long
@@ -70,7 +71,7 @@ def _alone(level: Level) -> Level:
 def _condition(job: Job, count: int) -> Condition:
     cohort = job.cohorts[0]
     if job.denoiser.prompted:
-        return job.denoiser.condition([job.recipe.model.prompts[cohort.class_name]] * count)
+        return job.denoiser.condition([prompt_for(job.recipe.model.prompts[cohort.class_name], 0)] * count)
     return job.denoiser.condition([cohort.label or 0] * count)
 
 

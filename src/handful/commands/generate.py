@@ -86,6 +86,9 @@ def generate(
     template: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
     ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts by class, several if you like: CSV, JSON or JSONL.")
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="Add a LoRA to the model; may be repeated.  [weight 1]")
     ] = None,
@@ -143,6 +146,7 @@ def generate(
     """
     loading(model or str(recipe or ""), quiet)
     from handful.recipe.file import overridden, read_mapping
+    from handful.recipe.prompting import read_prompts
     from handful.recipe.schema import did_you_mean, recipe_from
 
     flags: dict[str, Any] = {
@@ -150,8 +154,9 @@ def generate(
         "model.null_class": null_class,
         "model.classes": listed(class_names),
         "model.template": template,
+        "model.prompts": None if prompts is None else read_prompts(prompts),
         "model.lora": [lora_option(one) for one in lora] if lora else None,
-        "model.embeddings": dict(one.partition("=")[::2] for one in embedding) if embedding else None,
+        "model.embeddings": {word: file for word, _, file in (one.partition("=") for one in embedding)} if embedding else None,
         "model.vae": vae,
         "model.dtype": dtype,
         "model.trust_pickle": trust_pickle or None,

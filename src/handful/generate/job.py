@@ -32,6 +32,7 @@ from handful.recipe.extractors import answer, load_for, targets_of
 from handful.recipe.file import PROVENANCE, anchored
 from handful.recipe.inverting import Inverted, read_inversion
 from handful.recipe.plan import Cohort, plan_cohorts, setting_of
+from handful.recipe.prompting import all_prompts
 from handful.recipe.resolve import Settled, complete, model_options, settle
 from handful.recipe.schema import MixRequest, Recipe, with_new_fields
 from handful.runs.comparison import changed_versions, compared
@@ -238,7 +239,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     )
     if inverted is not None:
         inverted.check(denoiser, provenance["model_sha256"])
-    prompts = list(recipe.model.prompts.values())
+    prompts = all_prompts(recipe.model.prompts)
     told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
     compared = any(term.scale for _, term in needing(guidance, "null condition"))
     if denoiser.prompted and compared and settled.levels.steps <= FEW_STEPS:
@@ -264,7 +265,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         exemplars,
         extractors,
         cohorts,
-        manifest_schema(energies, started.start is not None),
+        manifest_schema(energies, started.start is not None, _several_prompts(recipe)),
         image_shape,
         provenance,
         notes,
@@ -341,6 +342,10 @@ def _planned(
     same = len(set(counts.values())) == 1
     update = {"per_class": max(counts.values()), "counts": {} if same else counts}
     return recipe.model_copy(update=update), cohorts, notes
+
+
+def _several_prompts(recipe: Recipe) -> bool:
+    return any(not isinstance(each, str) for each in recipe.model.prompts.values())
 
 
 def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, null_class: int | None) -> NetworkDenoiser:

@@ -39,6 +39,7 @@ from handful.guidance.method import Context, View, energy_columns, make_terms, v
 from handful.models.latent import LatentDenoiser
 from handful.recipe.file import PROVENANCE, recipe_yaml
 from handful.recipe.plan import Cohort, ImageNoise, image_seed, start_places
+from handful.recipe.prompting import prompt_for
 from handful.recipe.resolve import sampler_options
 from handful.recipe.schema import recipe_from
 from handful.runs.manifest import DONE
@@ -356,7 +357,7 @@ def sample_cohort(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Se
         x = noised(_exemplar_latents(job, cohort.class_name)[_start_places(job, cohort)], noise(), job.levels[0])
     else:
         x = start(noise(), job.levels)
-    x0 = SAMPLERS[asked.name](denoiser, x, job.levels, _condition(job, cohort, guided), each=each, **options)
+    x0 = SAMPLERS[asked.name](denoiser, x, job.levels, _condition(job, cohort, guided, seeds), each=each, **options)
     images = _in_parts(guided.decode, x0, guided.chunk or _AT_ONCE).float().cpu()
     if not bool(images.isfinite().all()):
         raise _NotFinite
@@ -382,9 +383,9 @@ def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Te
     return in_smaller_parts(lambda at_once: torch.cat([call(part) for part in cohort.split(at_once)]), size)
 
 
-def _condition(job: Job, cohort: Cohort, guided: Guided) -> Condition:
+def _condition(job: Job, cohort: Cohort, guided: Guided, seeds: Sequence[int]) -> Condition:
     if job.denoiser.prompted:
-        return guided.condition([job.recipe.model.prompts[cohort.class_name]] * cohort.count)
+        return guided.condition([prompt_for(job.recipe.model.prompts[cohort.class_name], seed) for seed in seeds])
     label = job.inverted.told.label if job.inverted else cohort.label or 0
     return no_condition(guided, cohort.count) if label is None else guided.condition([label] * cohort.count)
 
@@ -433,6 +434,8 @@ def _rows(
     for place, row in enumerate(rows):
         row |= {column: values[place] for column, values in energies.items()}
         row |= {"seed": seeds[place], "sha256": hashlib.sha256(contents[place]).hexdigest()}
+        if "prompt" in job.schema.names:
+            row["prompt"] = prompt_for(job.recipe.model.prompts[cohort.class_name], seeds[place])
         if job.recipe.start is not None and job.exemplars is not None:
             called = job.exemplars.called(cohort.class_name)[_start_places(job, cohort)[place]]
             row["started_from"] = f"{cohort.class_name}/{called}"

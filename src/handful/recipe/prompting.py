@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
+import json
 import re
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
-from handful.errors import RequestError
+from handful.errors import RequestError, first_line
 from handful.recipe.schema import ModelRequest, did_you_mean
 
 
-def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str]:
-    """A prompt for each class.
+def prompt_for(prompts: str | Sequence[str], seed: int) -> str:
+    """The prompt of an image: the class's only one, or one of several, drawn by the image's seed."""
+    if isinstance(prompts, str):
+        return prompts
+    draw = hashlib.sha256(f"prompt {seed}".encode()).digest()  # not the seed itself, which the noise is drawn by
+    return prompts[int.from_bytes(draw[:8], "big") % len(prompts)]
+
+
+def all_prompts(prompts: Mapping[str, str | Sequence[str]]) -> list[str]:
+    """Every prompt of every class, each once."""
+    flat = [each for one in prompts.values() for each in ([one] if isinstance(one, str) else one)]
+    return list(dict.fromkeys(flat))
+
+
+def read_prompts(path: Path) -> dict[str, list[str]]:
+    """Prompts by class from a file: CSV or JSONL with the columns class and prompt, or JSON {class: prompt or [prompts]}.
+
+    Raises:
+        RequestError: If it can't be read, or has not these columns.
+    """
+    remedy = "Write CSV or JSONL with the columns class and prompt, or JSON: {class: [prompts]}."
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            held = json.loads(text)
+            rows = [(name, one) for name, given in held.items() for one in ([given] if isinstance(given, str) else given)]
+        else:
+            lines = text.splitlines()
+            jsonl = path.suffix.lower() == ".jsonl"
+            found = [json.loads(line) for line in lines if line.strip()] if jsonl else list(csv.DictReader(lines))
+            rows = [(row["class"], row["prompt"]) for row in found]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        problem = f"it can't be read as prompts ({type(error).__name__}: {first_line(error)})"
+        raise RequestError("--prompts", path, problem, remedy) from error
+    prompts: dict[str, list[str]] = {}
+    for name, prompt in rows:
+        if not isinstance(name, str) or not isinstance(prompt, str) or not name or not prompt.strip():
+            raise RequestError("--prompts", path, f"the prompt {prompt!r} of class {name!r} is no text", remedy)
+        prompts.setdefault(name, []).append(prompt)
+    if not prompts:
+        raise RequestError("--prompts", path, "it holds no prompt", remedy)
+    return prompts
+
+
+def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str | tuple[str, ...]]:
+    """A prompt for each class, or several.
 
     In a class name underscores stand for spaces. What `asked.prompts` says of a class is taken as it is; it may say more than
     is generated, as a run's recipe.yaml does where fewer classes are asked for.

@@ -213,7 +213,7 @@ def null_may_be_unsaid(outline: NetworkDenoiser) -> bool:
     return outline.null_may_be_unsaid
 
 
-def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[str, str]:
+def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[str, Any]:
     if inverted is None:
         return prompts_of(labels.of, recipe.model)
     prompt = inverted.told.prompt or ""

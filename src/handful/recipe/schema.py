@@ -88,6 +88,9 @@ _IMAGE: dict[str, JsonValue] = {
 _DEVICE: dict[str, JsonValue] = {"problem": "there is no such device", "remedy": "Choose auto, cpu, cuda, cuda:N or mps."}
 
 
+Prompts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
 class LoraRequest(Request):
     """An addition to a model's networks, merged into them.
 
@@ -111,7 +114,7 @@ class ModelRequest(Request):
         template: How a class name becomes a prompt, for models that are told prompts: `a photo of a {}`, or with fields
             that class_pattern finds in the name, `{object} in {region}`.
         class_pattern: How a class name holds the template's fields, such as `{region}--{object}`.
-        prompts: Prompts of single classes, over the template.
+        prompts: Prompts of single classes, over the template; a list of several is drawn from, for each image by its seed.
         negative_prompt: What stands for "no prompt", which cfg compares with.
         embedded_guidance: What a guidance-distilled model (Flux) is told as its scale.
         without: Components of a pipeline not to load, such as text_encoder_3.
@@ -136,7 +139,7 @@ class ModelRequest(Request):
     resolution: tuple[Positive, Positive] | None = None
     template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
     class_pattern: Annotated[str, Field(min_length=1)] | None = None
-    prompts: dict[str, str] = Field(default_factory=dict)
+    prompts: dict[str, str | Prompts] = Field(default_factory=dict)
     negative_prompt: str = ""
     embedded_guidance: Weight = 3.5
     without: tuple[str, ...] = ()

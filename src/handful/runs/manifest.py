@@ -19,12 +19,13 @@ from handful.recipe.schema import Recipe
 DONE, FAILED = "done", "failed"
 
 
-def manifest_schema(energies: Sequence[str], started: bool = False) -> pa.Schema:
+def manifest_schema(energies: Sequence[str], started: bool = False, prompts: bool = False) -> pa.Schema:
     """The manifest's columns.
 
     Args:
         energies: Columns of the potentials' energies on the final images, as 8-bit files hold them. A potential of a set
             has one energy for all images of a cohort.
+        prompts: Whether a class has several prompts: then which one is said.
         started: Whether images start from exemplars: then which one is said.
     """
     return pa.schema(
@@ -38,6 +39,7 @@ def manifest_schema(energies: Sequence[str], started: bool = False) -> pa.Schema
             ("model", pa.string()),
             ("guidance", pa.string()),  # JSON: the terms with their scales
             *((name, pa.float64()) for name in energies),
+            *([("prompt", pa.string())] if prompts else []),
             *([("started_from", pa.string())] if started else []),  # CLASS/FILE in the folder of exemplars
             ("nearest_exemplar", pa.string()),  # CLASS/FILE in the folder of exemplars, or CLASS/NUMBER in a file of features
             ("nearest_exemplar_distance", pa.float64()),  # Euclidean, in the first potential's features
