@@ -5,6 +5,8 @@ What each family's numbers are is held against its peer in the family's own test
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from handful.core.denoiser import Clamped, Denoiser, NetworkDenoiser, shrunk
 from handful.core.samplers import SAMPLERS, start
 from handful.features.registry import pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Pull
-from handful.models import from_pipeline, load
+from handful.models import PIPELINES, from_pipeline, load, skeleton
 from handful.models.edm import EDMDenoiser
 from handful.models.latent import LatentDenoiser
 
@@ -137,3 +139,15 @@ def test_half_precision_networks_keep_a_float32_state(family: NetworkDenoiser):
     assert half.dtype == torch.float32
     assert half.isfinite().all()
     torch.testing.assert_close(half, whole, rtol=0.1, atol=0.1 * float(whole.abs().max()))
+
+
+def test_a_family_touches_its_own_file_and_one_line_of_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A toy family from outside: a module, and its line in the list of pipelines."""
+    toy = types.ModuleType("handful.models.toy")
+    toy.skeleton = toy.load = lambda source, options: EDMDenoiser(Preconditioned())  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "handful.models.toy", toy)
+    monkeypatch.setitem(PIPELINES, "ToyPipeline", "toy")
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ToyPipeline"}')
+    assert isinstance(skeleton(tmp_path), EDMDenoiser)
+    found = images(load(tmp_path), "none", "ddim")
+    assert found.isfinite().all()
