@@ -16,6 +16,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,34 +107,29 @@ class Writer:
         """What `pack` packed; None where a file is missing or damaged."""
         files = self.files(cohort)
         try:
-            if self.format == "imagefolder":
-                return [(root / file).read_bytes() for file in files]
-            content = io.BytesIO((root / self.shard(cohort)).read_bytes())
-            if self.format == "parquet":
-                return [
-                    cell["bytes"] for cell in pq.ParquetFile(content).read(["image"], use_threads=False)["image"].to_pylist()
-                ]
-            names, found = [file.partition(_INSIDE)[2] for file in files], []
-            with tarfile.open(fileobj=content) as archive:
-                for name in names:
-                    stream = archive.extractfile(name)
-                    found.append(stream.read() if stream else b"")
-            return found
+            return [self.read(root, file) for file in files]
         except (OSError, pa.ArrowException, tarfile.TarError, LookupError, TypeError):
             return None
 
     def read(self, root: Path, file: str) -> bytes:
-        """The content of one image, by its name in the manifest."""
+        """The content of one image, by its name in the manifest; neighbours in a shard are read together."""
         shard, inside, name = file.partition(_INSIDE)
         if not inside:
             return (root / file).read_bytes()
-        content = io.BytesIO((root / shard).read_bytes())
-        if shard.endswith(".parquet"):
-            cells = pq.ParquetFile(content).read(["image"], use_threads=False)["image"].to_pylist()
-            return next(cell["bytes"] for cell in cells if cell["path"] == name)
-        with tarfile.open(fileobj=content) as archive:
-            stream = archive.extractfile(name)
-            return stream.read() if stream else b""
+        found = (root / shard).stat()
+        return _members(root / shard, found.st_mtime_ns, found.st_size)[name]
+
+
+@lru_cache(maxsize=2)
+def _members(shard: Path, modified: int, size: int) -> dict[str, bytes]:
+    """All that a shard holds, by name; kept for the next image as long as the file is not changed."""
+    content = io.BytesIO(shard.read_bytes())
+    if shard.suffix == ".parquet":
+        cells = pq.ParquetFile(content).read(["image"], use_threads=False)["image"].to_pylist()
+        return {cell["path"]: cell["bytes"] for cell in cells}
+    with tarfile.open(fileobj=content) as archive:
+        streams = {member.name: archive.extractfile(member) for member in archive}
+        return {name: stream.read() for name, stream in streams.items() if stream}
 
 
 def _tar(label: int, names: Sequence[str], images: Sequence[bytes], rows: Sequence[Mapping[str, Any]]) -> bytes:

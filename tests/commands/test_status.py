@@ -1,0 +1,48 @@
+"""The commands around a run: shared work by hand, one image again, status, verify; and a console that can't print all names."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from handful import console
+from handful.cli import app
+
+
+def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str], tmp_path: Path):
+    out, runner = tmp_path / "out", CliRunner()
+    asked = ["generate", "--model", tiny_model(2), "--steps", "2", "--cohort", "2", "--out", str(out), "--quiet"]
+    assert runner.invoke(app, [*asked, "--per-class", "2"]).exit_code == 0
+    assert runner.invoke(app, [*asked, "--per-class", "0=4,1=2"]).exit_code == 0
+    status = json.loads(runner.invoke(app, ["status", str(out), "--json"]).stdout)
+    assert (status["images"], status["images_done"], status["workers"]) == (6, 6, [])
+    again = runner.invoke(app, ["generate", str(out / "recipe.yaml"), "--only", "0/3", "--quiet"])
+    assert (again.exit_code, "the same, byte for byte" in again.stdout) == (0, True)
+    assert runner.invoke(app, ["verify", str(out)]).exit_code == 0
+    (out / "images/0/000003.png").unlink()
+    lost = runner.invoke(app, ["verify", str(out)])
+    assert (lost.exit_code, "1 missing: images/0/000003.png" in lost.stdout) == (1, True)
+    for wrong, told in (
+        (["status", str(tmp_path)], "no run directory"),
+        ([*asked, "--per-class", "0=x"], "CLASS=NUMBER"),
+        ([*asked, "--engine", "slurm"], "no such engine"),
+        ([*asked, "--ray-address", "auto"], "Add --engine ray"),
+    ):
+        assert told in str(runner.invoke(app, wrong).exception)
+
+
+def test_a_console_of_another_encoding_escapes_what_it_lacks(monkeypatch: pytest.MonkeyPatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(console, "answer", lambda app, arguments: print("класс \udce9") or 0)
+    monkeypatch.setattr(console.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit):
+        console.main(app)
+    stream.flush()
+    assert stream.buffer.getvalue().startswith(b"\\u043a")  # type: ignore[attr-defined]
