@@ -394,13 +394,18 @@ def check_against_stored(job: Job) -> None:
         return
     before, there, here = stored.pop(PROVENANCE), with_new_fields(stored), job.recipe.as_dict()
     job.grown = any(there.get(key) != here[key] for key in GROWING if key in there)
+    begun = job.directory.begun()
     for data in (there, here):
         for key in GROWING:
             data.pop(key, None)
+        if job.grown:  # labels and prompts of the classes that are there are compared one by one
+            model = data["model"] = dict(data["model"])
+            model.pop("classes", None)
+            model["prompts"] = {name: text for name, text in (model.get("prompts") or {}).items() if name in begun}
     if _same_exemplars(job):  # of the classes that are there; others may be asked for now
         before["exemplars_sha256"] = job.provenance["exemplars_sha256"]
     plan, labels = job.directory.plan(), {cohort.class_name: cohort.label for cohort in job.cohorts}
-    for name in job.directory.begun():
+    for name in begun:
         there[f"label of '{name}'"], here[f"label of '{name}'"] = plan.labels[name], labels.get(name)
     if job.recipe.output.format == "parquet" and plan.labels:  # its shards name all classes, so none can be added
         there["classes of the shards"], here["classes of the shards"] = list(plan.labels), list(labels)
