@@ -18,8 +18,8 @@ from torch import Tensor
 
 from handful.calibrate.candidates import Looks
 from handful.core.denoiser import Around, Condition, Denoiser
-from handful.core.images import any_range
 from handful.core.noise import Level, Levels
+from handful.core.ranges import any_range
 from handful.errors import RunError
 from handful.features.extractor import FeatureExtractor
 from handful.generate.job import Job

@@ -24,8 +24,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from handful.core.images import any_range, check_images
 from handful.core.memory import in_smaller_parts
+from handful.core.ranges import any_range, check_images
 from handful.data.images import read_all, read_image
 from handful.data.sources import labelled_files
 from handful.errors import RequestError, RunError

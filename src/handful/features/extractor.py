@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from handful.core.images import check_images
+from handful.core.ranges import check_images
 from handful.errors import RequestError
 from handful.files.digests import weights_digest
 
@@ -63,7 +63,7 @@ class FeatureExtractor(nn.Module):
         """Images (n, c, h, w) in [-1, 1] -> what the network takes; float32 or the images' float64.
 
         Raises:
-            RequestError: If they have another shape, or can't be in [-1, 1] (see `handful.core.images.check_images`).
+            RequestError: If they have another shape, or can't be in [-1, 1] (see `handful.core.ranges.check_images`).
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
             raise RequestError(

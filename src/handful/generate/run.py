@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from handful.core.denoiser import Clamped, Condition, shrunk
-from handful.core.images import any_range
 from handful.core.memory import in_smaller_parts, is_out_of_memory
 from handful.core.noise import noised
+from handful.core.ranges import any_range
 from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import Exemplars, default_cache
 from handful.data.images import from_uint8, read_image, to_uint8

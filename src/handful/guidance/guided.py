@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from handful.core.denoiser import Around, Condition, Denoiser
-from handful.core.images import any_range
 from handful.core.memory import in_smaller_parts
 from handful.core.noise import Level, Levels, posterior_deviation
+from handful.core.ranges import any_range
 from handful.errors import RequestError, RunError
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
 

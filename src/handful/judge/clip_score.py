@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import normalize
 
-from handful.core.images import any_range
+from handful.core.ranges import any_range
 from handful.features.clip import clip_classifier
 from handful.judge.image_sets import Images
 

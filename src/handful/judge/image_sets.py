@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from handful.core.images import check_images
+from handful.core.ranges import check_images
 from handful.data.images import LabelledImages, read_all, read_image
 from handful.data.sources import LabelledFiles
 from handful.errors import RequestError
@@ -36,7 +36,7 @@ class Images:
         names: What each is called; None: nothing.
 
     Raises:
-        RequestError: If they can't be in [-1, 1] (`handful.core.images.check_images`); files' bytes prove that they are.
+        RequestError: If they can't be in [-1, 1] (`handful.core.ranges.check_images`); files' bytes prove that they are.
     """
 
     def __init__(self, images: Tensor, labels: Sequence[str], names: Sequence[str] | None = None) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handful.core.images import any_range
+from handful.core.ranges import any_range
 from handful.data.images import write_atomically
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor

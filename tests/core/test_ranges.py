@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from handful.core.images import any_range, check_images
+from handful.core.ranges import any_range, check_images
 from handful.data.exemplars import Exemplars
 from handful.errors import RequestError
 from handful.features.extractor import pixels

@@ -59,6 +59,6 @@ def check_images(images: Tensor, field: str = "images") -> Tensor:
             field,
             shown,
             f"none of {len(images)} images has a value below 0, as images in [0, 1] have it; these must be in [-1, 1]",
-            "Convert them: images * 2 - 1. If they truly are so bright, put `with handful.core.images.any_range():` around it.",
+            "Convert them: images * 2 - 1. If they truly are so bright, put `with handful.core.ranges.any_range():` around it.",
         )
     return images
