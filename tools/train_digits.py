@@ -25,8 +25,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors.torch import save
 from torch import Generator, Tensor, nn
 
-from handful.zoo.classifier import DigitsClassifier
 from handful.zoo.digits import CLASSES, DigitsSplit, load_digits_split, typical
+from handful.zoo.digits_classifier import DigitsClassifier
 
 NULL_CLASS = len(CLASSES)
 NULL_SHARE = 0.1

@@ -13,8 +13,8 @@ from torch.nn.functional import interpolate
 
 from handful.errors import RequestError
 from handful.features.registry import extractor_skeleton, load_extractor
-from handful.zoo.classifier import DigitsClassifier
 from handful.zoo.digits import load_digits_split
+from handful.zoo.digits_classifier import DigitsClassifier
 
 
 @pytest.mark.parametrize("name", ["digits-guide", "digits-judge"])

@@ -13,8 +13,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from handful.errors import RequestError
 from handful.zoo import ZOO, zoo_path
-from handful.zoo.classifier import DigitsClassifier
 from handful.zoo.digits import CLASSES, load_digits_classifier, load_digits_split, split_indices, typical
+from handful.zoo.digits_classifier import DigitsClassifier
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "train_digits.py"
 SPLIT_SHA256 = "9831979a813fa68a8991110327fe0ccc73ac44d24bc190055ff9189178af1ba9"

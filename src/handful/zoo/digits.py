@@ -16,7 +16,7 @@ from torch import Tensor
 
 from handful.errors import RequestError
 from handful.zoo import zoo_path
-from handful.zoo.classifier import DigitsClassifier
+from handful.zoo.digits_classifier import DigitsClassifier
 
 CLASSES = tuple(str(digit) for digit in range(10))
 SPLIT_SEED = 0
