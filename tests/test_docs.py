@@ -94,6 +94,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return shown.out
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "quickstart.md"
