@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from handful.data.notebook import html_table
 from handful.judge.gains import AS_IS, Comparison
 from handful.judge.groups import Groups
 from handful.metrics import catalogue
@@ -66,6 +67,11 @@ class Evaluation:
     def by_view(self) -> dict[str, Row]:
         """The pooled metrics as is (`gains.AS_IS`) and after each transform."""
         return {AS_IS: self._plain(), **{name: dict(row) for name, row in self.transformed.items()}}
+
+    def _repr_html_(self) -> str:
+        robust = {name: self.robust(name) for name in self._plain()}
+        rows = [[name, value, robust[name]] for name, value in self._plain().items()]
+        return html_table(f"judged by {self.judge}", ["metric", "value", "after transforms"], rows, self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, safe for JSON."""
