@@ -138,7 +138,7 @@ class Job:
         marked = self.directory.marked()
         for cohort in self.cohorts:
             if cohort.key in marked and cohort.key not in self.done:
-                if self.directory.finished(cohort, self.schema) is not None:
+                if self.directory.finished(cohort, self.schema):
                     self.done.add(cohort.key)
                 else:
                     self.directory.forget(cohort)
@@ -275,11 +275,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         parts=parts,
     )
     check_against_stored(job)
-    job.done = {
-        cohort.key
-        for cohort in job.cohorts
-        if cohort.key in directory.marked() and directory.finished(cohort, job.schema) is not None
-    }
+    marked = directory.marked()
+    job.done = {each.key for each in job.cohorts if each.key in marked and directory.finished(each, job.schema)}
     check_rest(job)
     return job
 

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from handful.recipe.schema import Recipe
 
 DONE, FAILED = "done", "failed"
+SHARD = b"shard_sha256"  # in the metadata of a marker
 
 
 def manifest_schema(energies: Sequence[str], started: bool = False, prompts: bool = False) -> pa.Schema:
@@ -70,3 +71,16 @@ def read_rows(path: Path, schema: pa.Schema) -> list[dict[str, Any]] | None:
     except (OSError, pa.ArrowException):
         return None
     return table.to_pylist() if table.schema.equals(schema) else None
+
+
+def read_hashes(path: Path, schema: pa.Schema) -> tuple[list[str], list[str], str | None] | None:
+    """What a marker says of files: each image's, its SHA-256, and that of the shard that holds them all, where one does."""
+    try:
+        marker = pq.ParquetFile(io.BytesIO(path.read_bytes()))
+        if not marker.schema_arrow.equals(schema):
+            return None
+        table, told = marker.read(["file", "sha256"], use_threads=False), marker.schema_arrow.metadata or {}
+    except (OSError, pa.ArrowException):
+        return None
+    shard = told.get(SHARD)
+    return table["file"].to_pylist(), table["sha256"].to_pylist(), None if shard is None else shard.decode()

@@ -30,7 +30,7 @@ import pyarrow as pa
 from handful.errors import RunError
 from handful.recipe.plan import Cohort
 from handful.runs.job_directory import OURS, OwnedDirectory
-from handful.runs.manifest import parquet_bytes, read_rows
+from handful.runs.manifest import SHARD, parquet_bytes, read_hashes, read_rows
 from handful.runs.writers import Writer
 
 RECIPE = "recipe.yaml"
@@ -150,7 +150,10 @@ class RunDirectory(OwnedDirectory):
             images: The images' contents, in the order of the rows.
             rows: Of the manifest.
         """
-        self.put(self.writer.pack(cohort, images, rows))
+        packed = self.writer.pack(cohort, images, rows)
+        self.put(packed)
+        if self.writer.format != "imagefolder":  # one hash tells whether a shard is whole, without opening it
+            schema = schema.with_metadata({SHARD: _sha256(packed[self.writer.shard(cohort)])})
         self.publish(self._marker(cohort), parquet_bytes(rows, schema))
 
     def put(self, files: Mapping[str, bytes]) -> None:
@@ -166,14 +169,18 @@ class RunDirectory(OwnedDirectory):
             os.replace(folder / str(number), target)
         folder.rmdir()
 
-    def finished(self, cohort: Cohort, schema: pa.Schema) -> list[dict[str, Any]] | None:
-        """The rows of a cohort that is done, None of one that must be made (again); reads every image."""
-        rows = self.rows(cohort, schema)
-        contents = None if rows is None else self.writer.unpack(cohort, self.path)
-        if rows is None or contents is None or len(contents) != len(rows):
-            return None
-        whole = all(_sha256(content) == row["sha256"] for content, row in zip(contents, rows, strict=True))
-        return rows if whole else None
+    def finished(self, cohort: Cohort, schema: pa.Schema) -> bool:
+        """Whether a cohort is done and its images are those that were made; reads every file of it."""
+        marker = read_hashes(self.path / self._marker(cohort), schema)
+        if marker is None or marker[0] != self.writer.files(cohort):
+            return False
+        files, hashes, shard = marker
+        if self.writer.format != "imagefolder":
+            files, hashes = [self.writer.shard(cohort)], [shard or ""]
+        try:
+            return all(_sha256((self.path / file).read_bytes()) == wanted for file, wanted in zip(files, hashes, strict=True))
+        except OSError:
+            return False
 
     def rows(self, cohort: Cohort, schema: pa.Schema) -> list[dict[str, Any]] | None:
         """The rows of a cohort's marker; None where there is none of this cohort. No image is read."""
