@@ -15,6 +15,7 @@ from handful.data.images import (
     from_uint8,
     image_folder,
     list_images,
+    open_file,
     read_folder,
     read_image,
     to_uint8,
@@ -279,3 +280,13 @@ def test_a_folders_images_by_class_are_its_own_in_order(tmp_path):
     parts = found.by_class()
     assert list(parts) == found.classes == ["a", "b"]
     torch.testing.assert_close(torch.cat(list(parts.values())), found.images, rtol=0, atol=0)
+
+
+def test_a_pipe_or_device_is_never_replaced_by_a_file_and_a_circle_of_links_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="this is no regular file"):
+        write_atomically(tmp_path / "pipe", b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    (tmp_path / "a.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(RequestError, match="it can't be opened"):
+        open_file(tmp_path / "a.png")

@@ -19,6 +19,8 @@ CIFAR = ("airplane", "automobile", "bird", "cat")
         (["plane", "car", "cat"], CIFAR, 4, {"plane": "airplane", "car": 1}, {"plane": 0, "car": 1, "cat": 3}),
         (["1", "0"], ("0", "1"), 2, {}, {"1": 1, "0": 0}),
         (["1", "2"], ("2", "1", "0"), 3, {}, {"1": 1, "2": 0}),  # a name comes before a number
+        (["00", "1"], ("1", "0"), 2, {}, {"00": 1, "1": 0}),  # names that are numbers are not numbers of other names
+        (["cafe\u0301"], ("tea", "caf\u00e9"), 2, {}, {"cafe\u0301": 1}),  # macOS splits accents off
         (["great_white"], ("tench, Tinca tinca", "great white, shark"), 2, {}, {"great_white": 1}),
     ],
 )
@@ -32,11 +34,14 @@ def test_classes_are_found_by_what_is_said_by_name_and_by_number(labels, names, 
         (["airplane", "car"], CIFAR, 4, "no class that is called car, and its classes are airplane, automobile"),
         (["bird", "cat"], (), 2, "it states no names for its 2 classes"),  # the alphabet says nothing
         (["1", "4"], (), 4, "called 1, 4"),  # counted from 1, or of another judge
+        (["0", "1"], ("1", "2"), 2, "its classes are 1, 2"),  # counted from 1 there, from 0 here
+        (["01", "1"], (), 2, "called 01, 1"),
+        (["ten", "1", "2"], (), 4, "called 1, 2"),  # "ten" is 2, so "2" must be another
         (["cat"], CIFAR, 5, "names 4 classes and gives 5 logits"),
     ],
 )
 def test_where_nothing_is_certain_there_is_no_answer_and_the_reason(labels, names, count, why):
-    found, text = class_numbers(labels, names, count)
+    found, text = class_numbers(labels, names, count, {"ten": 2} if "ten" in labels else {})
     assert found is None
     assert why in text
 

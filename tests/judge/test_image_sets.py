@@ -5,21 +5,25 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support.halves import Halves, value, write
-from torch import Tensor
+from torch import Tensor, nn
 
-from handful.data.images import write_png
+from handful.data.images import from_uint8, write_png
 from handful.data.sources import labelled_files
 from handful.errors import RequestError
+from handful.features.extractor import FeatureExtractor
 from handful.features.registry import load_extractor
 from handful.judge import image_sets as module
 from handful.judge.audit import TRANSFORMS, Views
 from handful.judge.evaluate import evaluate
-from handful.judge.image_sets import FileImages, common_size
+from handful.judge.gains import AS_IS
+from handful.judge.image_sets import FileImages, Images, common_size
 from handful.judge.judge import Judge
+from handful.judge.viewer import Viewer
 from handful.runs.progress import Progress
 
 
@@ -135,11 +139,39 @@ def test_the_judges_own_size_decides_where_sizes_differ_and_cropping_is_told(tmp
     assert real.seen_as(3, size).read(slice(0, 3)).shape == (3, 3, 12, 12)
 
 
-def test_a_lying_photo_has_the_size_that_it_is_seen_with(tmp_path):
+def test_what_the_judge_resizes_is_clipped_as_pillow_clips_it():
+    noise = Image.effect_noise((8, 8), 200)  # sharp: unclipped cubics overshoot it by a third
+    image = from_uint8(torch.tensor(np.array(noise)))[None, None]
+    taken = FeatureExtractor("as seen", nn.Identity(), channels=1, size=(24, 30))
+    found, _, _ = Viewer(taken, audit=False).look(Images(image, ["a"]), answers=False)[AS_IS]
+    wanted = from_uint8(torch.tensor(np.array(noise.resize((30, 24), Image.Resampling.BICUBIC))))
+    np.testing.assert_allclose(found.reshape(24, 30), wanted, atol=0.02)  # Pillow rounds twice to bytes
+
+
+def test_a_judge_that_runs_out_of_memory_sees_fewer_at_once():
+    sizes = []
+
+    def features(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        if len(images) > 5:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+        return images
+
+    images = Images(torch.rand(16, 1, 2, 2) * 2 - 1, ["a"] * 16)
+    judge = FeatureExtractor("large", nn.Identity(), channels=1, features=features, classify=lambda x: x.flatten(1))
+    found, answers, count = Viewer(judge, audit=False).look(images, answers=True)[AS_IS]
+    assert sizes == [16, 8, 4, 4, 4, 4]
+    np.testing.assert_array_equal(found, images.read(slice(0, 16)).flatten(1))
+    np.testing.assert_array_equal(answers, found.argmax(1))
+    assert count == 4
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "tif", "png", "webp"])
+def test_a_lying_photo_has_the_size_that_it_is_seen_with(tmp_path, suffix):
     image, exif = Image.new("RGB", (6, 4)), Image.Exif()
     exif[0x0112] = 6
     (tmp_path / "a").mkdir()
-    image.save(tmp_path / "a" / "1.jpg", exif=exif)
+    image.save(tmp_path / "a" / f"1.{suffix}", exif=exif)
     assert FileImages(labelled_files(tmp_path), "real").usual_size == (6, 4)
 
 
@@ -155,8 +187,15 @@ def test_damaged_images_of_any_set_are_found_before_one_is_judged(tmp_path, fold
     assert told.total == 0
 
 
-def test_a_set_judged_by_itself_is_warned_of(folders):
+def test_a_set_judged_by_itself_is_warned_of(folders, tmp_path):
     made, real = folders
+    for file in copied(made, tmp_path / "again").rglob("*.png"):
+        Image.open(file).save(file.with_suffix(".bmp"))
+        file.unlink()
+    with pytest.warns(UserWarning, match="90 of the baseline again are real images too, to the judge, number for number"):
+        evaluate(real, made, "pixels", neighbours=3, audit=False, ceiling=False, baselines={"again": tmp_path / "again"})
+    with pytest.raises(RequestError, match="judge_class: '0': the judge pixels is no classifier"):
+        evaluate(made, real, "pixels", neighbours=3, judge_class={"0": 1})
     with pytest.warns(UserWarning, match="90 of the generated images are real images too, byte for byte"):
         found = evaluate(made, made, "pixels", neighbours=3, audit=False, ceiling=False)
     assert "byte for byte" in " ".join(found.notes)

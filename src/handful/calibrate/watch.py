@@ -61,7 +61,7 @@ class Watched(Around):
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
         try:
             x0_hat = self.denoiser(x_t, level, condition)
-        except torch.OutOfMemoryError:  # the cohort comes again in smaller chunks
+        except Exception:  # where memory is short, the cohort comes again in smaller chunks
             self._parts.clear()
             raise
         self.learned_variance = self.denoiser.learned_variance

@@ -103,6 +103,8 @@ def require_writable(file: Path) -> None:
     """
     if file.is_dir():
         raise RequestError("--save-json", file, "this is a folder", "Name a file in it.")
+    if file.exists() and not file.is_file():  # a device or a pipe, which a whole file would replace
+        raise RequestError("--save-json", file, "this is no regular file", "Name another file, or take --json.")
     if not file.parent.is_dir():
         raise RequestError("--save-json", file, f"there is no folder '{file.parent}'", "Make it, or name another file.")
     if not os.access(file if file.exists() else file.parent, os.W_OK):

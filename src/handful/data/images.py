@@ -102,6 +102,8 @@ def open_file(path: Path) -> BinaryIO:
         raise RequestError("image", path, "there is no such file", "Check the path.") from None
     except PermissionError:
         raise RequestError("image", path, "you may not read this file", "Change its permissions.") from None
+    except OSError as error:  # links in a circle, a lost disk
+        raise RequestError("image", path, f"it can't be opened ({error.strerror})", _REPLACE) from None
 
 
 def _read(stream: BinaryIO, name: object, channels: int, size: tuple[int, int] | None, max_pixels: int) -> Tensor:

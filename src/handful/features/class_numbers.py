@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from handful.errors import RequestError
@@ -86,7 +87,16 @@ def class_numbers(
         except RequestError:
             unknown.append(label)
     if unknown and all(label.isdecimal() and int(label) < count for label in others):
-        by_name, unknown = {label: int(label) for label in others}, []
+        numbers = {label: int(label) for label in others}
+        # A judge whose names are numbers says itself which is which: "00" is its "0", wherever that stands.
+        stated = {int(name): number for number, name in enumerate(names) if name.strip().isdecimal()}
+        if not stated:
+            meant = numbers
+        else:
+            meant = {label: stated[number] for label, number in numbers.items() if number in stated and len(stated) == count}
+        # Two classes of one number: they are counted otherwise.
+        if len({*meant.values(), *found.values()}) == len(others) + len(set(found.values())):
+            by_name, unknown = meant, []
     if unknown:
         has = f"its classes are {_some(names)}" if names else f"it states no names for its {count} classes"
         why = f"the judge has no class that is called {_some(unknown)}, and {has}; say which it is: --judge-class {unknown[0]}="
@@ -95,7 +105,8 @@ def class_numbers(
 
 
 def plain(name: str) -> str:
-    return name.strip().casefold().replace("_", " ")
+    """A name without what may differ where the same is meant: case, underscores, accents that macOS splits off."""
+    return unicodedata.normalize("NFC", name).strip().casefold().replace("_", " ")
 
 
 def _some(names: Sequence[str], most: int = 8) -> str:

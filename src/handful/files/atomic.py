@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from contextlib import suppress
@@ -19,6 +20,8 @@ def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> 
     Raises:
         OSError: It can't be written; nothing is left behind.
     """
+    if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null: it would be replaced
+        raise OSError(errno.EINVAL, "this is no regular file", str(path))
     # Hidden, so that no listing takes it for an image; not named after the file, whose name may be as long as can be.
     temporary = temporary or path.parent / f".{secrets.token_hex(8)}.tmp"
     try:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from handful.data.exemplars import default_cache
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
@@ -104,12 +106,7 @@ def evaluate(
         if guided_by(folder, judge, extractor.digest, marks(extractor)):
             which = f"the baseline {folder}" if name else "these images"
             tell(f"{judge} guided {which}: it judges its own work; take an unrelated judge")
-    reference, made = sets["real"], sets["synthetic"]
-    if shared := len(set(made.contents) & set(reference.contents)):
-        tell(
-            f"{shared} of the generated images are real images too, byte for byte: metrics measured on them flatter;"
-            " give real images that are none of the generated ones"
-        )
+    reference = sets["real"]
     try:
         sitting = Judge(
             reference,
@@ -124,6 +121,9 @@ def evaluate(
         )
         check = CopyCheck(exemplars, synthetic, reference, classes) if exemplars is not None else None
         seen = {name: _seen(sitting, check, scorer or None, images) for name, images in sets.items() if name != "real"}
+        for role, images in sets.items():
+            if role != "real":
+                _tell_of_shared(role, images, reference, seen[role].features[AS_IS], sitting.real, tell)
         keeping.progress.note("comparing features")
     finally:
         keeping.progress.end()
@@ -157,6 +157,22 @@ def evaluate(
     key = key_of([asked, extractor.digest, decided, contents])
     keep(synthetic, "evaluation", key, {"asked": asked, "result": found.to_dict()})
     return found
+
+
+def _tell_of_shared(
+    role: str, images: FileImages, real: FileImages, seen: np.ndarray, known: np.ndarray, tell: Callable[[str], None]
+) -> None:
+    """Says how many images of a set are real ones: the same bytes, or to the judge the same (saved in another format)."""
+    contents, features = set(real.contents), {row.tobytes() for row in known}
+    same = [content in contents for content in images.contents]
+    alike = [row.tobytes() in features for row in seen]
+    if count := max(sum(same), sum(alike)):
+        how = "byte for byte" if sum(same) == count else "to the judge, number for number"
+        which = f"of the {role}" if role.startswith("baseline") else "of the generated images"
+        tell(
+            f"{count} {which} are real images too, {how}: metrics measured on them flatter;"
+            " give real images that are none of the generated ones"
+        )
 
 
 def _seen(judge: Judge, check: CopyCheck | None, scorer: ClipScore | None, images: FileImages) -> Seen:

@@ -166,7 +166,8 @@ def _own_size(data: bytes, name: str | Path) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
-            lying = image.getexif().get(_ORIENTATION) in _LYING
+            # Pillow turns a TIFF's size when it opens it
+            lying = image.format != "TIFF" and image.getexif().get(_ORIENTATION) in _LYING
     except Exception:  # `read_image` knows what is wrong with it, and which formats are taken
         _, height, width = read_image(data, channels=1, name=name).shape
         return height, width

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from handful.errors import RequestError
 from handful.features.class_numbers import class_numbers
 from handful.features.extractor import FeatureExtractor
 from handful.judge.evaluation import Evaluation
@@ -81,6 +82,12 @@ class Judge:
         self.labels, self.classes = list(labels), list(extractor.classes if classes is None else classes)
         self.metrics, self.notes = catalogue.chosen(metrics), []
         self._said, self._numbers = judge_class, {}
+        if judge_class:
+            if not extractor.is_classifier:
+                problem = f"the judge {extractor.name} is no classifier, so it has no classes"
+                raise RequestError("judge_class", ", ".join(judge_class), problem, "Leave it out, or take a classifier.")
+            if self.classes:  # before the long work; without names, their number is known after it
+                class_numbers(self.labels, self.classes, len(self.classes), judge_class)
         require_neighbours(len(self.labels), k, "real")
         if not isinstance(images, Mapping):
             real = images if isinstance(images, Images) else Images(images, labels)

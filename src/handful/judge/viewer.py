@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from handful.core.memory import in_smaller_parts
 from handful.core.ranges import any_range
 from handful.data.images import write_atomically
 from handful.errors import RequestError
@@ -28,7 +30,7 @@ from handful.judge.gains import AS_IS
 from handful.judge.image_sets import Images
 from handful.runs.progress import Progress
 
-_VERSION = 1  # of what is kept: raise it whenever the same file and judge give other features
+_VERSION = 2  # of what is kept: raise it whenever the same file and judge give other features
 _KIND = "features of a judge"
 
 
@@ -99,6 +101,19 @@ class Viewer:
         return {view: _joined(parts, answers) for view, parts in found.items()}
 
     def _answers(self, images: Tensor, names: Sequence[str] | None, answers: bool) -> dict[str, Tensor]:
+        def of(size: int) -> list[dict[str, Tensor]]:
+            starts = range(0, len(images), size)
+            return [self._of(images[at : at + size], names and names[at : at + size], answers) for at in starts]
+
+        parts = in_smaller_parts(of, len(images))
+        joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "count"}
+        return joined | ({"count": parts[0]["count"]} if answers else {})
+
+    def _of(self, images: Tensor, names: Sequence[str] | None, answers: bool) -> dict[str, Tensor]:
+        size = self.extractor.size
+        if size and images.shape[-2:] != torch.Size(size):
+            for each in ((images.shape[2], size[1]), size):  # clipped after each direction, as Pillow's bytes are
+                images = interpolate(images, each, mode="bicubic", antialias=True).clamp(-1, 1)
         features = self.extractor(images).float().cpu()
         finite = features.isfinite().all(1)
         if not bool(finite.all()):
