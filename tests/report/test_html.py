@@ -116,6 +116,16 @@ def test_images_stand_beside_the_baselines_of_the_same_noise_and_their_nearest_e
     assert [len(of) for of in data["exemplars"]] == [4, 4, 4]
 
 
+def test_without_a_baseline_the_verdict_gives_quality_and_coverage_beside_real_images(run, tmp_path):
+    there = copied(run, tmp_path / "run")
+    found = evaluation()
+    found["result"] |= {"gains": {}, "copied": None}
+    keep(there, "evaluation", "z", found)
+    html = report([there]).read_text()
+    assert "precision 0.900 (real images: 0.950), coverage 0.700 (real images: 0.920)" in html
+    assert '<th scope="row">copied' not in html  # what was not measured has no row
+
+
 def copied(run: Path, to: Path) -> Path:
     shutil.copytree(run, to)
     return to

@@ -28,6 +28,7 @@ from handful.report.worth_table import worth_table
 from handful.runs.card import refresh
 
 MOST_CLASSES = 200  # rows of the table of classes: the worst first
+_MAIN = ("precision", "coverage")
 _WORDS = {
     "survives": "The gain is real: it survives mild transforms of the images.",
     "partly": "Part of the gain survives mild transforms of the images.",
@@ -112,6 +113,11 @@ def _verdicts(run: Shown) -> list[str]:
         interval = f" (90 % interval {_signed(ends[0])} to {_signed(ends[1])})" if ends else ""
         beside = f"F1 is {_number(gain['value'])} where that of {name} is {_number(gain['baseline'])}"
         sentences.append(f"{beside}: {_signed(gain['gain'])}{interval}. {_WORDS.get(gain.get('verdict') or '', '')}".strip())
+    if run.found is not None and not run.found.get("gains"):
+        ceiling = run.found["pooled"].get("ceiling") or {}
+        both = (f"{name} {_number(run.found.get(name))} (real images: {_number(ceiling.get(name))})" for name in _MAIN)
+        compared = "Whether guidance gains anything takes a set without it: handful evaluate --baseline DIR."
+        sentences.append(f"Judged by {run.found['judge']}: {', '.join(both)}. {compared}")
     copied = (run.found or {}).get("copied")
     if copied is not None:
         sentences.append(f"{100 * copied:.1f} % of the images are nearer to an exemplar than 99 % of real images are.")
@@ -130,6 +136,8 @@ def _metrics(run: Shown) -> Table | None:
     ceiling = (found["pooled"].get("ceiling")) or {}
     for metric, heading in headings().items():
         value = found.get(metric, found["pooled"]["generated"].get(metric))
+        if value is None:
+            continue
         after = [each[metric] for each in (found.get("transformed") or {}).values() if each.get(metric) is not None]
         ends = intervals.get(metric)
         cells = [
