@@ -58,7 +58,8 @@ handful: turn a handful of real images into a training set.
   handful evaluate out
   handful report out
 
-MODEL is a directory or hub name of a diffusion model, or a packaged one: mnist, digits, cifar10. To see it work first: handful demo
+MODEL is a directory or hub name of a diffusion model, or a packaged one: mnist, digits, cifar10.
+To see it work first: handful demo
 All commands: handful --help"""
 
 

@@ -37,7 +37,8 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A packaged model (mnist, digits, cifar10), a directory that diffusers wrote, a hub name, a checkpoint (.pt, .safetensors), "
+            help="A packaged model (mnist, digits, cifar10), a directory that diffusers wrote, a hub name, a "
+            "checkpoint (.pt, .safetensors), "
             "FILE.py:FUNCTION.",
             metavar="NAME",
         ),
