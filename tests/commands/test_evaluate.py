@@ -16,7 +16,7 @@ from handful.metrics.catalogue import METRICS
 from handful.report.tables import Table, print_table
 from handful.zoo.digits import load_digits_split
 
-HEADINGS = [metric.heading for metric in METRICS if metric.compared and metric.name != "copied"]
+HEADINGS = [metric.heading for metric in METRICS if metric.compared and metric.usual and metric.name != "copied"]
 
 
 def handful(*arguments: Any) -> int:

@@ -333,6 +333,10 @@ class Around(Denoiser):
         self.denoiser = denoiser
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
         self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
+        self.notes, self.null_may_be_unsaid = denoiser.notes, denoiser.null_may_be_unsaid
+
+    def check_path(self, levels: Levels) -> None:
+        self.denoiser.check_path(levels)
 
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return self.denoiser.condition(labels)
