@@ -158,6 +158,11 @@ def test_no_weights_and_no_exemplars_are_read(models: dict[str, str], tmp_path: 
     assert cost_of(recipe(str(bare), CHAMFER)).recipe == cost_of(recipe(models["dit"], CHAMFER)).recipe
 
 
+def test_guidance_that_measures_its_strength_is_counted_without_data(models: dict[str, str]):
+    auto, energy = (cost_of(recipe(models["pixels"], {**CHAMFER, "method": name})).recipe for name in ("auto", "energy"))
+    assert auto.flops_per_image == pytest.approx(energy.flops_per_image, rel=0.01)
+
+
 def test_classifier_free_guidance_takes_twice_the_denoiser_also_where_there_is_no_null_class(models: dict[str, str]):
     named = {"name": models["pixels"], "classes": ["a", "b", "c", "d"]}  # all four labels: none is left for no class
     found = cost_of(recipe(models["pixels"], CHAMFER, model=named))

@@ -14,7 +14,7 @@ import typer
 from handful.commands.shared import Quiet
 from handful.errors import RequestError
 
-MODELS = {"mnist": (3, 32), "digits": (3, 64), "cifar10": (1, 16)}  # seeds, images of each class
+MODELS = {"mnist": (3, 24), "digits": (3, 64), "cifar10": (1, 16)}  # seeds, images of each class
 
 
 def demo(
@@ -25,7 +25,7 @@ def demo(
     model: Annotated[str, typer.Option(metavar="NAME", help="mnist, digits, or cifar10.")] = "mnist",
     seeds: Annotated[int | None, typer.Option(help="Repetitions.  [3; cifar10: 1]")] = None,
     per_class: Annotated[
-        int | None, typer.Option(help="Images to generate of each class.  [32; digits: 64; cifar10: 16]")
+        int | None, typer.Option(help="Images to generate of each class.  [24; digits: 64; cifar10: 16]")
     ] = None,
     real: Annotated[
         Path | None,
@@ -41,7 +41,8 @@ def demo(
     mnist: a published model of MNIST, and other people's digits: what 2, 4 or 16 real images of each class are worth alone, and
     with synthetic ones. digits: a small model that has collapsed onto typical digits. cifar10: a provisional model of
     photographs; exemplars and the real images that two judges compare with are packaged as features alone. Each seed draws
-    noise and (but for cifar10) exemplars anew. Writes run directories, contact_sheet.png and results.json.
+    noise and (but for cifar10) exemplars anew. Writes run directories, contact_sheet.png, results.json and, for mnist,
+    report.html.
 
     \b
     Examples:
@@ -73,4 +74,6 @@ def demo(
     print_table(table_of(made.TITLE, mean, made.COLUMNS, made.NOTES))
     if hasattr(made, "answer"):
         print("\n" + textwrap.fill(made.answer(mean), WIDTH))
-    print(f"\npictures: {out / 'contact_sheet.png'}   rows: {out / 'results.json'}   sets: {out}/seed-*/METHOD/")
+    page = out / "report.html"
+    print(f"\nreport: {page}" if page.is_file() else "")
+    print(f"pictures: {out / 'contact_sheet.png'}   rows: {out / 'results.json'}   sets: {out}/seed-*/METHOD/")

@@ -84,7 +84,7 @@ class Demo:
             for entry in self.entries:
                 if (entry.method, entry.scale, entry.k, seed) in there:
                     continue
-                rows.append(self._row(entry, seed, out))
+                rows.append(self._row(entry, seed, out, rows))
                 write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
                 told = (f"{column} {rows[-1][column]:.3f}" for column in self.shown)
                 say("  ".join([f"seed {seed}  {entry.name:16}", *told]))
@@ -94,7 +94,7 @@ class Demo:
         """The images of a set."""
         return read_folder(out / f"seed-{seed}" / entry.folder, channels=self.shape[0], size=self.shape[1:])
 
-    def _row(self, entry: Entry, seed: int, out: Path) -> Row:
+    def _row(self, entry: Entry, seed: int, out: Path, rows: Sequence[Row]) -> Row:
         drawn: Row = {}
         if entry.k and entry.guided:
             folder = Path(self.exemplars).is_dir()
@@ -105,6 +105,11 @@ class Demo:
         if summary.failures:
             raise RunError(summary.failures[0])
         made = self.made(out, entry, seed)
+        same = [
+            row
+            for row in rows
+            if not entry.guided and (row["method"], row["scale"], row["seed"]) == (entry.method, entry.scale, seed)
+        ]
         measured = self.measure(entry, seed, made)
         return {
             "method": entry.method,
@@ -112,7 +117,7 @@ class Demo:
             "k": entry.k,
             "seed": seed,
             **measured,
-            "seconds": summary.seconds,
+            "seconds": same[0]["seconds"] if same else summary.seconds,  # a set that serves every k is made once
             "images": len(made),
         }
 

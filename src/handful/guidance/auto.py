@@ -23,7 +23,7 @@ from handful.guidance.energy import Energy
 from handful.guidance.method import ByExemplarsRequest, Context
 
 
-def shift_between(exemplars: Tensor, generated: Tensor) -> float:
+def shift_between(exemplars: Tensor, generated: Tensor) -> Tensor:
     """The shift of the head of this file.
 
     Args:
@@ -31,30 +31,30 @@ def shift_between(exemplars: Tensor, generated: Tensor) -> float:
         generated: (n, D), n >= 2; of one nothing can be said, and the shift is 0.
 
     Returns:
-        0 to 1.
+        0 to 1, of no dimension: no number is taken from the device, and costs can be counted without data.
     """
     n, k = len(generated), len(exemplars)
     if n < 2:
-        return 0.0
+        return generated.new_zeros(())
     of_generated = generated.var(0).sum()
     of_exemplars = exemplars.var(0).sum() if k > 1 else of_generated
     apart = (exemplars.mean(0) - generated.mean(0)).square().sum() - of_exemplars / k - of_generated / n
     apart = apart.clamp_min(0)
-    return float(apart / (apart + of_exemplars).clamp_min(1e-30))
+    return apart / (apart + of_exemplars).clamp_min(1e-30)
 
 
 class Auto(Energy):
     """Energy guidance at `scale` times the shift that it measures at each step; see the head of this file."""
 
     name = "auto"
-    _shift = 0.0
+    _shift: float | Tensor = 0.0
 
     def energy(self, features: Tensor) -> Tensor:
         with torch.no_grad():
             self._shift = shift_between(self.exemplars.to(features), features)
         return super().energy(features)
 
-    def measured(self, level: Level) -> float:
+    def measured(self, level: Level) -> float | Tensor:
         return self._shift * self.strength(level)
 
 

@@ -273,7 +273,7 @@ class Potential(Guidance):
         """The potential as it stands at a level of noise; itself for most."""
         return self
 
-    def measured(self, level: Level) -> float:
+    def measured(self, level: Level) -> float | Tensor:
         """Its strength once it has seen the images: for most what it was before."""
         return self.strength(level)
 
