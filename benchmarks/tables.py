@@ -146,7 +146,8 @@ class Bench:
         near = exemplars_of(self.pool, setting.k or 32, seed)
         by_class = {name: images[:JUDGED] for name, images in made.by_class().items()}
         labels = [name for name, images in by_class.items() for _ in images]
-        made = LabelledImages(torch.cat(list(by_class.values())), labels, [])
+        files = [Path(f"{label}/{place}") for place, label in enumerate(labels)]
+        made = LabelledImages(torch.cat(list(by_class.values())), labels, files)
         found: dict[str, Any] = {}
         for prefix, referee in self.referees.items():
             row = referee.row(made, None if prefix else near)  # copies are counted in pixels: by one is enough

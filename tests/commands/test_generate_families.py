@@ -272,7 +272,7 @@ REFUSED = {
     "attention without a choice": ((SD, "--classes", "a", "--set", "model.attention=native"), "model.attention: 'native': "),
     "a pickle that is not trusted": (("edm.pkl",), "model: .*it is a pickle.*--trust-pickle"),
     "no such directory": (("./nowhere",), "model: .*nowhere': there is no such directory"),
-    "no diffusion model": (("./dino",), "model: .*dino': it holds no model_index.json"),
+    "no diffusion model": (("./dino",), "model: .*dino': it is a model of transformers: .*not a pipeline"),
 }
 REFUSED_WITH_EXEMPLARS = {
     "a shrinking that leaves a rest": ((*IN_PIXELS, "--set", "guidance.chamfer.reduce=3"), r"guidance\[0\].reduce: 3: "),
@@ -304,8 +304,10 @@ def test_a_wrong_request_ends_in_one_line_before_weights_are_read_and_writes_not
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"_class_name": "StableDiffusionControlNetPipeline"}, "it is a StableDiffusionControlNetPipeline, a family that"),
-        ({"_class_name": "StableDiffusionInpaintPipeline"}, "it is a StableDiffusionInpaintPipeline, a family that"),
+        (
+            {"_class_name": "StableDiffusionControlNetPipeline", "controlnet": ["diffusers", "ControlNetModel"]},
+            "StableDiffusionControlNetPipeline",
+        ),
         ({"text_encoder": [None, None]}, "the pipeline has no text_encoder"),
         (None, "model_index.json': it can't be read"),
     ],

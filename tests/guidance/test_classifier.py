@@ -275,7 +275,7 @@ def test_the_ddpm_preset_on_the_digits_model_is_the_papers_loop():
     def estimate(x: Tensor, i: int) -> Tensor:
         alpha, sigma = float(levels.alpha[i]), float(levels.sigma[i])
         time = denoiser.levels.time(levels[i]).float().expand(4)
-        return (alpha * x - sigma * network(x, time, class_labels=labels).sample).clamp(-1, 1)
+        return (alpha * x - sigma * network(x, time, class_labels=labels)[0]).clamp(-1, 1)
 
     def guide_by(x0: Tensor) -> Tensor:
         return log_likelihood_gradient(load_extractor("digits-guide").logits, x0, labels, 1.0, 0.5)

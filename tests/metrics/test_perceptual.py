@@ -26,8 +26,8 @@ def directions(*angles: float) -> torch.Tensor:
 
 def test_unit_features_give_the_chord_of_the_angle_between_them_whatever_their_length():
     distance = feature_distance(pixels())
-    found = distance(directions(0, 0, 0, 30), 0.1 * directions(0, 90, 180, 90))
-    np.testing.assert_allclose(found, [0, 2**0.5, 2, 1], atol=1e-6)
+    found = distance(directions(0, 0, 0, 30, -30), 0.1 * directions(0, 90, 180, 90, -30))
+    np.testing.assert_allclose(found, [0, 2**0.5, 2, 1, 0], atol=1e-6)
 
 
 def test_plain_features_give_the_euclidean_distance_in_pixels():

@@ -87,5 +87,5 @@ def test_exemplars_and_their_number_must_be_said(digits):
     data["recipe"]["exemplars"]["per_class"] = 6
     assert {each.setting.k for each in planned_sets(completed(sweep_from(data)))} == {0, 6}
     data["recipe"]["exemplars"] = {}
-    with pytest.raises(RequestError, match="needs exemplars"):
+    with pytest.raises(RequestError, match="there are no exemplars to draw"):
         planned_sets(completed(sweep_from({**data, "k": [2]})))

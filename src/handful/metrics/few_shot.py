@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from handful.core.ranges import any_range
 from handful.errors import RequestError
 from handful.metrics._features import as_count
 from handful.metrics.copying import share_nearer
@@ -131,6 +132,7 @@ def intra_distance(
     return IntraDistance(math.fsum(values) / len(values), tuple(values), tuple(sizes), tuple(compared), distance.name)
 
 
+@any_range()  # the sets were looked at as a whole; a cluster may well be bright
 def _mean_pairwise(images: Tensor, distance: PerceptualDistance, most_values: int) -> float:
     n = len(images)
     return float(distance.pairs(images, most_values=most_values).sum()) / (n * (n - 1)) if n > 1 else 0.0

@@ -31,6 +31,7 @@ from handful.guidance.base import Smoothing
 from handful.guidance.method import FeaturesRequest, PotentialRequest, TermRequest, potentials
 from handful.guidance.settings import Positive, Request, Weight, refusal
 from handful.guidance.settings import dotted as dotted
+from handful.zoo import EXEMPLARS
 
 
 def _names(value: object) -> object:
@@ -64,6 +65,8 @@ Sampler = Literal["dpmpp_2m", "ddim", "ddpm", "heun", "lcm"]
 GUIDED_STEPS = 4
 # What `features: auto` becomes, by model.
 FEATURES_BY_MODEL = {"digits": "pixels", "mnist": "pixels", "cifar10": "cifar10-guide"}
+# Chamfer by the small classifier's features turns images of small cohorts into patterns (docs/findings.md, section 11).
+FEATURES_BY_METHOD = {("cifar10", "chamfer"): "pixels"}
 AUTO_FEATURES = "dinov2"  # for every other model
 # Only what differs from the defaults below; what a user states himself always wins. In pixels, which no gradient can fool,
 # the cheap jacobian on every step is as good as the exact one (docs/findings.md).
@@ -71,7 +74,11 @@ _IN_PIXELS = {"jacobian": "gaussian", "every": 1}
 # In a small network's features the smooth, cheap gradient is the one whose gain is real (section 9).
 _SMOOTH = {"softplus": 3.0, "jacobian": "gaussian", "smoothing": Smoothing(shift=2)}
 DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
-    "cifar10-guide": {"energy": {**_SMOOTH, "scale": 0.3}, "auto": {**_SMOOTH, "scale": 0.5}},
+    "cifar10-guide": {
+        "chamfer": {**_SMOOTH, "scale": 0.3, "normalize": "rms-image"},
+        "energy": {**_SMOOTH, "scale": 0.3},
+        "auto": {**_SMOOTH, "scale": 0.5},
+    },
     "pixels": {
         "chamfer": {**_IN_PIXELS, "scale": 0.2},
         "energy": {**_IN_PIXELS, "scale": 0.05},
@@ -369,7 +376,7 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
         notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
     chosen = list(guidance)
     for index, term in potentials(guidance):
-        chosen[index] = done = for_model(term, recipe.model.name, steps or recipe.steps_run)
+        chosen[index] = done = for_model(term, recipe.model.name, steps or recipe.steps_run, _are_features(recipe))
         if done.advice:
             notes.append(f"guidance[{index}].{done.advice}")
         if isinstance(done, FeaturesRequest) and done.features != getattr(term, "features", None):
@@ -380,10 +387,23 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
 Term = TypeVar("Term", bound=PotentialRequest)
 
 
-def for_model(term: Term, model: str, steps: int) -> Term:
-    """Fills in what the term leaves open but `reduce`: features by the model, the rest by the features and the steps."""
+def _are_features(recipe: Recipe) -> bool:
+    """Whether the exemplars are given as features alone: pixels can't compare them."""
+    path = recipe.exemplars.path or ""
+    return path.endswith(".safetensors") or path in EXEMPLARS
+
+
+def for_model(term: Term, model: str, steps: int, without_images: bool = False) -> Term:
+    """Fills in what the term leaves open but `reduce`: features by the model, the rest by the features and the steps.
+
+    Args:
+        without_images: The exemplars are given as features alone.
+    """
     if isinstance(term, FeaturesRequest):
-        features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES) if term.features == "auto" else term.features
+        features = term.features
+        if features == "auto":
+            features = FEATURES_BY_MODEL.get(model, AUTO_FEATURES)
+            features = features if without_images else FEATURES_BY_METHOD.get((model, term.method), features)
         own = DEFAULTS_BY_FEATURES.get(features, {}).get(term.method, {})
         update = {key: value for key, value in own.items() if key not in term.model_fields_set}
         term = term.model_copy(update={**update, "features": features})
