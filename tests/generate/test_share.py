@@ -111,7 +111,7 @@ def test_the_images_that_guided_nothing_are_known_by_content(digits_folder: Path
     taken = {path.name for path in (photos / "1").iterdir()} - {Path(name).name for name in left.names}
     shutil.copy(photos / "1" / sorted(taken)[0], photos / "1" / "copy.png")
     assert unused_images(out).counts == {"1": 4}, "a copy of an exemplar under another name is no test image"
-    with pytest.raises(RequestError, match=r"'1' has 4 of 9, and 5 of each class are needed.*smaller --k"):
+    with pytest.raises(RequestError, match=r"'1' has 4 of 9, and at least 5 of each class must be left.*smaller --k"):
         unused_images(out, needed=5)
     shutil.rmtree(photos)
     with pytest.raises(RequestError, match="no such folder"):

@@ -31,7 +31,7 @@ def calibrate(
     per_class: Annotated[int, typer.Option(help="Images of each class to measure on.", min=1)] = 16,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")] = None,
     betas: Annotated[
         str | None, typer.Option(metavar="A,B,...", help="Softplus in place of ReLU, this sharp.  [none,3,5,8]")
     ] = None,

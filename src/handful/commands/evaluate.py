@@ -14,10 +14,14 @@ from handful.commands.shared import Json, Quiet, listed, named_folders, pairs, r
 def evaluate(
     synthetic: Annotated[Path, typer.Argument(help="Generated images: a run directory, or a folder per class.")],
     real: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Real images; not the exemplars.  [those that guided nothing]")
+        Path | None, typer.Option(metavar="DIR", help="Real images.  [those of the exemplars' folder that were not drawn]")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="digits-judge, dinov2, clip, a directory, FILE.py:FUNCTION.  [dinov2]", metavar="NAME")
+        str | None,
+        typer.Option(
+            help="digits-judge, uci-judge, cifar10-judge, dinov2, clip, a directory, FILE.py:FUNCTION.  [dinov2]",
+            metavar="NAME",
+        ),
     ] = None,
     baseline: Annotated[
         list[str] | None,
@@ -53,7 +57,7 @@ def evaluate(
     """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
 
     Each is pooled and per class, with the value that one half of the real images gets against the other beside it. The
-    judge should be unrelated to what guided: a gain that only the guide's own family sees is adversarial. So all is judged
+    judge should be unrelated to the network that guided: a gain that only such a network sees is not real. So all is judged
     again after JPEG, resampling, noise and a low-pass of real and generated images alike, and with a --baseline (the same
     model without guidance) each gain is told from chance and by how much of it survives.
 

@@ -60,7 +60,7 @@ def generate(
             help=f"{', '.join(METHODS)} or none; may be repeated.  [chamfer if there are exemplars]", metavar="METHOD"
         ),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="Of the guidance; 0 is none.")] = None,
+    scale: Annotated[float | None, typer.Option(help="How strong the guidance is; 0 is none.  [by method]")] = None,
     features: Annotated[
         str | None,
         typer.Option(
@@ -71,7 +71,7 @@ def generate(
     classifier: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Of classifier guidance: a classifier of transformers, digits-guide, clip, FILE.py:FUNCTION."
+            metavar="NAME", help="With --guidance classifier: one of transformers, digits-guide, clip, FILE.py:FUNCTION."
         ),
     ] = None,
     embeddings: Annotated[
@@ -79,8 +79,8 @@ def generate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm, heun or lcm.  [dpmpp_2m]", metavar="NAME")] = None,
-    cohort: Annotated[int | None, typer.Option(help="Images guided together.  [64]")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of all noise.  [0]")] = None,
+    cohort: Annotated[int | None, typer.Option(help="Images guided together; another number gives other images.  [64]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")] = None,
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
     class_names: ClassNames = None,
     null_class: NullClass = None,

@@ -29,7 +29,9 @@ def utility(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Train the last block of this extractor.  [none up to 64 pixels, else dinov2]"),
+        typer.Option(
+            metavar="NAME", help="A pretrained network to fine-tune.  [images up to 64 pixels: a small new one; larger: dinov2]"
+        ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Classifiers trained of each kind.")] = 3,
     steps: Annotated[int, typer.Option(min=10, help="Training steps of each classifier.")] = 400,

@@ -224,7 +224,7 @@ def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[[str], 
     if real is not None:
         return labelled_files(real, field="real", flat=True)
     left = unused_images(synthetic)
-    tell(f"judged by the {len(left)} images of {left.root} that guided nothing")
+    tell(f"compared with the {len(left)} images of {left.root} that were not used as exemplars")
     return left
 
 

@@ -301,7 +301,7 @@ class _Sets:
         unused = set(left.names)
         guided = everything.only([place for place, name in enumerate(everything.names) if name not in unused])
         if tested:
-            self.notes.append(f"tested on the {len(left)} images of {asked.folder} that guided nothing")
+            self.notes.append(f"tested on the {len(left)} images of {asked.folder} that were not used as exemplars")
         return guided, left if tested else None
 
     def digests(self) -> dict[str, Any]:

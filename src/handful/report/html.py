@@ -116,8 +116,21 @@ def _verdicts(run: Shown) -> list[str]:
     if run.found is not None and not run.found.get("gains"):
         ceiling = run.found["pooled"].get("ceiling") or {}
         both = (f"{name} {_number(run.found.get(name))} (real images: {_number(ceiling.get(name))})" for name in _MAIN)
-        compared = "Whether guidance gains anything takes a set without it: handful evaluate --baseline DIR."
-        sentences.append(f"Judged by {run.found['judge']}: {', '.join(both)}. {compared}")
+        sentences.append(f"Judged by {run.found['judge']}: {', '.join(both)}.")
+        precision, accuracy = run.found.get("precision"), run.found.get("judge_accuracy")
+        if precision is not None and precision < (ceiling.get("precision") or 1) / 2:
+            sentences.append("Most of the images do not look like the real ones.")
+        if accuracy is not None and accuracy < 0.5:
+            sentences.append(
+                f"The judge finds the class that was asked for in {100 * accuracy:.0f} % of the images: they hardly show their "
+                "classes, or the judge is weak."
+            )
+        judge = run.found["judge"]
+        sentences.append(
+            "To see whether guidance helps, generate a set without it (handful generate ... --guidance none --out plain), then "
+            "compare: "
+            f"handful evaluate {run.path} --judge {judge} --baseline plain."
+        )
     copied = (run.found or {}).get("copied")
     if copied is not None:
         sentences.append(f"{100 * copied:.1f} % of the images are nearer to an exemplar than 99 % of real images are.")

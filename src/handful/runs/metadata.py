@@ -113,7 +113,7 @@ def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", reme
         raise RequestError(
             field,
             asked.folder,
-            f"too few of its images are left that guided nothing: {listed_few}, and {needed} of each class are needed",
+            f"too few of its images were not used as exemplars: {listed_few}, and at least {needed} of each class must be left",
             f"Generate with a smaller --k, add images to the folder, or name another one ({remedy}).",
         )
     return left
