@@ -1,6 +1,6 @@
 """The one idea: every pretrained network is a denoiser, E[x0 | x_t].
 
-`Denoiser` is what samplers and guidance know. `NetworkDenoiser` turns any network into one by the table below (design.md);
+`Denoiser` is what samplers and guidance know. `NetworkDenoiser` turns any network into one by the table below;
 n = sqrt(alpha^2 + sigma^2), m = alpha + sigma. No other file converts between parametrizations.
 
     predicts  input    x0_hat                            sources

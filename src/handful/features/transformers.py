@@ -176,7 +176,8 @@ def read_config(name: str) -> Any:
             name,
             "there is no such extractor, file or directory",
             "Give pixels, a packaged one (digits-judge, uci-judge, cifar10-judge), dinov2, clip, a directory that "
-            "transformers' save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or FILE.py:FUNCTION.",
+            "transformers' save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or "
+            "FILE.py:FUNCTION.",
         )
     try:
         config = source.read_json("config.json")

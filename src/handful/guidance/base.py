@@ -190,7 +190,7 @@ class Smoothing(Request):
 
 
 class Pull(Request):
-    """How a potential's gradient becomes a shift (design.md, "From a potential U to a shift").
+    """How a potential's gradient becomes a shift.
 
     Attributes:
         jacobian: "exact": back through the denoiser; "gaussian": d x0_hat / d x_t as for unit-variance data;

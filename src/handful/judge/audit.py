@@ -1,7 +1,7 @@
 """Mild transforms that leave what a person sees as it is: a gain that does not survive them was adversarial.
 
 Guidance can please a feature extractor without changing the picture. What it gained that way is brittle: judged again after
-a mild transform of real and generated images alike, it is gone (design.md, "Gain, or adversarial gain?"). Each takes another
+a mild transform of real and generated images alike, it is gone (docs/findings.md, section 4). Each takes another
 kind: JPEG and noise what is faint, resampling and the low-pass what is fine.
 """
 

@@ -1,8 +1,8 @@
 """Judges a folder of generated images against real ones: every metric, a ceiling beside it, what is left after mild transforms,
 and what it gains over baselines.
 
-The judge should share nothing with the guide: another architecture, other training (design.md, "Gain, or adversarial
-gain?"). Each number is meaningless without the judge, k and n, so they travel with it.
+The judge should share nothing with the guide: another architecture, other training (docs/findings.md,
+section 4). Each number is meaningless without the judge, k and n, so they travel with it.
 """
 
 from __future__ import annotations

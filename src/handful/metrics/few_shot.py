@@ -1,4 +1,4 @@
-"""Measurements of few-shot generation: many images made from N targets (Cao & Gong, ECCV 2024; methods.md, section 3).
+"""Measurements of few-shot generation: many images made from N targets (Cao & Gong, ECCV 2024).
 
     reconstruction      how near each target is to what its embedding alone gives back: MSE, SSIM, perceptual
     Intra-distance      variety around each target: Intra-LPIPS of Ojha et al. (CVPR 2021), with any perceptual distance
