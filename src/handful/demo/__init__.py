@@ -1,0 +1,1 @@
+"""What `handful demo` shows."""
