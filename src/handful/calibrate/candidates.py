@@ -44,6 +44,18 @@ class Candidate:
         return f"{'relu' if self.softplus is None else f'softplus {self.softplus:g}'}, {self.looks}, {taus}"
 
     @property
+    def facts(self) -> dict[str, str | float | bool | None]:
+        """What tables and JSON say of it."""
+        return {
+            "candidate": self.name,
+            "softplus": self.softplus,
+            "input": self.looks,
+            "tau1": self.tau1,
+            "tau2": self.tau2,
+            "fitted": self.fitted,
+        }
+
+    @property
     def sees(self) -> tuple[float | None, Looks]:
         """What its logits depend on."""
         return self.softplus, self.looks

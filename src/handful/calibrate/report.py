@@ -47,15 +47,7 @@ def rows_parquet(found: Mapping[str, Found]) -> bytes:
     """calibration.parquet: tidy, a row for each candidate and step; null where nothing was measured."""
     rows = []
     for each in found.values():
-        of = each.candidate
-        about = {
-            "candidate": of.name,
-            "softplus": of.softplus,
-            "input": of.looks,
-            "tau1": of.tau1,
-            "tau2": of.tau2,
-            "fitted": of.fitted,
-        }
+        about = each.candidate.facts
         for at in each.steps:
             numbers = {name: getattr(at, name) for name in _SCHEMA.names if name not in about}
             rows.append({**about, **numbers, "roughness": None if math.isnan(at.roughness) else at.roughness})

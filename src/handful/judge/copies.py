@@ -83,9 +83,3 @@ def shared(contents: Iterable[bytes], images: Images | LabelledImages) -> int:
         return sum(content in known for content in images.contents)
     files = images.files if isinstance(images, LabelledImages) else []
     return sum(hashlib.sha256(file.read_bytes()).hexdigest() in known for file in files)
-
-
-def shared_files(some: Iterable[Path], others: Iterable[Path]) -> int:
-    """How many of the other files have, byte for byte, the content of one of some."""
-    known = {hashlib.sha256(file.read_bytes()).hexdigest() for file in some}
-    return sum(hashlib.sha256(file.read_bytes()).hexdigest() in known for file in others)

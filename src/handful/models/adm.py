@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from handful.core.noise import VP
 from handful.errors import RequestError
 from handful.models.door import what_tensors_say
-from handful.models.options import ADAPTERS, ModelOptions, refuse_options, refuse_resolution
+from handful.models.options import OF_PIPELINES, ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import on_meta
 from handful.models.source import Source
 from handful.models.unet2d import UNet2DDenoiser
@@ -38,17 +38,7 @@ Count = Annotated[int, Field(ge=1)]
 GROUPS = 32  # of every group norm
 
 # Options that this family has no use for.
-UNUSED = (
-    *ADAPTERS,
-    "negative_prompt",
-    "embedded_guidance",
-    "without",
-    "preview_decoder",
-    "config",
-    "revision",
-    "variant",
-    "trust_pickle",
-)
+UNUSED = (*OF_PIPELINES, "trust_pickle")
 
 
 @dataclass(frozen=True)

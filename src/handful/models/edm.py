@@ -21,13 +21,13 @@ from handful.core.denoiser import Condition, Denoiser, NetworkDenoiser, network_
 from handful.core.noise import EDM, Level
 from handful.errors import HandfulError, RequestError, first_line
 from handful.models.labels import label_condition, set_labels
-from handful.models.options import ADAPTERS, ModelOptions, refuse_options, refuse_resolution
+from handful.models.options import OF_PIPELINES, ModelOptions, refuse_options, refuse_resolution
 from handful.models.source import Source
 from handful.models.user_code import run_user_file
 
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0  # the paper's; a network may bound them more tightly
 LABEL_EMBEDDINGS = ("map_label", "emb_label")  # what the layer of one-hot rows is called in EDM's and in EDM2's networks
-UNUSED = (*ADAPTERS, "negative_prompt", "embedded_guidance", "without", "preview_decoder", "config", "revision", "variant")
+UNUSED = OF_PIPELINES
 
 
 class EDMDenoiser(NetworkDenoiser):

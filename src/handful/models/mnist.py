@@ -16,21 +16,11 @@ from torch import Tensor, nn
 from handful.core.denoiser import Condition, NetworkDenoiser
 from handful.core.noise import Flow, Level
 from handful.models.labels import label_condition, set_labels
-from handful.models.options import ADAPTERS, ModelOptions, refuse_options, refuse_resolution
+from handful.models.options import OF_PIPELINES, ModelOptions, refuse_options, refuse_resolution
 from handful.models.source import Source
 from handful.zoo.mnist_vit import SIDE, MnistViT
 
-UNUSED = (
-    *ADAPTERS,
-    "negative_prompt",
-    "embedded_guidance",
-    "without",
-    "preview_decoder",
-    "config",
-    "revision",
-    "variant",
-    "trust_pickle",
-)
+UNUSED = (*OF_PIPELINES, "trust_pickle")
 
 
 class MnistDenoiser(NetworkDenoiser):

@@ -54,6 +54,17 @@ class ModelOptions:
 
 
 ADAPTERS = ("lora", "embeddings", "vae", "scheduler")  # what changes a pipeline's parts
+# What only pipelines have a use for: a network in one file has no parts, texts or configs.
+OF_PIPELINES = (
+    *ADAPTERS,
+    "negative_prompt",
+    "embedded_guidance",
+    "without",
+    "preview_decoder",
+    "config",
+    "revision",
+    "variant",
+)
 
 
 def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:
