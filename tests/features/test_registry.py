@@ -205,7 +205,8 @@ def test_a_users_file_moves_to_the_meta_device_or_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize("name", ["pixels@8", "digits-guide@16", "own.py:mine@32", "net.pt@32"])
 def test_only_models_of_transformers_take_another_size(name):
     with pytest.raises(
-        RequestError, match=rf"^features: '{name}': only models of transformers .* Write {name.split('@')[0]}\."
+        RequestError,
+        match=rf"^features: '{name}': only models of transformers and efficientnet-lite0 .* Write {name.split('@')[0]}\.",
     ):
         load_extractor(name)
 

@@ -19,7 +19,8 @@ def evaluate(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="digits-judge, uci-judge, cifar10-judge, dinov2, clip, a directory, FILE.py:FUNCTION.  [dinov2]",
+            help="dinov2, clip, efficientnet-lite0, digits-judge, cifar10-judge, uci-judge, a directory, or "
+            "FILE.py:FUNCTION.  [dinov2]",
             metavar="NAME",
         ),
     ] = None,

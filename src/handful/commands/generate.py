@@ -64,14 +64,16 @@ def generate(
     features: Annotated[
         str | None,
         typer.Option(
-            help="What exemplars are compared by: pixels, digits-guide, dinov2, clip, a directory, FILE.py:FUNCTION.",
+            help="What exemplars are compared by: pixels, digits-guide, dinov2, clip, efficientnet-lite0, a directory, "
+            "FILE.py:FUNCTION.",
             metavar="NAME",
         ),
     ] = None,
     classifier: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="With --guidance classifier: one of transformers, digits-guide, clip, FILE.py:FUNCTION."
+            metavar="NAME",
+            help="With --guidance classifier: one of transformers, digits-guide, clip, efficientnet-lite0, FILE.py:FUNCTION.",
         ),
     ] = None,
     embeddings: Annotated[

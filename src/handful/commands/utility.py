@@ -30,7 +30,8 @@ def utility(
     features: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="A pretrained network to fine-tune.  [images up to 64 pixels: a small new one; larger: dinov2]"
+            metavar="NAME",
+            help="A pretrained network to fine-tune, efficientnet-lite0.  [up to 64 pixels: a small new one; larger: dinov2]",
         ),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Classifiers trained of each kind.")] = 3,

@@ -1,7 +1,7 @@
 """What images are compared by: any network that gives a vector for an image, resizing and normalising inside.
 
 extractor.py      the contract, and any torch module behind it      registry.py  extractors by name
-transformers.py, torchscript.py, clip.py                            networks of others
+transformers.py, torchscript.py, clip.py, efficientnet.py           networks of others
 softplus.py       smooth networks, whose gradient improves pictures
 """
 

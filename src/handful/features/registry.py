@@ -7,6 +7,8 @@ import hashlib
 from pathlib import Path
 
 from handful.errors import RequestError, first_line
+from handful.features.efficientnet import NAME as EFFICIENTNET
+from handful.features.efficientnet import efficientnet_lite0
 from handful.features.extractor import FeatureExtractor, pixels
 from handful.features.torchscript import from_torchscript
 from handful.features.transformers import from_transformers, skeleton_of_transformers
@@ -49,9 +51,10 @@ def load_extractor(name: str) -> FeatureExtractor:
     Args:
         name: `digits-guide`, `digits-judge`, `uci-judge` (the same judge, of digits at MNIST's size), `cifar10-guide`,
             `cifar10-judge`, `cifar10-simclr` (packaged), `pixels`, `dinov2` (ViT-B/14; `dinov2-small`, `-large`, `-giant`),
-            `clip` (ViT-L/14), a directory or hub name for transformers, `FILE.pt` for a TorchScript file, or
-            `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers may end in `@SIDE`, as in `dinov2@112`:
-            the network is then fed smaller or larger images than usual, which is the cheaper or the dearer.
+            `clip` (ViT-L/14), `efficientnet-lite0` (ImageNet's weights of the extra `photos`), a directory or hub name for
+            transformers, `FILE.pt` for a TorchScript file, or
+            `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers and EfficientNet may end in `@SIDE`, as
+            in `dinov2@112`: the network is then fed smaller or larger images than usual, which is cheaper or dearer.
 
     Raises:
         RequestError: If there is no such extractor, or it can't be used as asked.
@@ -96,9 +99,13 @@ def name_and_side(asked: str) -> tuple[str, int | None]:
 def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
     name, side = name_and_side(asked)
     path, _, attribute = name.rpartition(":")
-    known = [*PACKAGED, *TRANSFORMERS]
+    known = [*PACKAGED, *TRANSFORMERS, EFFICIENTNET]
     if side is not None and (name in PACKAGED or path.endswith(".py") or name.endswith(TORCHSCRIPT)):
-        raise RequestError("features", asked, "only models of transformers can be fed another size", f"Write {name}.")
+        raise RequestError(
+            "features", asked, "only models of transformers and efficientnet-lite0 take another size", f"Write {name}."
+        )
+    if name == EFFICIENTNET:
+        return efficientnet_lite0(side, meta=meta)
     if name == "pixels":
         return pixels()
     if name in ("digits-guide", "digits-judge"):

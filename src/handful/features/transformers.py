@@ -175,9 +175,9 @@ def read_config(name: str) -> Any:
             "features",
             name,
             "there is no such extractor, file or directory",
-            "Give pixels, a packaged one (digits-judge, uci-judge, cifar10-judge), dinov2, clip, a directory that "
-            "transformers' save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or "
-            "FILE.py:FUNCTION.",
+            "Give pixels, a packaged one (digits-judge, uci-judge, cifar10-judge), dinov2, clip, efficientnet-lite0, a "
+            "directory that transformers' save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript "
+            "file, or FILE.py:FUNCTION.",
         )
     try:
         config = source.read_json("config.json")
