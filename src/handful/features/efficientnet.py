@@ -107,9 +107,16 @@ def efficientnet_lite0(side: int | None = None, *, meta: bool = False) -> Featur
         network = EfficientNetLite0()
     if not meta:
         _load(network)
-    size, called = (side or SIDE,) * 2, NAME if side is None else f"{NAME}@{side}"
-    shared = {"mean": (127 / 255,) * 3, "std": (128 / 255,) * 3, "features": network.features, "classify": network}
-    return FeatureExtractor(called, network, size=size, **shared)
+    fed, called = side or SIDE, NAME if side is None else f"{NAME}@{side}"
+    return FeatureExtractor(
+        called,
+        network,
+        size=(fed, fed),
+        mean=(127 / 255,) * 3,
+        std=(128 / 255,) * 3,
+        features=network.features,
+        classify=network,
+    )
 
 
 def _load(network: nn.Module) -> None:
