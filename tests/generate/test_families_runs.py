@@ -17,6 +17,7 @@ from handful.data.images import write_png
 from handful.errors import RequestError
 from handful.generate import prepare
 from handful.generate.run import run
+from handful.judge.evaluate import evaluate
 from handful.recipe.file import read_recipe
 from handful.recipe.plan import Cohort
 from handful.recipe.schema import Recipe, recipe_from
@@ -55,6 +56,36 @@ def test_a_text_model_generates_a_folder_a_class_and_writes_every_prompt_out(sta
     term: Any = (written.guidance or ())[0]
     assert term.reduce == job.denoiser.preview_factor > 1, "latents are looked at through the linear map"
     assert len(list((tmp_path / "out" / "images" / "cat").glob("*.png"))) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_geodes_exemplars_bring_their_prompts_and_the_run_is_measured_by_region(stable_diffusion, tmp_path):
+    random, rows = torch.Generator().manual_seed(0), ["file_path,object,region"]
+    for region in ("Africa", "EastAsia"):
+        for place in range(6):
+            rows.append(f"{region}_bag_{place}.png,hand_bag,{region}")
+            (tmp_path / "GeoDE" / "images").mkdir(parents=True, exist_ok=True)
+            write_png(
+                tmp_path / "GeoDE" / "images" / f"{region}_bag_{place}.png", torch.rand(3, 20, 20, generator=random) * 2 - 1
+            )
+    (tmp_path / "GeoDE" / "index.csv").write_text("\n".join(rows))
+    source = Path(f"geode:{tmp_path / 'GeoDE'}@6")
+    changes: Any = {"exemplars": {"path": str(source), "k": 2}, "per_class": 4, "sampler": {"steps": 2}}
+    asked = recipe(stable_diffusion, source, **changes)
+    job = prepare(asked, tmp_path / "out")
+    assert any("model.template says otherwise" in note for note in job.notes)
+    run(job)
+    written = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert written.exemplars.path == str(source)
+    assert written.model.prompts == {name: name for name in ("hand bag in Africa", "hand bag in East Asia")}
+    found = evaluate(tmp_path / "out", judge="pixels", audit=False, ceiling=False)  # the eight that guided nothing
+    assert found.groups is not None
+    assert {name: (each.n_real, each.n_generated) for name, each in found.groups.per_group.items()} == {
+        "Africa": (4, 4),
+        "East Asia": (4, 4),
+    }
+    own = recipe(stable_diffusion, source, model={"name": str(stable_diffusion), "template": "a {}, please"})
+    assert prepare(own, tmp_path / "own").recipe.model.prompts["hand bag in Africa"] == "a hand bag in Africa, please"
 
 
 def test_an_interrupted_run_through_the_linear_preview_ends_with_the_same_bytes(stable_diffusion, photos, tmp_path):

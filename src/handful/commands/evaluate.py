@@ -14,7 +14,11 @@ from handful.commands.shared import Json, Quiet, listed, named_folders, pairs, r
 def evaluate(
     synthetic: Annotated[Path, typer.Argument(help="Generated images: a run directory, or a folder per class.")],
     real: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Real images.  [those of the exemplars' folder that were not drawn]")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Real images; geode:DIR, dollarstreet:DIR.  [those of the exemplars' folder that were not drawn]",
+        ),
     ] = None,
     judge: Annotated[
         str | None,
@@ -32,7 +36,10 @@ def evaluate(
         Path | None, typer.Option(metavar="DIR", help="The exemplars: say how many generated images are copies of them.")
     ] = None,
     neighbours: Annotated[
-        int | None, typer.Option(help="k of precision, recall, density and coverage.  [5]", min=1, metavar="K")
+        int | None,
+        typer.Option(
+            help="k of precision, recall, density and coverage.  [5; of GeoDE and DollarStreet 3]", min=1, metavar="K"
+        ),
     ] = None,
     judge_class: Annotated[
         list[str] | None,
@@ -73,7 +80,7 @@ def evaluate(
       handful evaluate out --real photos/ --judge cifar10-judge --judge-class plane=airplane --judge-class car=automobile
     """
     judge = renamed("--features", features, "--judge", judge) or "dinov2"
-    neighbours = renamed("--k", k, "--neighbours", neighbours) or 5
+    neighbours = renamed("--k", k, "--neighbours", neighbours)
     save_json = renamed("--report", report, "--save-json", save_json)
     baselines, classes = named_folders(baseline or []), pairs("--judge-class", judge_class)
     if save_json is not None:

@@ -10,7 +10,7 @@ import csv
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -30,13 +30,39 @@ _FILES = ("file", "file_name", "filename", "path", "filepath", "image")
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """What lies in an archive: a name and a class for each image, the classes in order, and how to read one (thread-safe)."""
+    """What lies in an archive: a name and a class for each image, the classes in order, and how to read one (thread-safe).
+
+    Attributes:
+        columns: What else is known of each image, such as its region.
+        prompts: By class, where the source says how a model is asked for it.
+    """
 
     names: list[str]
     labels: list[str]
     classes: list[str]
     content: Callable[[int], bytes]
     notes: list[str] = field(default_factory=list)
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_table(path: Path, field: str) -> list[dict[str, Any]]:
+    """The rows of a CSV with a header, in UTF-8, with or without its mark.
+
+    Raises:
+        RequestError: It can't be read, or is in another encoding.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            return list(csv.DictReader(stream))
+    except UnicodeDecodeError as error:
+        wrong = f"it is not UTF-8 (byte 0x{error.object[error.start]:02x})"
+        remedy = "Save it as CSV in UTF-8; of Windows' encoding: iconv -f CP1252 -t UTF-8."
+        raise RequestError(field, path, wrong, remedy) from None
+    except OSError as error:
+        raise RequestError(field, path, f"it can't be read ({error.strerror or error})", "Check the path.") from None
+    except csv.Error as error:
+        raise RequestError(field, path, f"it is no readable CSV ({error})", "Save it as CSV in UTF-8.") from None
 
 
 def parquet_images(shards: Sequence[Path], field: str) -> Listed:
@@ -221,11 +247,7 @@ def csv_images(path: Path, field: str) -> Listed:
     Raises:
         RequestError: A column is missing, or a row names no file.
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:
-            rows = list(csv.DictReader(stream))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise RequestError(field, path, f"it is no readable CSV ({first_line(error)})", "Save it as CSV in UTF-8.") from error
+    rows = read_table(path, field)
     columns = list(rows[0]) if rows else []
     lower = {str(name).strip().lower(): name for name in columns}
     file, label = (next((lower[name] for name in known if name in lower), None) for known in (_FILES, _LABELS))

@@ -1,14 +1,15 @@
 """Labelled images wherever they lie, listed before one is read: `labelled_files`.
 
-A folder with a folder per class, a run directory of handful, a flat folder, parquet, WebDataset's tar shards, zip, or a CSV of
-file and label.
+A folder with a folder per class, a run directory of handful, a flat folder, parquet, WebDataset's tar shards, zip, a CSV of
+file and label, or GeoDE and DollarStreet as they are published (`geode:DIR`, `dollarstreet:DIR`).
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from handful.data.archives import Listed, csv_images, parquet_images, shards_in, tar_images, zip_images
 from handful.data.images import EXTENSIONS, LabelledImages, image_folder, list_images, open_file, read_all, read_image
+from handful.data.regions import LAYOUTS, region_images
 from handful.errors import RequestError
 
 ONLY_CLASS = "images"  # what the one class of a flat folder is called, as plan's
@@ -38,6 +40,8 @@ class LabelledFiles:
         classes: In order: of a folder as `image_folder` lists them, of numbered labels by number.
         content: The bytes of the image at a place; may be called from threads.
         notes: What lies there and is left out, in words for the user.
+        columns: What else is known of each image, such as its region.
+        prompts: By class, where the source says how a model is asked for it.
     """
 
     root: Path
@@ -46,6 +50,8 @@ class LabelledFiles:
     classes: list[str]
     content: Callable[[int], bytes]
     notes: list[str] = field(default_factory=list)
+    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    prompts: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -74,6 +80,8 @@ class LabelledFiles:
             kept,
             lambda index: self.content(places[index]),
             self.notes,
+            {name: [values[place] for place in places] for name, values in self.columns.items()},
+            {name: self.prompts[name] for name in kept if name in self.prompts},
         )
 
     def first(self, limit: int | None) -> LabelledFiles:
@@ -118,7 +126,7 @@ def labelled_files(
 
     Args:
         source: A folder with a folder per class; a run directory; a folder of parquet or tar shards, or one such file; a zip;
-            a CSV. `~` is understood.
+            a CSV; `geode:DIR`, `dollarstreet:DIR` (`handful.data.regions`). `~` is understood.
         classes: Only these, in this order; None: all.
         field: What errors call the source.
         flat: Take images that lie in no class folder too, as one class `images`.
@@ -126,7 +134,9 @@ def labelled_files(
     Raises:
         RequestError: It holds no such images, is damaged, or a class is missing.
     """
-    path = Path(source).expanduser()
+    kind, path, each = split_source(source, field)
+    if kind:
+        return _of_listed(Path(source), region_images(kind, path, each, field), classes, field, flat)
     if path.suffix.lower() in _FILES and not path.is_dir():
         if not path.is_file():
             raise RequestError(field, path, "there is no such file", "Check the path.")
@@ -139,6 +149,30 @@ def labelled_files(
         if flat and (found := list_images(path)):
             return _of_files(path, {ONLY_CLASS: found}, overlooked(path, {}))
     return _of_files(path, found := image_folder(path, classes=classes, field=field), overlooked(path, found))
+
+
+def split_source(source: str | Path, field: str = "data") -> tuple[str, Path, int | None]:
+    """`geode:DIR@180` -> "geode", DIR, 180; of any other source "", its path, None.
+
+    Raises:
+        RequestError: What follows the @ is no number of images.
+    """
+    kind, colon, rest = str(source).partition(":")
+    if not colon or kind not in LAYOUTS:
+        return "", Path(source).expanduser(), None
+    folder, at, count = rest.rpartition("@")
+    if not at or Path(rest).expanduser().exists():
+        return kind, Path(rest).expanduser(), None
+    if not count.isdecimal() or int(count) < 1:
+        problem, remedy = "what follows @ is no number of images", f"Write {kind}:{folder}@180, or {kind}:{folder}."
+        raise RequestError(field, str(source), problem, remedy)
+    return kind, Path(folder).expanduser(), int(count)
+
+
+def absolute_source(source: str | Path, base: Path) -> str:
+    """A source with its path made absolute: relative ones are relative to `base`."""
+    kind, path, each = split_source(source)
+    return (f"{kind}:" if kind else "") + os.path.abspath(base / path) + ("" if each is None else f"@{each}")
 
 
 def read_labelled(
@@ -223,7 +257,7 @@ def _of_listed(root: Path, listed: Listed, classes: Sequence[str] | None, field:
             lie = listed.labels.count("")
             raise RequestError(field, root, f"its {lie} images lie in no class folder", "Put them into a folder per class.")
         listed = Listed(listed.names, [ONLY_CLASS] * len(listed.labels), [ONLY_CLASS], listed.content)
-    whole = LabelledFiles(root, listed.names, listed.labels, listed.classes, listed.content, listed.notes)
+    whole = LabelledFiles(root, **{part.name: getattr(listed, part.name) for part in fields(listed)})
     if classes is None:
         return whole
     places = whole.by_class()

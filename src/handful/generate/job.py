@@ -27,7 +27,7 @@ from handful.models import load, skeleton
 from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place, try_once
 from handful.models.prompts import Prompted
-from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars
+from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars, with_their_prompts
 from handful.recipe.extractors import answer, load_for, targets_of
 from handful.recipe.file import PROVENANCE, anchored
 from handful.recipe.inverting import Inverted, read_inversion
@@ -194,6 +194,9 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     outline = skeleton(recipe.model.name, options)
     if found == [ONLY_CLASS] and (outline.label_count or outline.prompted):
         labelled_files(str(recipe.exemplars.path), field="exemplars")  # images alone have no class: it refuses them
+    if outline.prompted:
+        recipe, said = with_their_prompts(recipe)
+        notes += said
     settings = []
     for number, way in enumerate(ways):
         with named(places[number]) if mix else nullcontext():

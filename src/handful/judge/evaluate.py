@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from handful.data.exemplars import default_cache
+from handful.data.regions import NEIGHBOURS, REGION
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
@@ -39,7 +40,7 @@ def evaluate(
     real: str | Path | None = None,
     judge: str = "dinov2",
     *,
-    neighbours: int = 5,
+    neighbours: int | None = None,
     audit: bool = True,
     ceiling: bool = True,
     baselines: Mapping[str, str | Path] | None = None,
@@ -63,7 +64,8 @@ def evaluate(
         synthetic, real: The images (`handful.data.sources`). Real ones must not be the exemplars: the generator knows those.
             Without real ones, those of the run's exemplars' folder that guided nothing.
         judge: A name that `handful.features.load_extractor` knows.
-        neighbours: As `k` of `Judge`.
+        neighbours: As `k` of `Judge`; None: 5, or what the real set's own protocol says (GeoDE and DollarStreet: 3, and
+            groups by region where none are asked for).
         audit, ceiling, judge_class, metrics: As for `Judge`.
         baselines: By name, sets to compare with: of the same classes and size as the synthetic one.
         exemplars: The folder of the exemplars, to count copies of them.
@@ -88,9 +90,10 @@ def evaluate(
         notes.append(text)
         warnings.warn(text, stacklevel=3)
 
-    sets = _listed(synthetic, real, baselines, neighbours, tell)
-    classes = sets["synthetic"].files.classes
-    grouped = {role: read_groups(sets[role].files, groups, tell, role) for role in ("real", "synthetic") if groups}
+    sets, neighbours = _listed(synthetic, real, baselines, neighbours, tell)
+    classes, known = sets["synthetic"].files.classes, sets["real"].files
+    groups = groups or (REGION if REGION in known.columns else None)
+    grouped = {role: read_groups(sets[role].files, groups, tell, role, known) for role in ("real", "synthetic") if groups}
     scorer = clip and ClipScore(clip, {name: prompts_of(synthetic).get(name, f"a photo of a {name}") for name in classes})
     metrics = [*metrics, *(["clip_score"] if clip and "clip_score" not in metrics else [])]
     if exemplars is not None:
@@ -185,10 +188,16 @@ def _seen(judge: Judge, check: CopyCheck | None, scorer: ClipScore | None, image
 
 
 def _listed(
-    synthetic: str | Path, real: str | Path | None, baselines: Mapping[str, str | Path], k: int, tell: Callable[[str], None]
-) -> dict[str, FileImages]:
-    """All sets by role, the real one's classes being the generated ones'; refuses those that do not fit together."""
+    synthetic: str | Path,
+    real: str | Path | None,
+    baselines: Mapping[str, str | Path],
+    k: int | None,
+    tell: Callable[[str], None],
+) -> tuple[dict[str, FileImages], int]:
+    """All sets by role, the real one's classes being the generated ones', and k; refuses those that do not fit together."""
     made, wanted = labelled_files(synthetic, field="synthetic", flat=True), _real(synthetic, real, tell)
+    if k is None:
+        k = NEIGHBOURS if REGION in wanted.columns else 5
     if unknown := [name for name in made.classes if name not in wanted.classes]:
         raise RequestError(
             "real",
@@ -217,7 +226,7 @@ def _listed(
             (h, w), root = images.usual_size, str(images.files.root)
             problem = f"its images have {h} x {w} pixels, the synthetic ones {height} x {width}"
             raise RequestError("baseline", root, problem, "Generate both at one resolution.")
-    return sets
+    return sets, k
 
 
 def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[[str], None]) -> LabelledFiles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from handful.data.archives import read_table
 from handful.data.sources import LabelledFiles
 from handful.errors import RequestError, did_you_mean, first_line
 from handful.judge.gains import DRAWS, interval_of
@@ -81,21 +81,31 @@ def by_group(
     return Groups(per_group, intervals, mean_scores(list(per_group.values()), "groups"), worst, gap)
 
 
-def read_groups(files: LabelledFiles, asked: str, tell: Callable[[str], None], role: str) -> list[str | None]:
+def read_groups(
+    files: LabelledFiles, asked: str, tell: Callable[[str], None], role: str, real: LabelledFiles | None = None
+) -> list[str | None]:
     """The group of each image of a set; None where it has none, which is told.
 
     Args:
         files: The set.
         asked: A CSV file of image and `group`; a regular expression with one group in brackets, of class names, such as
-            `.* in (.*)`; or a column that lies with the set (metadata.jsonl, parquet, its own CSV).
+            `.* in (.*)`; or a column that lies with the set (metadata.jsonl, parquet, its own CSV; `region` of GeoDE).
         tell: Told of images without a group.
         role: What errors call the set.
+        real: Where it has this column, a class that lies in one group there has that group here too.
 
     Raises:
         RequestError: There is no such table or column, or no image has a group.
     """
-    if asked.lower().endswith(".csv"):
-        known = _keyed(_csv(Path(asked).expanduser()), "group", asked)
+    if asked in files.columns:
+        found: list[str | None] = list(files.columns[asked])
+    elif real is not None and asked in real.columns:
+        of_class: dict[str, set[str]] = {}
+        for label, group in zip(real.labels, real.columns[asked], strict=True):
+            of_class.setdefault(label, set()).add(group)
+        found = [next(iter(groups)) if len(groups := of_class.get(label, set())) == 1 else None for label in files.labels]
+    elif asked.lower().endswith(".csv"):
+        known = _keyed(read_table(Path(asked).expanduser(), "groups"), "group", asked)
         found = [_of_name(known, files, place) for place in range(len(files))]
     elif "(" in asked:
         try:
@@ -140,20 +150,10 @@ def _of_name(known: Mapping[str, str], files: LabelledFiles, place: int) -> str 
     return next((known[end] for end in (str(path), *ends) if end in known), None)
 
 
-def _csv(path: Path) -> list[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            return list(csv.DictReader(stream))
-    except UnicodeDecodeError:
-        raise RequestError("groups", path, "it is not UTF-8", "Save it as UTF-8.") from None
-    except OSError as error:
-        raise RequestError("groups", path, f"it can't be read ({error.strerror or error})", "Check the path.") from None
-
-
 def _beside(root: Path, role: str) -> list[dict[str, Any]]:
     """The table that lies with a set."""
     if root.suffix == ".csv":
-        return _csv(root)
+        return read_table(root, "groups")
     try:
         if root.suffix == ".parquet":
             file = pq.ParquetFile(root)

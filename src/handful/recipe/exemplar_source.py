@@ -7,10 +7,10 @@ from pathlib import Path
 
 from handful.data.exemplars import Exemplars
 from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
-from handful.data.sources import labelled_files
+from handful.data.sources import labelled_files, split_source
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
-from handful.guidance.method import Requests, named, potentials
+from handful.guidance.method import PLAIN_TEMPLATE, Requests, named, potentials
 from handful.recipe.schema import Recipe, did_you_mean
 
 Given = Exemplars | ExemplarFeatures
@@ -41,7 +41,7 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | Non
         recipe = recipe.model_copy(update={"exemplars": asked.model_copy(update={"seed": stored.seed})})
         counts = stored.counts
     else:
-        root = Path(asked.path).expanduser().resolve()
+        root = split_source(asked.path, "exemplars")[1].resolve()
         if root in (resolved := out.resolve(), *resolved.parents):
             raise RequestError(
                 "out",
@@ -57,6 +57,16 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | Non
             )
     _refuse_few(asked.path, asked.k or 1, {name: counts[name] for name in recipe.classes or counts})
     return recipe, list(counts)
+
+
+def with_their_prompts(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe with the prompts that the exemplars' source has by class, where it states no prompts; and a note of them."""
+    asked, path = recipe.model, recipe.exemplars.path
+    if path is None or not split_source(path)[0] or asked.prompts or asked.class_pattern or asked.template != PLAIN_TEMPLATE:
+        return recipe, []
+    prompts = labelled_files(path, field="exemplars").prompts
+    note = f"prompts: {path} has its own, such as '{next(iter(prompts.values()))}'; model.template says otherwise"
+    return recipe.model_copy(update={"model": asked.model_copy(update={"prompts": dict(prompts)})}), [note]
 
 
 def _refuse_few(path: str, wanted: int, counts: Mapping[str, int]) -> None:

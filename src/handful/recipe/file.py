@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
+from handful.data.sources import absolute_source
 from handful.errors import RequestError, did_you_mean
 from handful.guidance import METHODS, request_of
 from handful.guidance.method import EXTRACTOR, FILE
@@ -131,8 +132,9 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
     for key in ("config", "preview_decoder", "vae", "scheduler"):
         if isinstance(model, dict) and isinstance(model.get(key), str):
             model[key] = _absolute(model[key], base, only_existing=True)
-    if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str):
-        exemplars["path"] = _absolute(exemplars["path"], base, only_existing=exemplars["path"] in EXEMPLARS)
+    if isinstance(exemplars, dict) and isinstance(exemplars.get("path"), str) and exemplars["path"]:
+        path = exemplars["path"]
+        exemplars["path"] = _absolute(path, base, True) if path in EXEMPLARS else absolute_source(path, base)
     mix = data.get("mix")
     settings = [data, *(each for each in (mix if isinstance(mix, list) else []) if isinstance(each, dict))]
     for term in [term for each in settings for term in each.get("guidance") or () if isinstance(each["guidance"], list)]:

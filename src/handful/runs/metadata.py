@@ -14,7 +14,7 @@ import yaml
 from handful.data.exemplars import Exemplars, content_hash
 from handful.data.images import read_all
 from handful.data.shared_exemplars import features_file
-from handful.data.sources import LabelledFiles, labelled_files
+from handful.data.sources import LabelledFiles, absolute_source, labelled_files
 from handful.errors import RequestError
 
 
@@ -49,8 +49,8 @@ def exemplars_of(run: str | Path) -> DrawnExemplars | None:
     asked = _part(_recipe(run), "exemplars")
     if not asked.get("path"):
         return None
-    folder = Path(run).expanduser() / Path(asked["path"]).expanduser()  # a relative path is relative to the recipe
-    return DrawnExemplars(folder, asked.get("k", asked.get("per_class")), asked.get("seed") or 0)
+    folder = absolute_source(asked["path"], Path(run).expanduser())  # a relative path is relative to the recipe
+    return DrawnExemplars(Path(folder), asked.get("k", asked.get("per_class")), asked.get("seed") or 0)
 
 
 def drawn_json(folder: str | None, exemplars: Exemplars) -> bytes:
