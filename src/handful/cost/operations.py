@@ -31,6 +31,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 OTHER = "other"  # the part of what belongs to no part
+# On the meta device these run as Python, and are most of a transformer's time there; their shapes are known without that.
+_POINTWISE = {_aten.add, _aten.sub, _aten.mul, _aten.div, _aten.pow, _aten.rsqrt, _aten.gelu, _aten.gelu_backward}
 
 
 class Count(TorchDispatchMode):
@@ -60,7 +62,8 @@ class Count(TorchDispatchMode):
         self._modes.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        out = _shaped(func, args)
+        out = func(*args, **(kwargs or {})) if out is None else out
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.add(formula(*args, **(kwargs or {}), out_val=out))
@@ -107,6 +110,25 @@ class Count(TorchDispatchMode):
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+def _shaped(func: Any, args: tuple[Any, ...]) -> Any:
+    """What a frequent operation returns, by its shape alone; None for other operations, and away from the meta device."""
+    packet, tensors = func._overloadpacket, [each for each in args if isinstance(each, Tensor)]
+    if not tensors or not all(each.is_meta and each.dtype == tensors[0].dtype for each in tensors):
+        return None
+    first = tensors[0]
+    if packet in _POINTWISE and first.is_floating_point():
+        if all(each.shape == first.shape for each in tensors):
+            return torch.empty_like(first)
+        return first.new_empty(torch.broadcast_shapes(*(each.shape for each in tensors)))
+    if packet is _aten.addmm:
+        return first.new_empty(args[1].shape[0], args[2].shape[1])
+    if packet is _aten.native_layer_norm:
+        over = len(args[1])
+        moments = (*first.shape[:-over], *[1] * over)
+        return torch.empty_like(first), first.new_empty(moments), first.new_empty(moments)
+    return None
 
 
 class _OnMeta(TorchFunctionMode):
