@@ -77,6 +77,7 @@ def test_a_scale_at_the_edge_makes_the_list_longer(done: CalibrateSummary):
     """One scale alone is both edges, so another one is tried at least for the way that was the best."""
     scales = {row["scale"] for row in rows(done) if row["method"] != "none"}
     assert len(scales) > 1
+    assert (done.out / "trials" / "pareto.png").is_file(), "drawn once, when no more are added"
 
 
 @pytest.mark.slow

@@ -1,8 +1,7 @@
-"""The demo on CIFAR-10: its judge by features alone, its rows, and that it goes on where it was interrupted."""
+"""The demo on CIFAR-10: its judge by features alone, and its rows."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,17 +60,12 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, list
 
 
 @pytest.mark.slow
-def test_every_method_has_one_finite_row_and_goes_on_without_repeating(small):
-    out, rows = small
+def test_every_method_has_one_finite_row(small):
+    _, rows = small
     assert [(r["method"], r["scale"], r["k"]) for r in rows] == [(e.method, e.scale, e.k) for e in (ALL[0], ALL[-1])]
     numbers = [[row[column] for column in COLUMNS if column != "utility"] for row in rows]
     assert np.isfinite(np.array(numbers, dtype=float)).all()
     assert all(row["utility"] is None for row in rows), "no real images, no test"
-    (out / "results.json").write_text(json.dumps(rows[:-1]))
-    again = demo(out, per_class=8, steps=2)
-    assert again[:-1] == rows[:-1]
-    timeless = [{key: value for key, value in row.items() if key != "seconds"} for row in (again[-1], rows[-1])]
-    assert timeless[0] == timeless[1]
 
 
 @pytest.mark.slow

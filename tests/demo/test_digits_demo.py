@@ -13,8 +13,9 @@ from handful.demo.compared import means, table_of
 from handful.demo.digits import COLUMNS, ENTRIES, HEADLINE, demo
 from handful.errors import RequestError
 from handful.judge.measure import Training
+from handful.recipe.schema import recipe_from
 
-FEW = [ENTRIES[0], ENTRIES[2], HEADLINE, ENTRIES[-1]]  # none, cfg, chamfer and energy by most exemplars
+FEW = [ENTRIES[0], HEADLINE]
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,9 @@ def test_the_table_shows_spreads_only_where_there_are_seeds_and_no_column_that_n
     assert shown.headings == ["method", "C"]
     assert shown.rows == [["cfg w=1", "0.500 ±0.010"]]
     assert table_of("t", [mean | {"seeds": 1, "coverage_spread": None}], {"coverage": "C"}, ()).rows[0][1] == "0.500"
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=str)
+def test_every_entry_is_a_recipe(entry):
+    guidance = recipe_from({"model": {"name": "digits"}, **entry.says}).guidance or ()
+    assert bool(guidance) == (entry.method != "none")

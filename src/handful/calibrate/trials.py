@@ -286,7 +286,7 @@ def run_trials(
         if scale not in (min(scales), max(scales)):
             break
         best, scale = sweeping.with_ways([best], [scale * 2 if scale == max(scales) else scale / 2])
-    best, scale = sweeping.with_ways(_refined(best, taus), [scale])
+    best, scale = sweeping.with_ways(_refined(best, taus), [scale], last=True)
     trials = Trials(
         request.objective,
         sweeping.ways,
@@ -367,8 +367,11 @@ class _Sweeping:
         self.scales: dict[str, list[float]] = {}
         self.result: SweepResult
 
-    def with_ways(self, ways: Sequence[Way], scales: Sequence[float]) -> tuple[Way, float]:
+    def with_ways(self, ways: Sequence[Way], scales: Sequence[float], *, last: bool = False) -> tuple[Way, float]:
         """Adds ways at scales, makes their sets, and says which way and scale is the best of all.
+
+        Args:
+            last: Whether none are added after these; the sweep's pictures are drawn then.
 
         Raises:
             RunError: If not one set could be made.
@@ -378,7 +381,7 @@ class _Sweeping:
             known = self.scales.setdefault(way.name, [])
             known += [scale for scale in scales if scale not in known]
         methods = {name: self._method(way, self.scales[name]) for name, way in self.ways.items()}
-        self.result = self._sweep(methods, (self._job.recipe.seed,), self._folder / TRIALS)
+        self.result = self._sweep(methods, (self._job.recipe.seed,), self._folder / TRIALS, last)
         best = self._best(self.ways)
         if best is None:
             raise RunError("no trial could be made: " + "; ".join(self.result.failures[:3]))
@@ -408,7 +411,9 @@ class _Sweeping:
         term = way.candidate.request(self._base, temperatures_of(way.candidate, self._found), **way.settings)
         return MethodRequest(guidance=(term,), scales=tuple(sorted(scales)))
 
-    def _sweep(self, methods: Mapping[str, MethodRequest], seeds: tuple[int, ...], out: Path) -> SweepResult:
+    def _sweep(
+        self, methods: Mapping[str, MethodRequest], seeds: tuple[int, ...], out: Path, outputs: bool = True
+    ) -> SweepResult:
         asked = self._request
         recipe = self._job.recipe.model_copy(
             update={"guidance": (), "exemplars": ExemplarsRequest(), "per_class": asked.per_class, "seed": 0}
@@ -425,4 +430,4 @@ class _Sweeping:
             ),
             out,
         )
-        return run_sweep(job, self._progress)
+        return run_sweep(job, self._progress, outputs=outputs)

@@ -76,7 +76,12 @@ class SweepResult:
 
 
 def run_sweep(
-    job: SweepJob, progress: Progress | None = None, *, order: Iterable[int] | None = None, cache: Path | None = None
+    job: SweepJob,
+    progress: Progress | None = None,
+    *,
+    order: Iterable[int] | None = None,
+    cache: Path | None = None,
+    outputs: bool = True,
 ) -> SweepResult:
     """Generates and measures what is not there yet, and writes the results.
 
@@ -85,6 +90,7 @@ def run_sweep(
         progress: Told of every set; None tells nobody.
         order: Places of the pending sets, in the order to make them; None: as planned. It changes no row but its seconds.
         cache: Where exemplar features are kept; see `handful.generate`.
+        outputs: Whether the chosen recipe and the pictures are written too; a sweep that is about to grow needs none yet.
 
     Returns:
         The result. Sets that failed are told in `failures`; the next run tries them again.
@@ -125,7 +131,8 @@ def run_sweep(
                 progress.end()
         result.rows = rows_of(job.sets, records, request.baseline)
         directory.publish(RESULTS, parquet_of(result.rows))
-        write_outputs(directory, job.sets, result.rows, request)
+        if outputs:
+            write_outputs(directory, job.sets, result.rows, request)
     return result
 
 
