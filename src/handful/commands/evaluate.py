@@ -23,7 +23,7 @@ def evaluate(
     judge: Annotated[
         str | None,
         typer.Option(
-            help="dinov2, clip, efficientnet-lite0, digits-judge, cifar10-judge, uci-judge, a directory, or "
+            help="dinov2, clip, efficientnet-lite0, fdd, fid, digits-judge, cifar10-judge, uci-judge, a directory, or "
             "FILE.py:FUNCTION.  [dinov2]",
             metavar="NAME",
         ),

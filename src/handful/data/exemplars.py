@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import os
 import re
 import tempfile
 import unicodedata
@@ -30,6 +29,7 @@ from handful.data.images import read_all, read_image
 from handful.data.sources import labelled_files
 from handful.errors import RequestError, RunError
 from handful.files.atomic import printable, write_atomically
+from handful.files.cache import default_cache as default_cache
 from handful.files.locks import held
 
 # Part of every content hash: raise it whenever `read_image` turns the same file into other pixels. Version 2 reads TIFF, and
@@ -319,20 +319,6 @@ def _repetitions(hashes: Mapping[str, Sequence[str]], shown: Mapping[str, Sequen
         same = [" = ".join(labels) for labels in places.values() if len(labels) > 1]
         told += [f"class '{name}': the same image more than once: {labels}" for labels in same]
     return told
-
-
-def default_cache() -> Path:
-    """Where handful keeps what can be computed again: $HANDFUL_CACHE, $XDG_CACHE_HOME/handful, ~/.cache/handful, or where
-    there is no home a folder of temporary files."""
-    if own := os.environ.get("HANDFUL_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(shared):  # the XDG specification: a relative path is to be ignored
-        return Path(shared) / "handful"
-    try:
-        return Path.home() / ".cache" / "handful"
-    except RuntimeError:  # no HOME, and a user that the system does not know, as in many containers
-        return Path(tempfile.gettempdir()) / f"handful-{getattr(os, 'getuid', lambda: 'user')()}"
 
 
 def exemplar_features(exemplars: Exemplars, extractor: Extractor, cache: Path | None, *, batch: int = 32) -> dict[str, Tensor]:

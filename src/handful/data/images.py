@@ -50,6 +50,7 @@ def read_image(
     size: tuple[int, int] | None = None,
     max_pixels: int = MAX_PIXELS,
     name: str | Path | None = None,
+    squeeze: bool = False,
 ) -> Tensor:
     """Read one image file of any common kind.
 
@@ -68,6 +69,8 @@ def read_image(
         size: (height, width) in pixels; None keeps the file's own.
         max_pixels: larger images are refused by their header, before anything is decoded or allocated.
         name: what errors call the image, where its bytes are given.
+        squeeze: bring the whole image to the size, as bytes and by Pillow's bicubic filter, which rounds to bytes after each
+            direction: torchvision's `Resize((height, width))`, which others' metrics are computed with. Nothing is cropped.
 
     Returns:
         (channels, height, width), float32 in [-1, 1].
@@ -83,9 +86,9 @@ def read_image(
         shown: object = name if name is not None else path_or_bytes
         if not path_or_bytes:
             raise RequestError("image", shown, "it is empty (0 bytes)", _REPLACE)
-        return _read(io.BytesIO(path_or_bytes), shown, channels, size, max_pixels)
+        return _read(io.BytesIO(path_or_bytes), shown, channels, size, max_pixels, squeeze)
     with open_file(Path(path_or_bytes)) as stream:
-        return _read(stream, name or Path(path_or_bytes), channels, size, max_pixels)
+        return _read(stream, name or Path(path_or_bytes), channels, size, max_pixels, squeeze)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -106,12 +109,16 @@ def open_file(path: Path) -> BinaryIO:
         raise RequestError("image", path, f"it can't be opened ({error.strerror})", _REPLACE) from None
 
 
-def _read(stream: BinaryIO, name: object, channels: int, size: tuple[int, int] | None, max_pixels: int) -> Tensor:
+def _read(
+    stream: BinaryIO, name: object, channels: int, size: tuple[int, int] | None, max_pixels: int, squeeze: bool
+) -> Tensor:
     try:
         image, scale = _decode(stream, name, max_pixels)
-        if size is not None:
+        if size is not None and not squeeze:
             image = _centre_crop(image, size)  # while it is still bytes: a photo of 48 MPixels is 0.6 GB as floats
         pixels, white = _pixels(image, scale, name)
+        if size is not None and squeeze:
+            pixels, white = _squeezed(pixels * (255 / white), size), 255.0
     except (RequestError, MemoryError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly every kind there is on damaged files
@@ -181,6 +188,14 @@ def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     crop_width = max(1, min(image.width, round(image.height * width / height)))
     top, left = (image.height - crop_height) // 2, (image.width - crop_width) // 2
     return image.crop((left, top, left + crop_width, top + crop_height))
+
+
+def _squeezed(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1 or 3, h, w), 0 to 255, brought to the size by Pillow, in bytes."""
+    planes = [Image.fromarray(plane.round().clamp(0, 255).byte().numpy()) for plane in pixels]
+    height, width = size
+    resized = [np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC)) for plane in planes]
+    return torch.from_numpy(np.stack(resized).astype(np.float32))
 
 
 def _pixels(image: Image.Image, scale: _Scale, name: object) -> tuple[Tensor, float]:

@@ -88,13 +88,13 @@ class LabelledFiles:
         """At most so many images of each class, the first ones."""
         return self if limit is None else self.only([place for found in self.by_class().values() for place in found[:limit]])
 
-    def image(self, place: int, *, channels: int, size: tuple[int, int] | None = None) -> Tensor:
+    def image(self, place: int, *, channels: int, size: tuple[int, int] | None = None, squeeze: bool = False) -> Tensor:
         """One image (channels, h, w) in [-1, 1]; see `handful.data.images.read_image`.
 
         Raises:
             RequestError: It can't be read.
         """
-        return read_image(self.content(place), channels=channels, size=size, name=self.names[place])
+        return read_image(self.content(place), channels=channels, size=size, name=self.names[place], squeeze=squeeze)
 
     def read(
         self, *, channels: int, size: tuple[int, int] | None = None, workers: int | None = None, field: str = "data"

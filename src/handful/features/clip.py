@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from handful.errors import RequestError, first_line
-from handful.features.efficientnet import NAME as EFFICIENTNET
-from handful.features.registry import PACKAGED, TORCHSCRIPT, TRANSFORMERS, FeatureExtractor, name_and_side
+from handful.features.registry import OWN, TORCHSCRIPT, TRANSFORMERS, FeatureExtractor, name_and_side
 from handful.features.transformers import (
     KNOWN,
     UNREADABLE,
@@ -69,7 +68,7 @@ def is_clip(name: str) -> bool:
         name, _ = name_and_side(name)
     except RequestError:
         return False
-    if name in (*PACKAGED, EFFICIENTNET) or Path(name).is_file() or name.endswith((*TORCHSCRIPT, ".py")):
+    if name.partition(":")[0] in OWN or Path(name).is_file() or name.endswith((*TORCHSCRIPT, ".py")):
         return False
     name = TRANSFORMERS.get(name, name)
     if name in KNOWN and not Path(name).is_dir():

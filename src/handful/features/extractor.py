@@ -28,6 +28,7 @@ class FeatureExtractor(nn.Module):
         features: Called instead of the network itself, where its own answer is not the features.
         classify: The network's logits (n, classes) from the same input, where it is a classifier.
         classes: What a classifier calls its classes, by label; empty where that is not known.
+        squeeze: As a judge it is given files as torchvision's `Resize(size)` brings them to its size: whole, in bytes.
 
     Attributes:
         digest: Identifies weights and preprocessing; empty on the meta device, where there are no weights.
@@ -45,6 +46,7 @@ class FeatureExtractor(nn.Module):
         features: Callable[[Tensor], Tensor] | None = None,
         classify: Callable[[Tensor], Tensor] | None = None,
         classes: Sequence[str] = (),
+        squeeze: bool = False,
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None):
@@ -56,7 +58,7 @@ class FeatureExtractor(nn.Module):
         for parameter in network.parameters():  # not the module's own requires_grad_, which TorchScript lacks
             parameter.requires_grad_(False)
         self._features, self._classify = features or network, classify
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.squeeze = mean, std, squeeze
         self.digest = self._digest()
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -121,6 +123,7 @@ class FeatureExtractor(nn.Module):
         # repr holds the structure, so that a ReLU made a Softplus, which has no weights, is another extractor
         answer = getattr(self._features, "__qualname__", type(self._features).__qualname__)
         told = [repr(self.network), answer, self.channels, self.size, self.mean, self.std, weights_digest(self.network)]
+        told += ["squeezed"] if self.squeeze else []
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 

@@ -10,6 +10,7 @@ from handful.errors import RequestError, first_line
 from handful.features.efficientnet import NAME as EFFICIENTNET
 from handful.features.efficientnet import efficientnet_lite0
 from handful.features.extractor import FeatureExtractor, pixels
+from handful.features.presets import PRESETS
 from handful.features.torchscript import from_torchscript
 from handful.features.transformers import from_transformers, skeleton_of_transformers
 from handful.models.user_code import run_user_file
@@ -22,6 +23,7 @@ TRANSFORMERS = {
     "dinov2-giant": "facebook/dinov2-giant",
     "clip": "openai/clip-vit-large-patch14",
 }
+OWN = (*PACKAGED, EFFICIENTNET, *PRESETS)  # names that mean no model of transformers
 TORCHSCRIPT = (".pt", ".pth", ".ts", ".torchscript")
 
 
@@ -52,7 +54,8 @@ def load_extractor(name: str) -> FeatureExtractor:
         name: `digits-guide`, `digits-judge`, `uci-judge` (the same judge, of digits at MNIST's size), `cifar10-guide`,
             `cifar10-judge`, `cifar10-simclr` (packaged), `pixels`, `dinov2` (ViT-B/14; `dinov2-small`, `-large`, `-giant`),
             `clip` (ViT-L/14), `efficientnet-lite0` (ImageNet's weights of the extra `photos`), a directory or hub name for
-            transformers, `FILE.pt` for a TorchScript file, or
+            transformers, `fdd` and `fid` (or `fdd:DIR`, `fid:FILE`) for published metrics (`handful.features.presets`),
+            `FILE.pt` for a TorchScript file, or
             `FILE.py:FUNCTION` (runs that file) for one's own. Those of transformers and EfficientNet may end in `@SIDE`, as
             in `dinov2@112`: the network is then fed smaller or larger images than usual, which is cheaper or dearer.
 
@@ -99,11 +102,14 @@ def name_and_side(asked: str) -> tuple[str, int | None]:
 def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
     name, side = name_and_side(asked)
     path, _, attribute = name.rpartition(":")
-    known = [*PACKAGED, *TRANSFORMERS, EFFICIENTNET]
-    if side is not None and (name in PACKAGED or path.endswith(".py") or name.endswith(TORCHSCRIPT)):
+    known = [*OWN, *TRANSFORMERS]
+    preset, _, given = name.partition(":")
+    if side is not None and (name in PACKAGED or preset in PRESETS or path.endswith(".py") or name.endswith(TORCHSCRIPT)):
         raise RequestError(
             "features", asked, "only models of transformers and efficientnet-lite0 take another size", f"Write {name}."
         )
+    if preset in PRESETS:
+        return PRESETS[preset](given, meta=meta)
     if name == EFFICIENTNET:
         return efficientnet_lite0(side, meta=meta)
     if name == "pixels":

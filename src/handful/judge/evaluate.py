@@ -242,12 +242,16 @@ def _make_ready(
 ) -> None:
     """Says what images are read as, and decodes those that the judge has not seen yet, so that none fails later."""
     made, others = sets["synthetic"], [images for role, images in sets.items() if role != "synthetic"]
-    size, note = common_size(extractor.size, made, others)
+    if extractor.squeeze and extractor.size:
+        size = extractor.size
+        note = f"each image is brought to {size[0]} x {size[1]} whole, in bytes, as dgm-eval does"
+    else:
+        size, note = common_size(extractor.size, made, others)
     if note:
         tell(note)
     left = {}
     for role, images in sets.items():
-        images.seen_as(extractor.channels or 3, size)
+        images.seen_as(extractor.channels or 3, size, extractor.squeeze)
         left[role] = viewer.pending(images, answers=role != "real" and extractor.is_classifier)
         images.check([part for part, _ in left[role]])
     total, views = sum(map(len, sets.values())), len(viewer.views)

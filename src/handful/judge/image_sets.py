@@ -85,11 +85,11 @@ class FileImages(Images):
         self.contents = [content for content, _ in looked]
         self.sizes = Counter(size for _, size in looked)
         self._sizes = [size for _, size in looked]
-        self.shape = (3, 0, 0)
+        self.shape, self.squeeze = (3, 0, 0), False
 
-    def seen_as(self, channels: int, size: tuple[int, int]) -> FileImages:
-        """Says what each is read as; returns itself."""
-        self.shape = (channels, *size)
+    def seen_as(self, channels: int, size: tuple[int, int], squeeze: bool = False) -> FileImages:
+        """Says what each is read as (see `handful.data.images.read_image`); returns itself."""
+        self.shape, self.squeeze = (channels, *size), squeeze
         return self
 
     @property
@@ -106,7 +106,7 @@ class FileImages(Images):
         places = range(len(self))[part]
 
         def one(place: int) -> Tensor:
-            return self.files.image(place, channels=channels, size=(size[0], size[1]))
+            return self.files.image(place, channels=channels, size=(size[0], size[1]), squeeze=self.squeeze)
 
         return torch.stack(read_all(one, places, field=self.field, root=self.files.root))
 
@@ -124,7 +124,7 @@ class FileImages(Images):
         read_all(decode, places, field=self.field, root=self.files.root)
 
     def key(self, part: slice) -> str:
-        text = "\n".join([repr(self.shape), *self.contents[part]])
+        text = "\n".join([repr(self.shape), *(["squeezed"] if self.squeeze else []), *self.contents[part]])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
