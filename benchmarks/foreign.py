@@ -31,21 +31,25 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from handful.core.denoiser import Clamped
 from handful.core.noise import noised
 from handful.core.samplers import dpmpp_2m, start
 from handful.data.augmentation import stroke_view
 from handful.features.extractor import pixels
-from handful.guidance import CFG, Auto, Chamfer, Energy, Guidance, Guided, Pull
+from handful.generate.invert import scaled_interval
+from handful.guidance import CFG, CVSG, Auto, Chamfer, Energy, Guidance, Guided, Pull, Timing
+from handful.guidance.apg import adaptive_projected
+from handful.guidance.inversion import Inversion
+from handful.guidance.inversion_fit import fit
 from handful.judge.utility import LightClassifier, accuracy, train_classifier
 from handful.metrics.copying import copied_share
 from handful.models import load
 from handful.zoo.mnist import at_mnist_size, load_uci_split
 
 SHARED = Path(os.environ.get("HANDFUL_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-DIGITS, SAMPLER_STEPS, SHARE = 10, 18, 0.25
+DIGITS, SIDE, SAMPLER_STEPS = 10, 28, 18
 PIXELS, CHEAP = pixels(), Pull(jacobian="gaussian")
 
 
@@ -84,94 +88,169 @@ Terms = Callable[[Tensor], list[Guidance]]
 
 @dataclass(frozen=True)
 class Way:
-    """One way to make a set: its terms, given a class's exemplars; and `depth`, the share of the path that noised exemplars
-    walk (1: from noise)."""
+    """One way to make a set.
+
+    Attributes:
+        terms: Given a class's exemplars.
+        depth: The share of the path that noised exemplars walk (1: from noise).
+        others: The exemplars that are noised are those of all other classes.
+        fit: Whether each exemplar's embeddings are fitted first (CRDI), and guide.
+    """
 
     terms: Terms = lambda exemplars: []
     depth: float = 1.0
+    others: bool = False
+    fit: bool = False
 
 
-def _by(term: Callable[..., Guidance], scale: float, **options: float) -> Way:
-    return Way(lambda exemplars: [term(PIXELS, PIXELS(exemplars), scale, pull=CHEAP, **options)])
+def _by(term: Callable[..., Guidance], scale: float, pull: Pull = CHEAP, **options: float) -> Way:
+    return Way(lambda exemplars: [term(PIXELS, PIXELS(exemplars), scale, pull=pull, **options)])
 
 
 PLAIN, SDEDIT, AUTO, ENERGY = Way(), Way(depth=0.5), _by(Auto, 0.1), _by(Energy, 0.05)
-METHODS: dict[str, tuple[Way, ...]] = {  # several: a mixture in equal shares
+OTHERS = Way(depth=0.67, others=True)
+INSIDE = Timing(noise=(0.2, 2.0))  # as in recipes/digits-cfg-interval.yaml
+UNGUIDED: dict[str, tuple[Way, ...]] = {  # by exemplars: one set serves every k
     "none": (PLAIN,),
     "cfg 1": (Way(lambda exemplars: [CFG(1.0)]),),
+    "cfg 1, sigma / alpha .2 to 2": (Way(lambda exemplars: [CFG(1.0, INSIDE)]),),
+    "apg 1": (Way(lambda exemplars: [adaptive_projected(1.0)]),),
+}
+METHODS: dict[str, tuple[Way, ...]] = {  # several: a mixture in equal shares
+    **UNGUIDED,
+    "sdedit .33": (Way(depth=0.33),),
     "sdedit .5": (SDEDIT,),
+    "sdedit .67": (Way(depth=0.67),),
+    "others .67": (OTHERS,),
+    "crdi": (Way(depth=0.8, fit=True),),
     "chamfer .2": (_by(Chamfer, 0.2, coverage_weight=4.0),),
+    "chamfer .2, margin 1": (_by(Chamfer, 0.2, coverage_weight=4.0, margin=1.0),),
+    "cvsg .05": (_by(CVSG, 0.05),),
     "energy .05": (ENERGY,),
     "auto": (AUTO,),
-    "sdedit + energy": (SDEDIT, ENERGY),
+    "sdedit .5, energy .05": (Way(ENERGY.terms, depth=0.5),),
     "sdedit + auto": (SDEDIT, AUTO),
-    "sdedit + auto + none": (SDEDIT, AUTO, PLAIN),
+    "sdedit + others": (SDEDIT, OTHERS),
+    "others + auto": (OTHERS, AUTO),
 }
+
+
+@torch.no_grad()
+def _walked(way: Way, exemplars: Sequence[Tensor], label: int, noise: Tensor, seed: int) -> Tensor:
+    """A cohort of a class by one way, from noise (n, c, h, w) of unit variance."""
+    denoiser, real, n = load_once(), exemplars[label], len(noise)
+    terms, path = way.terms(real), denoiser.levels.spacing(SAMPLER_STEPS)
+    walk, order = path.last(round(way.depth * SAMPLER_STEPS)), torch.arange(n)
+    if way.others:
+        real = torch.cat([images for other, images in enumerate(exemplars) if other != label])
+        order = torch.cat([torch.randperm(len(real), generator=torch.Generator().manual_seed(seed)) for _ in range(n)])[:n]
+    if way.fit:
+        low, high = scaled_interval(SAMPLER_STEPS)
+        embeddings = fit(
+            Clamped(denoiser),
+            real,
+            path,
+            segments=high - low,
+            interval=(low, high),
+            condition=denoiser.condition([label] * len(real)),
+        )
+        walk = path.last(high)
+        terms = [Inversion(embeddings, list(range(seed, seed + n)), own=(order % len(real)).tolist())]
+    # embeddings shift the clamped estimate, as at their fit
+    guided = Guided(Clamped(denoiser), terms) if way.fit else Clamped(Guided(denoiser, terms) if terms else denoiser)
+    x = start(noise, walk) if way.depth == 1 else noised(real[order % len(real)], noise, walk[0])
+    return dpmpp_2m(guided, x, walk, denoiser.condition([label] * n))
 
 
 def made(ways: Sequence[Way], exemplars: Sequence[Tensor], per_class: int, seed: int) -> list[Tensor]:
     """A set, by class; each way's share is one cohort of each class."""
-    denoiser, out = load_once(), []
-    for label, real in enumerate(exemplars):
-        parts, path = [], denoiser.levels.spacing(SAMPLER_STEPS)
+    out = []
+    for label in range(len(exemplars)):
+        parts = []
         for place, way in enumerate(ways):
-            n = per_class // len(ways) + (place < per_class % len(ways))
-            noise = torch.randn(
-                n, *denoiser.shape, generator=torch.Generator().manual_seed(100_003 * seed + 10 * place + label)
-            )
-            terms = way.terms(real)
-            guided = Clamped(Guided(denoiser, terms) if terms else denoiser)
-            walk = path.last(round(way.depth * SAMPLER_STEPS))
-            x = start(noise, walk) if way.depth == 1 else noised(real[torch.arange(n) % len(real)], noise, walk[0])
-            with torch.no_grad():
-                parts.append(dpmpp_2m(guided, x, walk, denoiser.condition([label] * n)))
+            n, key = per_class // len(ways) + (place < per_class % len(ways)), 100_003 * seed + 10 * place + label
+            noise = torch.randn(n, *load_once().shape, generator=torch.Generator().manual_seed(key))
+            parts.append(_walked(way, exemplars, label, noise, key))
         out.append(torch.cat(parts))
     return out
+
+
+@cache
+def unguided(method: str, per_class: int, seed: int) -> tuple[list[Tensor], float]:
+    return timed(METHODS[method], [torch.empty(0)] * DIGITS, per_class, seed)
+
+
+def timed(ways: Sequence[Way], exemplars: Sequence[Tensor], per_class: int, seed: int) -> tuple[list[Tensor], float]:
+    """A set, and the seconds of processor time that it took."""
+    begun = time.process_time()
+    found = made(ways, exemplars, per_class, seed)
+    return found, time.process_time() - begun
 
 
 load_once = cache(lambda: load("mnist"))
 
 
-def utility(test: Data, sets: Sequence[Sequence[Tensor]], steps: int, seed: int) -> float:
-    """Accuracy after training on a set; of two the second, the exemplars, makes `SHARE` of each batch."""
+def linear(channels: int, classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * SIDE * SIDE, classes))
+
+
+NETWORKS = {"light": LightClassifier, "linear": linear}
+
+
+def share_of(k: int) -> float:
+    """The exemplars' part of each batch: half, and more from k = 7 on, where they teach more than synthetic images."""
+    return max(0.5, k / (k + 6))
+
+
+def utility(test: Data, sets: Sequence[Sequence[Tensor]], args: argparse.Namespace, seed: int) -> list[float]:
+    """Accuracy after training on a set, `args.trainings` times; of two sets the second holds the exemplars (`share_of`)."""
     images = torch.cat([x for one in sets for x in one])
     labels = torch.cat([torch.full((len(x),), label) for one in sets for label, x in enumerate(one)])
+    if args.classifier == "knn":  # the nearest of all, in pixels
+        nearest = torch.cdist(test.images.flatten(1), images.flatten(1)).argmin(1)
+        return [float((labels[nearest] == test.labels).double().mean())]
     weights = None
     if len(sets) == 2:
+        share = share_of(len(sets[1][0]))
         first, second = (sum(map(len, one)) for one in sets)
-        weights = torch.cat([torch.full((first,), (1 - SHARE) / first), torch.full((second,), SHARE / second)])
-    words = {"steps": steps, "augment": stroke_view, "network": LightClassifier, "seed": seed, "weights": weights}
-    return accuracy(train_classifier(images, labels, DIGITS, **words), test.images, test.labels)
+        weights = torch.cat([torch.full((first,), (1 - share) / first), torch.full((second,), share / second)])
+    view = False if args.plain_views else stroke_view
+    words = {"steps": args.steps, "augment": view, "network": NETWORKS[args.classifier], "weights": weights}
+    trained = (train_classifier(images, labels, DIGITS, **words, seed=1000 * t + seed) for t in range(args.trainings))
+    return [accuracy(network, test.images, test.labels) for network in trained]
 
 
 def run(args: argparse.Namespace) -> None:
     done = {key(row) for row in rows_of(args.out)} if args.out.exists() else set()
-    asked = [(name, k, draw, method) for draw in args.draws for name in args.data for k in args.k for method in args.methods]
+    how = {name: getattr(args, name) for name in ("per_class", "steps", "trainings", "classifier", "plain_views")}
+    asked = [(name, k, draw, method) for draw in args.draws for k in args.k for name in args.data for method in args.methods]
     for name, k, draw, method in asked:
-        row: dict = {"data": name, "k": k, "draw": draw, "method": method, "per_class": args.per_class, "steps": args.steps}
+        row: dict = {"data": name, "k": k, "draw": draw, "method": method, **how}
         if key(row) in done:
             continue
         test = data(name)
         exemplars = test.exemplars(k, draw)
         if method == "real":
-            row["both"] = utility(test, [exemplars], args.steps, draw)
+            row["both"] = utility(test, [exemplars], args, draw)
         else:
-            begun = time.process_time()
-            synthetic = made(METHODS[method], exemplars, args.per_class, draw)
-            row["seconds"] = time.process_time() - begun
-            row["both"] = utility(test, [synthetic, exemplars], args.steps, draw)
+            if method in UNGUIDED:
+                synthetic, row["seconds"] = unguided(method, args.per_class, draw)
+            else:
+                synthetic, row["seconds"] = timed(METHODS[method], exemplars, args.per_class, draw)
+            row["both"] = utility(test, [synthetic, exemplars], args, draw)
             real = {str(label): test.images[test.labels == label].flatten(1) for label in range(DIGITS)}
             flat = [{str(label): x.flatten(1) for label, x in enumerate(each)} for each in (synthetic, exemplars)]
             row["copied"] = copied_share(*flat, real)
             if args.alone:
-                row["alone"] = utility(test, [synthetic], args.steps, draw)
+                row["alone"] = utility(test, [synthetic], args, draw)
         with args.out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)
 
 
 def key(row: dict) -> tuple:
-    return tuple(row[name] for name in ("data", "k", "draw", "method", "per_class", "steps"))
+    names = ("data", "k", "draw", "method", "per_class", "steps", "trainings", "classifier", "plain_views")
+    return tuple(row[name] for name in names)
 
 
 def rows_of(file: Path) -> list[dict]:
@@ -179,38 +258,44 @@ def rows_of(file: Path) -> list[dict]:
 
 
 def table(args: argparse.Namespace) -> None:
-    rows = rows_of(args.file)
-    for name in dict.fromkeys(row["data"] for row in rows):
+    """Prints a table for each data set and classifier: mean and spread of the draws (each the mean of its trainings)."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows_of(args.file):
+        row["both"] = fmean(row["both"])
+        groups.setdefault((row["data"], row["classifier"], row["plain_views"]), []).append(row)
+    for (name, classifier, plain_views), rows in groups.items():
         of: dict[tuple[str, int], list[dict]] = {}
         for row in rows:
-            if row["data"] == name:
-                of.setdefault((row["method"], row["k"]), []).append(row)
-        ks = sorted({k for method, k in of if method != "real"})
-        curve = {k: fmean(row["both"] for row in group) for (method, k), group in sorted(of.items()) if method == "real"}
-        draws = max(len(group) for group in of.values())
-        print(f"\n{name}, {draws} draws, {rows[0]['per_class']} images of each class, {rows[0]['steps']} training steps\n")
-        print("| | " + " | ".join(f"k = {k} | worth | copied" for k in ks) + " |\n|---" * 1 + "|---" * 3 * len(ks) + "|")
+            of.setdefault((row["method"], row["k"]), []).append(row)
+        ks = sorted({k for _, k in of})
+        curve = {k: fmean(row["both"] for row in of["real", k]) for k in ks if ("real", k) in of}
+        size = ", ".join(f"{rows[0][word]} {said}" for word, said in SIZES.items())
+        print(f"\n{name}, {classifier}{', no augmentation' if plain_views else ''}: {size}\n")
+        print(
+            "| | "
+            + " | ".join(f"k = {k} | worth" for k in ks)
+            + " | copied | seconds |\n|---"
+            + "|---" * (2 * len(ks) + 2)
+            + "|"
+        )
         for method in dict.fromkeys(method for method, _ in of):
-            cells = []
+            cells, mine = [], [row for (each, _), group in of.items() if each == method for row in group]
             for k in ks:
-                group = of.get((method, k), [])
-                values = [row["both"] for row in group]
+                values = [row["both"] for row in of.get((method, k), [])]
                 spread = f" ±{stdev(values):.3f}" if len(values) > 1 else ""
-                copied = [row["copied"] for row in group if "copied" in row]
-                cells += (
-                    [f"{fmean(values):.3f}{spread}", worth(curve, fmean(values)) if method != "real" else str(k)]
-                    if values
-                    else ["-"] * 2
-                )
-                cells.append(f"{fmean(copied):.3f}" if copied else "-")
-            print(f"| {method} | " + " | ".join(cells) + " |")
-        if args.plot:
-            plot(
-                args.plot,
-                name,
-                curve,
-                {method: [(k, fmean(r["both"] for r in g)) for (m, k), g in of.items() if m == method] for method, _ in of},
-            )
+                few = f" ({len(values)})" if len(values) < max(len(group) for group in of.values()) else ""
+                cells += [f"{fmean(values):.3f}{spread}{few}", worth(curve, fmean(values))] if values else ["-", "-"]
+            last = ["-", "-"]
+            if method != "real":
+                last = [f"{max(row['copied'] for row in mine):.3f}", f"{fmean(row['seconds'] for row in mine):.1f}"]
+            print(f"| {method} | " + " | ".join(cells + last) + " |")
+        if args.plot and classifier == "light" and not plain_views:
+            whole = [method for method, k in of if k == ks[0]]
+            lines = {method: [(k, fmean(r["both"] for r in g)) for (m, k), g in of.items() if m == method] for method in whole}
+            plot(args.plot, name, curve, lines)
+
+
+SIZES = {"per_class": "images of each class", "steps": "steps of a training", "trainings": "trainings"}
 
 
 def worth(curve: dict[int, float], reached: float) -> str:
@@ -248,6 +333,9 @@ def main() -> None:
     asked.add_argument("--methods", nargs="+", default=["real", *METHODS], choices=["real", *METHODS])
     asked.add_argument("--per-class", type=int, default=500)
     asked.add_argument("--steps", type=int, default=900, help="of each training")
+    asked.add_argument("--trainings", type=int, default=3)
+    asked.add_argument("--classifier", choices=[*NETWORKS, "knn"], default="light")
+    asked.add_argument("--plain-views", action="store_true", help="no augmentation")
     asked.add_argument("--alone", action="store_true", help="train on the synthetic set alone, too")
     asked.add_argument("--out", type=Path, required=True)
     asked.set_defaults(work=run)

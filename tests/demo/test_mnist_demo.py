@@ -17,26 +17,26 @@ from handful.demo.mnist import COLUMNS, METHODS, answer, demo, entries
 def test_every_method_and_k_has_one_finite_row_and_a_picture_from_one_noise(tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "KS", (2, 3))
     monkeypatch.setattr(mnist, "STEPS", 10)
-    monkeypatch.setattr(mnist, "METHODS", {name: METHODS[name] for name in ("none", "sdedit+auto")})
+    monkeypatch.setattr(mnist, "METHODS", {name: METHODS[name] for name in ("none", "sdedit+others")})
     monkeypatch.setattr(mnist, "UNGUIDED", ("none",))
     rows = demo(tmp_path / "out", seeds=1, per_class=8)
     assert [(row["method"], row["k"]) for row in rows] == [(entry.method, entry.k) for entry in entries()]
     for row in rows:  # of a guided set beside more exemplars the accuracy alone is not measured
-        unmeasured = {"utility"} if (row["method"], row["k"]) == ("sdedit+auto", 3) else set()
+        unmeasured = {"utility"} if (row["method"], row["k"]) == ("sdedit+others", 3) else set()
         assert {column for column in COLUMNS if row[column] is None} == unmeasured
         assert all(math.isfinite(row[column]) for column in COLUMNS if column not in unmeasured)
     of = {(row["method"], row["k"]): row for row in rows}
     assert of["none", 2]["utility"] == of["none", 3]["utility"]
     assert of["none", 2]["seconds"] == of["none", 3]["seconds"] > 0, "one set was made, at one cost"
     sets = {folder.name: folder for folder in (tmp_path / "out" / "seed-0").iterdir()}
-    assert set(sets) == {"none", "sdedit+auto-k2", "sdedit+auto-k3"}
-    manifest = pq.read_table(sets["sdedit+auto-k2"] / "manifest.parquet", columns=["class", "cohort"]).to_pylist()
+    assert set(sets) == {"none", "sdedit+others-k2", "sdedit+others-k3"}
+    manifest = pq.read_table(sets["sdedit+others-k2"] / "manifest.parquet", columns=["class", "cohort"]).to_pylist()
     halves = Counter((each["class"], each["cohort"]) for each in manifest)
     assert set(halves.values()) == {4}, "each setting of the mixture makes half of the eight"
     with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
         assert sheet.width > 3 * 56
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "sdedit+auto-k2: a report" in page, "the headline is the first"
+    assert "sdedit+others-k2: a report" in page, "the headline is the first"
     assert demo(tmp_path / "out", seeds=1, per_class=8) == rows
 
 

@@ -93,6 +93,50 @@ def test_an_images_start_is_its_own_whatever_the_cohort_and_evenly_spread(digits
     assert places != start_places(6, "cat", range(12), 4)
 
 
+def test_from_other_classes_an_image_starts_from_each_of_their_exemplars_and_none_of_its_own(
+    digits_folder: Path, tmp_path: Path
+):
+    def made(name: str, **changes: Any) -> tuple[dict[str, bytes], list[dict]]:
+        start = {"from": "exemplars", "of": "others", "depth": 0.17}
+        job = prepare(asked(digits_folder, start=start, **changes), tmp_path / name)
+        assert run(job).failures == []
+        drawn, rows = job.exemplars, pq.read_table(tmp_path / name / "manifest.parquet").to_pylist()
+        assert drawn is not None
+        far, seen = 0.0, dict[str, Counter]()
+        for row in rows:
+            name_there, called = row["started_from"].split("/")
+            seen.setdefault(row["class"], Counter())[row["started_from"]] += 1
+            exemplar = drawn.images[name_there][drawn.called(name_there).index(called)]
+            far += float((exemplar - read_image(job.directory.path / row["file"], channels=1)).square().mean())
+        assert far / len(rows) < 0.2, "so shallow a start leaves the exemplar"
+        for own, names in seen.items():
+            others = {name for name in drawn.classes if name != own}
+            assert {each.split("/")[0] for each in names} <= others
+            assert max(names.values()) - min(names.values()) <= 1
+        return images(tmp_path / name), rows
+
+    one, _ = made("one", classes=["1"], per_class=40)
+    both, _ = made("both", per_class=40)
+    assert one.items() <= both.items(), "an image does not depend on which other classes are generated"
+    mix = [{"share": 1, "start": {"depth": 0.5}}, {"share": 1, "start": {"of": "others", "depth": 0.5}}]
+    mixture = prepare(digits_recipe(digits_folder, sampler={"steps": 6}, cohort=2, mix=mix), tmp_path / "mix")
+    assert run(mixture).failures == []
+    rows = pq.read_table(tmp_path / "mix" / "manifest.parquet").to_pylist()
+    assert {
+        row["cohort"] % 2: {
+            each["started_from"].startswith(each["class"] + "/") for each in rows if each["cohort"] % 2 == row["cohort"] % 2
+        }
+        for row in rows
+    } == {0: {True}, 1: {False}}
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "1").symlink_to(digits_folder / "1")
+    with pytest.raises(RequestError, match=r"start.of: 'others': there is one class alone"):
+        prepare(
+            asked(digits_folder, start={"of": "others"}, classes=["1"], exemplars={"path": str(alone), "k": 4}), tmp_path / "no"
+        )
+
+
 def test_it_composes_with_guidance_and_with_latents(digits_folder: Path, tmp_path: Path):
     energy = [{"method": "energy", "scale": 0.3}, {"method": "cfg", "scale": 1.0}]
     for name, guidance in (("plain", []), ("guided", energy)):

@@ -36,13 +36,15 @@ def completed(name: str) -> Recipe:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_every_file_can_be_read_is_complete_and_can_be_written_again(path: Path):
-    recipe, _ = complete(read_recipe(path))
-    for term in recipe.guidance or ():
-        if isinstance(term, PotentialRequest):
-            assert term.every is not None
-            assert term.hold is not None
-    assert complete(recipe)[0] == recipe
-    assert recipe_yaml(recipe)
+    for part in read_recipe(path).parts:
+        recipe, _ = complete(part)
+        for term in recipe.guidance or ():
+            if isinstance(term, PotentialRequest):
+                assert term.every is not None
+                assert term.hold is not None
+        assert complete(recipe)[0] == recipe
+        assert recipe_yaml(recipe)
+    assert recipe_yaml(read_recipe(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

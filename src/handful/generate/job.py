@@ -214,7 +214,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         for number, each in enumerate(settings)
         for index in range(len(each.recipe.guidance or ()))
     ]
-    started = next((each.recipe for each in settings if each.recipe.start is not None), recipe)
+    starts = {each.recipe.start.of: each.recipe for each in settings if each.recipe.start is not None}
+    started = starts.get("others", starts.get("class", recipe))
     exemplars = drawn_exemplars(started, image_shape, list(labels.of))
     notes += exemplars.warnings if exemplars else []
     fewest = min(exemplars.counts.values()) if exemplars else 0

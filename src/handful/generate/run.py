@@ -354,7 +354,8 @@ def sample_cohort(job: Job, cohort: Cohort, terms: Sequence[Guidance], seeds: Se
     if job.inverted is not None:
         x = job.inverted.start(seeds, noise())
     elif job.recipe.start is not None:
-        x = noised(_exemplar_latents(job, cohort.class_name)[_start_places(job, cohort)], noise(), job.levels[0])
+        latents = [_exemplar_latents(job, name)[place] for name, place in _starts(job, cohort)]
+        x = noised(torch.stack(latents), noise(), job.levels[0])
     else:
         x = start(noise(), job.levels)
     x0 = SAMPLERS[asked.name](denoiser, x, job.levels, _condition(job, cohort, guided, seeds), each=each, **options)
@@ -373,9 +374,13 @@ def _exemplar_latents(job: Job, class_name: str) -> Tensor:
     return job.encoded[class_name]
 
 
-def _start_places(job: Job, cohort: Cohort) -> list[int]:
+def _starts(job: Job, cohort: Cohort) -> list[tuple[str, int]]:
+    """The exemplar that each image starts from: its class, and its place there."""
     assert job.exemplars is not None
-    return start_places(job.recipe.seed, cohort.class_name, _indices(cohort), job.exemplars.counts[cohort.class_name])
+    assert job.recipe.start is not None
+    own, counts = job.recipe.start.of == "class", job.exemplars.counts
+    whose = [(name, place) for name in counts if (name == cohort.class_name) == own for place in range(counts[name])]
+    return [whose[place] for place in start_places(job.recipe.seed, cohort.class_name, _indices(cohort), len(whose))]
 
 
 def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Tensor:
@@ -431,14 +436,15 @@ def _rows(
     compared = [(term, each) for (term, _), each in zip(potentials, seen, strict=True) if isinstance(term, ExemplarPotential)]
     nearest = _nearest(job, cohort, *compared[0]) if compared and job.exemplars else None
     rows = planned_rows(job, cohort, DONE)
+    starts = _starts(job, cohort) if job.recipe.start is not None else []
     for place, row in enumerate(rows):
         row |= {column: values[place] for column, values in energies.items()}
         row |= {"seed": seeds[place], "sha256": hashlib.sha256(contents[place]).hexdigest()}
         if "prompt" in job.schema.names:
             row["prompt"] = prompt_for(job.recipe.model.prompts[cohort.class_name], seeds[place])
-        if job.recipe.start is not None and job.exemplars is not None:
-            called = job.exemplars.called(cohort.class_name)[_start_places(job, cohort)[place]]
-            row["started_from"] = f"{cohort.class_name}/{called}"
+        if starts and job.exemplars is not None:
+            name, number = starts[place]
+            row["started_from"] = f"{name}/{job.exemplars.called(name)[number]}"
         if nearest is not None:
             row["nearest_exemplar"], row["nearest_exemplar_distance"] = nearest[place]
     return rows

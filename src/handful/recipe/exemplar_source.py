@@ -104,7 +104,13 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
             seed=asked.seed,
             minimum=1 if asked.k == 1 else 2,
         )
-        return drawn if set(classes) == set(drawn.classes) else drawn.only(classes)
+        kept = drawn if set(classes) == set(drawn.classes) else drawn.only(classes)
+        if recipe.start is None or recipe.start.of == "class":
+            return kept
+        if len(drawn.classes) < 2:
+            problem = "there is one class alone in the exemplars' folder"
+            raise RequestError("start.of", recipe.start.of, problem, "Add a folder of another class, or leave it out.")
+        return drawn  # whichever classes are generated: images stay the same when classes are added
     if recipe.start is not None:
         problem = f"'{asked.path}' holds exemplars as features alone, and images start from images"
         raise RequestError("start", recipe.start.as_text(), problem, "Give the folder of images, or leave out start.")

@@ -202,16 +202,19 @@ class StartRequest(Request):
     """Where images start from, in the place of noise: noised exemplars (SDEdit: Meng et al. 2022, arXiv 2108.01073).
 
     Attributes:
-        from: The exemplars of the image's class, as images; the images of a class are spread evenly over them.
+        from: The exemplars, as images; the images of a class are spread evenly over them.
+        of: Whose exemplars: those of the image's own class, or of all others. From others' an image keeps the look (the
+            pen, the proportions), and the model makes another class of it: more varied than its own few can be.
         depth: The share of the sampler's steps that is run: 1 is all of them, from nearly pure noise; near 0 the exemplars
             themselves come out. The steps, progress and `every` of guidance count on the part that is run.
     """
 
     source: Annotated[Literal["exemplars"], Field(alias="from")] = "exemplars"
+    of: Literal["class", "others"] = "class"
     depth: Annotated[float, Field(gt=0, le=1)] = 0.5
 
     def as_text(self) -> str:
-        return f"from {self.source}, depth {self.depth:g}"
+        return f"from {self.source}{' of other classes' if self.of == 'others' else ''}, depth {self.depth:g}"
 
     def steps_of(self, steps: int) -> int:
         """How many of so many steps are run; one at least."""
