@@ -19,7 +19,14 @@ def utility(
     ] = None,
     ood: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Further real test images, such as another camera's; repeatable."),
+        typer.Option(metavar="NAME=DIR", help="Further real test images, such as ImageNet-V2, -Sketch, -R, -A; repeatable."),
+    ] = None,
+    ood_classes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which folder of --test and --ood is which class: ImageNet's list of synsets, or CSV folder,class.",
+        ),
     ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(metavar="[NAME=]DIR", help="Another generated set to train on; repeatable.")
@@ -49,6 +56,7 @@ def utility(
     Examples:
       handful utility out
       handful utility out --test photos-held-out --ood sketches=sketches/
+      handful utility out --ood v2=imagenetv2/ --ood r=imagenet-r/ --ood-classes LOC_synset_mapping.txt
       handful utility out --baseline plain=out-none --seeds 5
       handful utility out --features dinov2-small --json > utility.json
     """
@@ -64,6 +72,7 @@ def utility(
         baselines=named_folders(baseline or []),
         exemplars=exemplars,
         features=features,
+        ood_classes=ood_classes,
         seeds=seeds,
         steps=steps,
         progress=progress_for(quiet, Words("training", "trained", "classifiers")),

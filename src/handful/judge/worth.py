@@ -28,13 +28,14 @@ from handful.data.notebook import html_table
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
 from handful.features.registry import load_extractor
+from handful.judge.class_lists import Entry, of_classes, read_class_list
 from handful.judge.last_block import LastBlockLearner
 from handful.judge.utility import train_classifier
 from handful.runs.kept import keep, kept, key_of
 from handful.runs.metadata import exemplars_of, unused_images
 from handful.runs.progress import Progress
 
-KIND, VERSION = "utility", 1
+KIND, VERSION = "utility", 2
 SMALL = 64  # pixels: up to this side a small network learns from scratch
 FEWEST = 5  # test images of a class
 SHARES = (0.25, 0.5, 0.75)  # of exemplars in a batch, to choose from
@@ -56,12 +57,15 @@ class Tested:
     """Accuracies on one set of real images, a number for each trained classifier.
 
     Attributes:
-        accuracies: Share of right answers, by seed.
+        accuracies: Share of right answers among all classes, by seed.
         per_class: By class, the mean over the seeds.
+        among_own: The share where only the set's own classes may be answered, as is usual on ImageNet-R and -A; None where it
+            has all classes.
     """
 
     accuracies: list[float]
     per_class: dict[str, float]
+    among_own: list[float] | None = None
 
     @property
     def mean(self) -> float:
@@ -173,7 +177,7 @@ class Worth:
                 row["name"],
                 row["images"],
                 row["share"],
-                {name: Tested(each["accuracies"], each["per_class"]) for name, each in row["tests"].items()},
+                {name: Tested(each["accuracies"], each["per_class"], each["among_own"]) for name, each in row["tests"].items()},
             )
             for row in data["rows"]
         ]
@@ -189,6 +193,7 @@ def worth(
     baselines: Mapping[str, str | Path] | None = None,
     exemplars: str | Path | None = None,
     features: str | None = None,
+    ood_classes: str | Path | None = None,
     seeds: int = 3,
     steps: int = 400,
     seed: int = 0,
@@ -199,11 +204,13 @@ def worth(
     Args:
         synthetic: Generated images: a run directory, or a folder per class.
         test: Held-out real images, a folder per class; None: those of the exemplars' folder that guided nothing.
-        ood: By name, further real test images, of some or all of the classes.
+        ood: By name, further real test images. Folders that are none of the classes are left out, with a note.
         baselines: By name, other synthetic sets to train on in the same ways.
         exemplars: A folder per class, all of it; None: those that the run drew.
         features: An extractor whose last block is trained with a linear head; None: `dinov2` for images above `SMALL`
             pixels, and a small network from scratch below.
+        ood_classes: A list of what classes are called (`handful.judge.class_lists`), by which the folders of `test` and `ood`
+            are matched to the generated classes: ImageNet's synsets and numbers, or one's own pairs.
         seeds, steps: So many classifiers of each kind; so many steps each.
         seed: Of the first one.
         progress: Told of every classifier.
@@ -213,7 +220,8 @@ def worth(
     """
     if seeds < 1 or steps < 10:
         raise RequestError("seeds, steps", (seeds, steps), "this trains nothing", "Give 1 or more seeds and 10 or more steps.")
-    sets = _Sets(synthetic, test, ood or {}, baselines or {}, exemplars)
+    entries = read_class_list(ood_classes) if ood_classes is not None else []
+    sets = _Sets(synthetic, test, ood or {}, baselines or {}, exemplars, entries)
     progress = progress or Progress()
     asked = {"features": features, "seeds": seeds, "steps": steps, "seed": seed, "version": VERSION}
     key = key_of({**asked, "sets": sets.digests()})
@@ -248,12 +256,19 @@ class _Sets:
         ood: Mapping[str, str | Path],
         baselines: Mapping[str, str | Path],
         exemplars: str | Path | None,
+        entries: Sequence[Entry] = (),
     ) -> None:
         made = labelled_files(synthetic, field="synthetic")
         self.classes, self.notes = made.classes, [*made.notes]
         guided, left = self._exemplars(synthetic, exemplars, test is None)
-        tested = left if test is None or left else labelled_files(test, classes=self.classes, field="test")
-        assert tested is not None
+        tested = left
+        if tested is None:
+            assert test is not None
+            if entries:
+                tested, said = of_classes(TEST, labelled_files(test, field="test"), self.classes, entries)
+                self.notes += said
+            else:
+                tested = labelled_files(test, classes=self.classes, field="test")
         few = [(count, name) for name in self.classes if (count := tested.counts.get(name, 0)) < FEWEST]
         if few:
             count, name = min(few)
@@ -266,12 +281,10 @@ class _Sets:
             self.training[f"{name} alone"] = labelled_files(path, classes=self.classes, field="baseline")
         self.tests: dict[str, LabelledFiles] = {TEST: tested}
         for name, path in ood.items():
-            found = labelled_files(path, field="ood")
-            unknown = sorted(set(found.classes) - set(self.classes))
-            if unknown or name == TEST:
-                problem = f"its classes {', '.join(unknown[:5])} are not in {synthetic}" if unknown else "this name is taken"
-                raise RequestError("ood", str(path), problem, "Give images of the generated classes, under another name.")
-            self.tests[name] = found
+            if name == TEST:
+                raise RequestError("ood", f"{name}={path}", "this name is taken by --test", "Give it another name.")
+            self.tests[name], said = of_classes(name, labelled_files(path, field="ood"), self.classes, entries)
+            self.notes += said
         self._contents = {
             role: {name: _contents(files, role) for name, files in sets.items()}
             for role, sets in (("training", self.training), ("tests", self.tests))
@@ -342,8 +355,8 @@ class _FromScratch:
     def train(self, images: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
         return train_classifier(images, labels.to(self.device), classes, augment=AUGMENTATIONS[choice], groups=8, **options)
 
-    def answers(self, network: nn.Module, images: Tensor) -> Tensor:
-        return torch.cat([network(part).argmax(1).cpu() for part in images.split(512)])
+    def logits(self, network: nn.Module, images: Tensor) -> Tensor:
+        return torch.cat([network(part).cpu() for part in images.split(512)])
 
 
 class _Pretrained:
@@ -373,8 +386,8 @@ class _Pretrained:
     def train(self, entered: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
         return self.learner.train(entered[:, : int(choice.split()[0])], labels, classes, **options)
 
-    def answers(self, network: nn.Module, entered: Tensor) -> Tensor:
-        return torch.cat([network(part[:, 0].float()).argmax(1) for part in entered.split(64)])
+    def logits(self, network: nn.Module, entered: Tensor) -> Tensor:
+        return torch.cat([network(part[:, 0].float()) for part in entered.split(64)])
 
 
 _Learner = _FromScratch | _Pretrained
@@ -421,7 +434,8 @@ def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int,
             def tried(names: Sequence[str], share: float | None, choice: str) -> float:
                 network = train(names, share, choice, seed, max(10, steps // 2), half)
                 with torch.no_grad():
-                    return float((learner.answers(network, kept_back) == labels[EXEMPLARS][rest]).double().mean())
+                    answers = learner.logits(network, kept_back).argmax(1)
+                return float((answers == labels[EXEMPLARS][rest]).double().mean())
 
             choice = max(reversed(learner.choices), key=lambda each: tried([EXEMPLARS], None, each))
             for name in mixed:
@@ -438,10 +452,10 @@ def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int,
             tests = {}
             for name, (images, truth) in tested.items():
                 with torch.no_grad():
-                    right = torch.stack([learner.answers(network, images) == truth for network in networks]).double()
+                    logits = torch.stack([learner.logits(network, images) for network in networks])
                 if name == TEST:
-                    hits[called] = right.mean(0)
-                tests[name] = _tested(right, truth, classes)
+                    hits[called] = (logits.argmax(2) == truth).double().mean(0)
+                tests[name] = _tested(logits, truth, classes)
             rows.append(Trained(called, sum(len(labels[name]) for name in names), share, tests))
     finally:
         progress.end()
@@ -451,6 +465,9 @@ def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int,
         for other in by_name
         if other != BOTH
     ]
+    for name in sets.tests:
+        means = [f"{row.name} {fmean(among):.3f}" for row in rows if (among := row.tests[name].among_own)]
+        notes += [f"{name}: where only its own classes may be answered, {'; '.join(means)}"] * bool(means)
     if seeds == 1:
         notes.append("one seed: the spread is of the test images alone; give --seeds 3")
     return Worth(learner.name, choice, rows, differences, steps, seeds, notes)
@@ -469,10 +486,12 @@ def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(first), torch.cat([each[middle:] for each, middle in zip(places, middles, strict=True)])
 
 
-def _tested(right: Tensor, truth: Tensor, classes: Sequence[str]) -> Tested:
-    """From hits (seeds, n) of images of labels (n,)."""
-    per_class = {str(classes[label]): float(right[:, truth == label].mean()) for label in truth.unique().tolist()}
-    return Tested(right.mean(1).tolist(), per_class)
+def _tested(logits: Tensor, truth: Tensor, classes: Sequence[str]) -> Tested:
+    """From logits (seeds, n, classes) of images of labels (n,)."""
+    right, own = (logits.argmax(2) == truth).double(), truth.unique()
+    per_class = {str(classes[label]): float(right[:, truth == label].mean()) for label in own.tolist()}
+    among = None if len(own) == len(classes) else own[logits[..., own].argmax(2)] == truth
+    return Tested(right.mean(1).tolist(), per_class, None if among is None else among.double().mean(1).tolist())
 
 
 def _difference(one: Tested, other: Tested, per_image: Tensor) -> tuple[float, float]:
