@@ -97,6 +97,18 @@ def test_streamed_kept_and_in_memory_are_the_same_numbers(folders, monkeypatch):
     assert {k: v for k, v in whole.row().items() if v} == pytest.approx({k: v for k, v in first.row().items() if v}, rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*are exemplars, byte for byte")
+def test_other_processes_see_the_same_and_distances_of_copies_are_kept(folders, tmp_path, monkeypatch):
+    made, real = folders
+    options = {"neighbours": 3, "exemplars": real}
+    alone = evaluate(made, real, "digits-judge", cache=tmp_path / "one", **options)
+    both = evaluate(made, real, "digits-judge", cache=tmp_path / "two", workers=2, **options)
+    assert both.to_dict() == alone.to_dict()
+    monkeypatch.setattr(module.Images, "read", None)  # nothing is read again
+    assert evaluate(made, real, "digits-judge", cache=tmp_path / "one", **options).to_dict() == alone.to_dict()
+
+
 def test_an_interrupted_evaluation_goes_on_from_what_was_seen(folders, monkeypatch):
     made, real = folders
     monkeypatch.setattr(module, "_VALUES", 32 * 64)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Json, Quiet, listed, named_folders, pairs, renamed, require_writable
+from handful.commands.shared import Json, Quiet, Workers, listed, named_folders, pairs, renamed, require_writable
 
 
 def evaluate(
@@ -55,6 +55,7 @@ def evaluate(
         str | None, typer.Option(metavar="A,B,...", help="Measure also: kernel_distance, frechet_infinity, authenticity, cmmd.")
     ] = None,
     clip: Annotated[str | None, typer.Option(metavar="NAME", help="A CLIP, for CLIPScore: image to its prompt.")] = None,
+    workers: Workers = 1,
     save_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
     json_wanted: Json = False,
     quiet: Quiet = False,
@@ -102,6 +103,7 @@ def evaluate(
         groups=groups,
         metrics=listed(metrics) or (),
         clip=clip,
+        workers=workers,
         progress=progress_for(quiet, Words("judging", "judged", "images")),
     )
     text = json.dumps(found.to_dict(), indent=None if json_wanted else 1, allow_nan=False)

@@ -24,6 +24,7 @@ TrustPickle = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine that compute features.", metavar="N")]
 
 
 def loading(what: str, quiet: bool = False) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Json, Quiet, named_folders
+from handful.commands.shared import Json, Quiet, Workers, named_folders
 
 
 def utility(
@@ -43,6 +43,7 @@ def utility(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Classifiers trained of each kind.")] = 3,
     steps: Annotated[int, typer.Option(min=10, help="Training steps of each classifier.")] = 400,
+    workers: Workers = 1,
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -75,6 +76,7 @@ def utility(
         ood_classes=ood_classes,
         seeds=seeds,
         steps=steps,
+        workers=workers,
         progress=progress_for(quiet, Words("training", "trained", "classifiers")),
     )
     if json_wanted:

@@ -247,7 +247,7 @@ def to_uint8(images: Tensor) -> Tensor:
         raise RequestError("images", images.dtype, "images are floats in [-1, 1]", "Convert them with from_uint8.")
     if not torch.isfinite(images).all():
         raise RunError("An image holds NaN or infinite values: the sampling diverged. Lower the guidance scale.")
-    return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return (images.detach().float() + 1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def encode_png(image: Tensor) -> bytes:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages
 from handful.data.sources import labelled_files
 from handful.judge.image_sets import FileImages, Images, as_images
+from handful.judge.viewer import Keeping
 from handful.metrics.copying import nearer
 from handful.metrics.neighbours import nearest
 from handful.runs.metadata import exemplars_of
@@ -26,12 +29,21 @@ class CopyCheck:
         run: The generated set. Where it is a run whose recipe drew exemplars from `folder`, those are taken; else all.
         real: Real images that are no exemplars. Those that are, byte for byte, are told in a warning.
         classes: The generated classes.
+        keeping: Where distances are kept.
 
     Raises:
         RequestError: If the folder lacks a class or can't be read.
     """
 
-    def __init__(self, folder: str | Path, run: str | Path, real: Images | LabelledImages, classes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        run: str | Path,
+        real: Images | LabelledImages,
+        classes: Sequence[str],
+        keeping: Keeping | None = None,
+    ) -> None:
+        self._keeping = keeping or Keeping()
         listed, of_real, drawn = labelled_files(folder, classes=classes, field="exemplars"), as_images(real), exemplars_of(run)
         same = drawn is not None and drawn.folder.resolve() == Path(folder).expanduser().resolve()
         channels, height, width = of_real.shape
@@ -44,6 +56,10 @@ class CopyCheck:
             seed=drawn.seed if same and drawn else 0,
         )
         self.exemplars = {name: found.images[name].flatten(1) for name in classes}
+        digest = hashlib.sha256()
+        for name, pixels in self.exemplars.items():
+            digest.update(f"{name}\n{tuple(pixels.shape)}\n".encode() + pixels.numpy().tobytes())
+        self._digest = digest.hexdigest()
         distances, labels = self._distances(of_real), np.array(of_real.labels)
         self._real = {name: distances[labels == name] for name in classes}
         places = {name: place for place, name in enumerate(listed.names)}
@@ -67,12 +83,19 @@ class CopyCheck:
 
     def _distances(self, images: Images) -> np.ndarray:
         """Of each image to the nearest exemplar of its class, (n,)."""
-        found = np.full(len(images), np.inf)
-        for part in images.parts():
-            pixels, labels = images.read(part).flatten(1), np.array(images.labels[part])
-            for name in set(labels.tolist()):
-                rows = np.flatnonzero(labels == name)
-                found[part.start + rows] = nearest(pixels[rows], self.exemplars[name])[0]
+        return np.concatenate([self._of_part(images, part) for part in images.parts()])
+
+    def _of_part(self, images: Images, part: slice) -> np.ndarray:
+        labels, contents = images.labels[part], images.key(part)
+        told = json.dumps([self._digest, labels, contents])
+        key = hashlib.sha256(told.encode()).hexdigest() if contents else ""
+        if (held := self._keeping.get("copies", key)) is not None:
+            return held["distances"].numpy()
+        pixels, found, classes = images.read(part).flatten(1), np.full(len(labels), np.inf), np.array(labels)
+        for name in set(labels):
+            rows = np.flatnonzero(classes == name)
+            found[rows] = nearest(pixels[rows], self.exemplars[name])[0]
+        self._keeping.put("copies", key, {"distances": torch.from_numpy(found)})
         return found
 
 

@@ -27,9 +27,10 @@ from handful.judge.gains import AS_IS, compare
 from handful.judge.groups import by_group, read_groups
 from handful.judge.image_sets import FileImages, common_size
 from handful.judge.judge import Judge, Seen
-from handful.judge.viewer import Keeping, Viewer
+from handful.judge.viewer import Keeping, Viewer, eye
 from handful.runs.kept import keep, key_of
 from handful.runs.metadata import guided_by, prompts_of, unused_images
+from handful.runs.processes import Processes
 from handful.runs.progress import Progress
 
 __all__ = ["Evaluation", "Judge", "Seen", "evaluate"]
@@ -52,6 +53,7 @@ def evaluate(
     seed: int = 0,
     cache: Path | None = None,
     progress: Progress | None = None,
+    workers: int = 1,
     features: str | None = None,
     k: int | None = None,
 ) -> Evaluation:
@@ -74,6 +76,7 @@ def evaluate(
         seed: Of the bootstrap draws that tell a gain from chance.
         cache: Where features are kept; None: `handful.data.exemplars.default_cache()`.
         progress: Told of every image.
+        workers: Processes that take the features; each has its share of the threads.
         features, k: Former names of `judge` and `neighbours`.
 
     Raises:
@@ -104,12 +107,14 @@ def evaluate(
         field = "judge" if error.field == "features" else error.field
         raise RequestError(field, error.value, error.problem, error.remedy) from error
     keeping = Keeping(default_cache() if cache is None else cache, progress or Progress())
-    _make_ready(sets, extractor, Viewer(extractor, audit, keeping), tell)
+    waiting = _make_ready(sets, extractor, Viewer(extractor, audit, keeping), tell)
     for name, folder in {"": synthetic, **baselines}.items():
         if guided_by(folder, judge, extractor.digest, marks(extractor)):
             which = f"the baseline {folder}" if name else "these images"
             tell(f"{judge} guided {which}: it judges its own work; take an unrelated judge")
     reference = sets["real"]
+    processes = Processes(workers if waiting else 1, eye, judge, extractor.digest, note=tell)
+    keeping.processes = processes
     try:
         sitting = Judge(
             reference,
@@ -122,13 +127,14 @@ def evaluate(
             metrics=metrics,
             keeping=keeping,
         )
-        check = CopyCheck(exemplars, synthetic, reference, classes) if exemplars is not None else None
+        check = CopyCheck(exemplars, synthetic, reference, classes, keeping) if exemplars is not None else None
         seen = {name: _seen(sitting, check, scorer or None, images) for name, images in sets.items() if name != "real"}
         for role, images in sets.items():
             if role != "real":
                 _tell_of_shared(role, images, reference, seen[role].features[AS_IS], sitting.real, tell)
         keeping.progress.note("comparing features")
     finally:
+        processes.close()
         keeping.progress.end()
     of_made = sitting.sets(seen["synthetic"])
     found, gains = sitting.judged(seen["synthetic"], of_made), {}
@@ -239,8 +245,12 @@ def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[[str], 
 
 def _make_ready(
     sets: Mapping[str, FileImages], extractor: FeatureExtractor, viewer: Viewer, tell: Callable[[str], None]
-) -> None:
-    """Says what images are read as, and decodes those that the judge has not seen yet, so that none fails later."""
+) -> int:
+    """Says what images are read as, and decodes those that the judge has not seen yet, so that none fails later.
+
+    Returns:
+        How many parts it has not seen yet.
+    """
     made, others = sets["synthetic"], [images for role, images in sets.items() if role != "synthetic"]
     if extractor.squeeze and extractor.size:
         size = extractor.size
@@ -257,6 +267,7 @@ def _make_ready(
     total, views = sum(map(len, sets.values())), len(viewer.views)
     waiting = sum((part.stop - part.start) * len(missing) / views for parts in left.values() for part, missing in parts)
     viewer.keeping.progress.begin(total, total - round(waiting))
+    return sum(map(len, left.values()))
 
 
 def _require_enough(role: str, files: LabelledFiles, k: int) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,6 +26,42 @@ _VALUES = 1 << 24  # of a part, in float32: 64 MiB
 _MOST = 256
 _STEP = 16  # parts are multiples of it: so random noise drawn part by part is that of the whole (`audit.Views`)
 _ORIENTATION, _LYING = 0x0112, (5, 6, 7, 8)  # EXIF: these exchange width and height
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images of a set, as they go to whatever looks at them, in another process too.
+
+    Attributes:
+        names: What each is called; None: nothing.
+        pixels: (b, c, h, w) in [-1, 1]; None: they are in `contents`.
+        contents: The files' bytes.
+        channels, size, squeeze, field, root: What these are read as, and what errors call them.
+    """
+
+    names: list[str] | None
+    pixels: Tensor | None = None
+    contents: Sequence[bytes] = ()
+    channels: int = 3
+    size: tuple[int, int] = (0, 0)
+    squeeze: bool = False
+    field: str = "images"
+    root: Path = Path()
+
+    def read(self) -> Tensor:
+        """The images, (b, c, h, w) in [-1, 1].
+
+        Raises:
+            RequestError: Some can't be read; all of them are reported together.
+        """
+        if self.pixels is not None:
+            return self.pixels
+
+        def one(place: int) -> Tensor:
+            name = self.names[place] if self.names else None
+            return read_image(self.contents[place], channels=self.channels, size=self.size, squeeze=self.squeeze, name=name)
+
+        return torch.stack(read_all(one, range(len(self.contents)), field=self.field, root=self.root))
 
 
 class Images:
@@ -54,9 +91,13 @@ class Images:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
+    def part(self, part: slice) -> Part:
+        """Some of them, to be read where they are looked at."""
+        return Part(self.names and self.names[part], self._images[part])
+
     def read(self, part: slice) -> Tensor:
         """A part, (b, c, h, w) in [-1, 1]."""
-        return self._images[part]
+        return self.part(part).read()
 
     def key(self, part: slice) -> str:
         """What identifies a part's images, to keep what was found of them; "" keeps nothing."""
@@ -101,14 +142,11 @@ class FileImages(Images):
         """How many images lose more than rounding when they are cropped to the aspect ratio of a size."""
         return sum(abs(h * size[1] - w * size[0]) > max(size) for h, w in self._sizes)
 
-    def read(self, part: slice) -> Tensor:
+    def part(self, part: slice) -> Part:
         channels, *size = self.shape
-        places = range(len(self))[part]
-
-        def one(place: int) -> Tensor:
-            return self.files.image(place, channels=channels, size=(size[0], size[1]), squeeze=self.squeeze)
-
-        return torch.stack(read_all(one, places, field=self.field, root=self.files.root))
+        places, root = range(len(self))[part], self.files.root
+        contents = read_all(self.files.content, places, field=self.field, root=root)
+        return Part(self.files.names[part], None, contents, channels, (size[0], size[1]), self.squeeze, self.field, root)
 
     def check(self, parts: Sequence[slice]) -> None:
         """Decodes every image of some parts, and forgets it: a damaged one must not be found after hours.

@@ -12,9 +12,8 @@ import hashlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -22,15 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from handful.data.augmentation import random_view
 from handful.data.images import read_all
 from handful.data.notebook import html_table
 from handful.data.sources import LabelledFiles, labelled_files
 from handful.errors import RequestError
-from handful.features.registry import load_extractor
 from handful.judge.class_lists import Entry, of_classes, read_class_list
-from handful.judge.last_block import LastBlockLearner
-from handful.judge.utility import train_classifier
+from handful.judge.learners import FromScratch, Learner, Pretrained
 from handful.runs.kept import keep, kept, key_of
 from handful.runs.metadata import exemplars_of, unused_images
 from handful.runs.progress import Progress
@@ -39,17 +35,8 @@ KIND, VERSION = "utility", 2
 SMALL = 64  # pixels: up to this side a small network learns from scratch
 FEWEST = 5  # test images of a class
 SHARES = (0.25, 0.5, 0.75)  # of exemplars in a batch, to choose from
-_KEPT_BYTES = 2 * 2**30  # of what enters the last block, of all sets together
-_VIEWS = 4  # of each image, where features are kept
 EXEMPLARS, SYNTHETIC, BOTH = "exemplars alone", "synthetic alone", "exemplars + synthetic"
 TEST = "test"
-
-# What is done to each training image; which of them suits is chosen on the exemplars.
-AUGMENTATIONS: dict[str, bool | Callable[[Tensor, torch.Generator], Tensor]] = {
-    "shift": True,
-    "crop": partial(random_view, area=0.5, jitter=0.3, gray=0.0, mirrored=False),
-    "crop, mirror, colours": partial(random_view, area=0.3),
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,7 @@ class Worth:
 
     Attributes:
         network: What was trained.
-        augmentation: Which of `AUGMENTATIONS` (or how many views) was chosen on the exemplars.
+        augmentation: Which of `learners.AUGMENTATIONS` (or how many views) was chosen on the exemplars.
         rows: The ways to train, in the order of the table.
         differences: exemplars + synthetic over each other way; exemplars alone first.
         steps, seeds: Of the optimizer; so many classifiers of each kind.
@@ -198,6 +185,7 @@ def worth(
     steps: int = 400,
     seed: int = 0,
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> Worth:
     """Trains and tests; a result that a run directory holds already is read from there.
 
@@ -214,6 +202,7 @@ def worth(
         seeds, steps: So many classifiers of each kind; so many steps each.
         seed: Of the first one.
         progress: Told of every classifier.
+        workers: Processes that compute features of large images, each with its share of the threads; training has one.
 
     Raises:
         RequestError: If a folder or its classes do not fit, or too few test images are left; said before any training.
@@ -227,7 +216,12 @@ def worth(
     key = key_of({**asked, "sets": sets.digests()})
     if (there := kept(synthetic, KIND, key)) is not None:
         return Worth.from_dict(there["result"])
-    found = _compared(sets, _learner(sets, features), seeds, steps, seed, progress)
+    learner = _learner(sets, features, workers, progress)
+    try:
+        found = _compared(sets, learner, seeds, steps, seed, progress)
+    finally:
+        if isinstance(learner, Pretrained):
+            learner.processes.close()
     folders = {"test": test, "exemplars": exemplars, "ood": ood or {}, "baselines": baselines or {}}
     keep(synthetic, KIND, key, {"asked": {**asked, **_texts(folders)}, "result": found.to_dict()})
     return found
@@ -341,67 +335,17 @@ def _contents(files: LabelledFiles, field: str) -> list[str]:
     return read_all(read, range(len(files)), field=field, root=files.root)
 
 
-class _FromScratch:
-    """Small images: a small convolutional network, trained on the images themselves."""
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size, self.device = size, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.name = f"a small convolutional network, from scratch, on {size[0]} x {size[1]} pixels"
-        self.choices = list(AUGMENTATIONS)
-
-    def read(self, files: LabelledFiles, field: str, augmented: bool) -> Tensor:
-        return files.read(channels=3, size=self.size, field=field).images.to(self.device)
-
-    def train(self, images: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
-        return train_classifier(images, labels.to(self.device), classes, augment=AUGMENTATIONS[choice], groups=8, **options)
-
-    def logits(self, network: nn.Module, images: Tensor) -> Tensor:
-        return torch.cat([network(part).cpu() for part in images.split(512)])
-
-
-class _Pretrained:
-    """Large images: a linear head and the last block of an extractor; views of each image are kept as features."""
-
-    def __init__(self, name: str, size: tuple[int, int], images: int) -> None:
-        extractor = load_extractor(name)
-        self.size = extractor.size or size
-        self.learner = LastBlockLearner(extractor, torch.rand(2, 3, *self.size, generator=torch.Generator().manual_seed(0)))
-        self.views = min(_VIEWS, _KEPT_BYTES // (self.learner.bytes_per_image * images))
-        if self.views < 2 and self.learner.path:  # with one view there is nothing to augment by
-            self.learner = self.learner.without_block()
-            self.views = _VIEWS
-        self.name = f"a linear head{' and the last block' if self.learner.path else ''} of {name}"
-        self.choices = ["1 view", f"{self.views} views"]
-
-    @torch.no_grad()
-    def read(self, files: LabelledFiles, field: str, augmented: bool) -> Tensor:
-        draw, parts = torch.Generator().manual_seed(0), []
-        for first in range(0, len(files), 32):
-            some = files.only(range(first, min(first + 32, len(files))))
-            images = some.read(channels=3, size=self.size, field=field).images
-            views = [images, *(random_view(images, draw, area=0.3) for _ in range(self.views - 1) if augmented)]
-            parts.append(torch.stack([self.learner.enter(view) for view in views], 1))
-        return torch.cat(parts)
-
-    def train(self, entered: Tensor, labels: Tensor, classes: int, choice: str, **options: Any) -> nn.Module:
-        return self.learner.train(entered[:, : int(choice.split()[0])], labels, classes, **options)
-
-    def logits(self, network: nn.Module, entered: Tensor) -> Tensor:
-        return torch.cat([network(part[:, 0].float()) for part in entered.split(64)])
-
-
-_Learner = _FromScratch | _Pretrained
-
-
-def _learner(sets: _Sets, features: str | None) -> _Learner:
+def _learner(sets: _Sets, features: str | None, workers: int, progress: Progress) -> Learner:
     size = sets.size()
     if features is None and max(size) <= SMALL:
-        return _FromScratch(size)
+        if workers > 1:
+            progress.note("--workers is not used: a small network learns from the images, so there are no features to compute")
+        return FromScratch(size)
     images = sum(map(len, sets.training.values()))
-    return _Pretrained(features or "dinov2", size, images)
+    return Pretrained(features or "dinov2", size, images, workers, progress.note)
 
 
-def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int, progress: Progress) -> Worth:
+def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, progress: Progress) -> Worth:
     classes, count = sets.classes, len(sets.classes)
     held = {name: learner.read(files, name, True) for name, files in sets.training.items()}
     labels = {name: _numbers(files.labels, classes) for name, files in sets.training.items()}
@@ -429,7 +373,7 @@ def _compared(sets: _Sets, learner: _Learner, seeds: int, steps: int, seed: int,
     try:
         if choosable:
             half, rest = _halves(labels[EXEMPLARS])
-            kept_back = held[EXEMPLARS][rest][:, :1] if isinstance(learner, _Pretrained) else held[EXEMPLARS][rest]
+            kept_back = held[EXEMPLARS][rest][:, :1] if isinstance(learner, Pretrained) else held[EXEMPLARS][rest]
 
             def tried(names: Sequence[str], share: float | None, choice: str) -> float:
                 network = train(names, share, choice, seed, max(10, steps // 2), half)
