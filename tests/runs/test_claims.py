@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handful.runs.claims import Claims
+from handful.runs.claims import Claims, Timeouts
 
 
 class Clock:
@@ -54,11 +54,11 @@ def test_a_worker_of_another_machine_is_gone_when_its_heart_stands_still_for_the
     here, there = Clock(), Clock()
     there.now = offset  # their clocks differ by hours: no time of the other is ever looked at
     far = Claims(tmp_path, "r", machine="far", clock=there)
-    near = Claims(tmp_path, "r", machine="near", clock=here, silent=90)
+    near = Claims(tmp_path, "r", machine="near", clock=here, timeouts=Timeouts(90))
     with near.working(beat=1e6), far.working(beat=1e6):
         far.claim("a-0000")
         for _ in range(5):  # it beats, and time goes on
-            far._write_beat()
+            far.join()
             here.now += 80
             assert seen(near, "a-0000") == far.worker
         here.now += 91
@@ -69,7 +69,7 @@ def test_a_worker_that_hangs_falls_silent(tmp_path: Path, monkeypatch: pytest.Mo
     clock = Clock()
     claims = Claims(tmp_path, "r", clock=clock)
     beats: list[None] = []
-    monkeypatch.setattr(claims, "_write_beat", lambda: beats.append(None))
+    monkeypatch.setattr(claims, "join", lambda: beats.append(None))
     monkeypatch.setattr(claims._stop, "wait", lambda beat: len(beats) > 2 or clock.now > 1e5)
     claims._beating(1.0)
     assert len(beats) == 3

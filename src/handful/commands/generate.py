@@ -118,6 +118,12 @@ def generate(
         str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster, such as auto.  [one of this machine alone]")
     ] = None,
     ray_gpus: Annotated[float | None, typer.Option(metavar="SHARE", help="GPUs of each Ray actor.  [1 on CUDA]")] = None,
+    heartbeat_timeout: Annotated[
+        float, typer.Option(min=10, metavar="SECONDS", help="Take over the work of a process that shows no sign of life.")
+    ] = 90,
+    step_timeout: Annotated[
+        float, typer.Option(min=10, metavar="SECONDS", help="A process that makes no sampling step for so long hangs.")
+    ] = 1800,
     only: Annotated[
         str | None, typer.Option(metavar="CLASS/NUMBER", help="Make one image of a run again, and say whether it is the same.")
     ] = None,
@@ -204,9 +210,11 @@ def generate(
         hide_loading_bars()
     from handful.generate.job import prepare
     from handful.generate.run import run
+    from handful.runs.claims import Timeouts
     from handful.runs.progress import progress_for
 
-    job = prepare(asked, out, allow_version_change=allow_version_change)
+    timeouts = Timeouts(heartbeat_timeout, step_timeout)
+    job = prepare(asked, out, allow_version_change=allow_version_change, timeouts=timeouts)
     if not quiet:
         for note in [*job.notes, *job.changes]:
             print(f"note: {note}", file=sys.stderr)
@@ -224,19 +232,11 @@ def generate(
     if engine == "ray":
         from handful.generate.ray_engine import run_by_ray
 
-        summary = run_by_ray(
-            job,
-            asked,
-            workers,
-            progress_for(quiet),
-            address=ray_address,
-            gpus=ray_gpus,
-            allow_version_change=allow_version_change,
-        )
+        summary = run_by_ray(job, asked, workers, progress_for(quiet), address=ray_address, gpus=ray_gpus)
     elif workers > 1:
         from handful.generate.workers import run_with_workers
 
-        summary = run_with_workers(job, asked, workers, progress_for(quiet), allow_version_change=allow_version_change)
+        summary = run_with_workers(job, asked, workers, progress_for(quiet))
     else:
         summary = run(job, progress_for(quiet), order=_places(job, order))
     failed = f"{summary.cohorts_failed} of {len(job.cohorts)} cohorts failed" if summary.failures else None

@@ -18,8 +18,9 @@ def take(path: Path, seconds: float = 0) -> BaseFileLock | None:
     Raises:
         OSError: The file can't be written.
     """
-    for kind in (FileLock, SoftFileLock):
-        lock = kind(path, timeout=seconds, thread_local=False)
+    # The marker has a name of its own: the attempt to lock leaves an empty file, which would pass for another's marker.
+    for kind, name in ((FileLock, path), (SoftFileLock, path.with_name(f"{path.name}.held"))):
+        lock = kind(name, timeout=seconds, thread_local=False)
         try:
             lock.acquire(poll_interval=0.05)
             return lock
@@ -28,7 +29,7 @@ def take(path: Path, seconds: float = 0) -> BaseFileLock | None:
         except NotImplementedError:
             continue
         except OSError as error:
-            if error.errno not in _NONE or kind is SoftFileLock:
+            if error.errno not in _NONE or name is not path:
                 raise
     raise OSError(errno.ENOLCK, "no kind of lock works here", str(path))
 

@@ -35,6 +35,7 @@ from handful.recipe.plan import Cohort, plan_cohorts, setting_of
 from handful.recipe.prompting import all_prompts
 from handful.recipe.resolve import Settled, complete, model_options, settle
 from handful.recipe.schema import MixRequest, Recipe, with_new_fields
+from handful.runs.claims import Timeouts
 from handful.runs.comparison import changed_versions, compared
 from handful.runs.manifest import manifest_schema
 from handful.runs.metadata import drawn
@@ -83,6 +84,7 @@ class Job:
         done: Keys of the cohorts that lie finished in the directory.
         encoded: x0 of the exemplars that images start from, by class, as far as they are encoded.
         parts: Of a mixture, the settings.
+        timeouts: When other processes that share the run count as gone.
         bytes_needed: Estimate of the disk space that the others take; the upper bound, as if nothing compressed.
     """
 
@@ -108,6 +110,7 @@ class Job:
     done: set[str] = field(default_factory=set)
     encoded: dict[str, Tensor] = field(default_factory=dict)
     parts: list[Setting] = field(default_factory=list)
+    timeouts: Timeouts = field(default_factory=Timeouts)
     bytes_needed: int = 0
 
     @property
@@ -153,7 +156,7 @@ def _from_here(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={name: part.model_copy(update=found[name]) for name, part in parts.items()})
 
 
-def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = False) -> Job:
+def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = False, timeouts: Timeouts | None = None) -> Job:
     """Checks a request against the world; writes nothing.
 
     Args:
@@ -161,6 +164,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         out: The run directory: new, empty, or with an unfinished (or finished) run of this same recipe.
         allow_version_change: Go on with a run that other versions of the libraries began. Its bytes are then no longer
             those of either version alone.
+        timeouts: When other processes that share the run count as gone.
 
     Raises:
         RequestError: Naming what can't be done, and the remedy.
@@ -277,6 +281,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         inverted,
         targets,
         parts=parts,
+        timeouts=timeouts or Timeouts(),
     )
     check_against_stored(job)
     marked = directory.marked()
@@ -383,14 +388,17 @@ def make_ready(
     return notes
 
 
-def check_against_stored(job: Job) -> None:
-    """Compares a job with what lies in its directory; a run of which no cohort is done binds nobody.
+def check_against_stored(job: Job, *, shared: bool = False) -> None:
+    """Compares a job with what lies in its directory; a run of which no cohort is done binds nobody but those who work on it.
+
+    Args:
+        shared: Others work here.
 
     Raises:
         RequestError: If another recipe's run lies there.
     """
     job.how, job.grown = [], False
-    stored = job.directory.stored() if job.directory.marked() else None
+    stored = job.directory.stored() if shared or job.directory.marked() else None
     if stored is None:
         return
     before, there, here = stored.pop(PROVENANCE), with_new_fields(stored), job.recipe.as_dict()
@@ -420,9 +428,8 @@ def _same_exemplars(job: Job) -> bool:
     if not isinstance(job.exemplars, Exemplars):
         return False
     before, now = drawn(job.directory.path), job.exemplars.hashes
-    return bool(before) and all(
-        name in now and sorted(before.get(name, ())) == sorted(now[name]) for name in job.directory.begun()
-    )
+    there = job.directory.begun() or before
+    return bool(before) and all(name in now and sorted(before.get(name, ())) == sorted(now[name]) for name in there)
 
 
 def check_rest(job: Job) -> None:

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from handful.errors import RequestError, RunError
 from handful.generate.job import Job, prepare
 from handful.generate.run import RunSummary, Worker, run
+from handful.generate.share import claims_of
 from handful.recipe.schema import Recipe
+from handful.runs.claims import Timeouts
 from handful.runs.progress import Progress
 
 _BLOCKS = 2000  # a block is what is tried again together
@@ -26,11 +30,12 @@ class CohortActor:
     """An actor: one of the processes that work on a run.
 
     Args:
-        recipe, out, allow_version_change: As for `prepare`.
+        recipe, out, allow_version_change, timeouts: As for `prepare`.
     """
 
-    def __init__(self, recipe: Recipe, out: str, allow_version_change: bool) -> None:
-        self.worker = Worker(prepare(recipe, out, allow_version_change=allow_version_change)).__enter__()
+    def __init__(self, recipe: Recipe, out: str, allow_version_change: bool, timeouts: Timeouts) -> None:
+        job = prepare(recipe, out, allow_version_change=allow_version_change, timeouts=timeouts)
+        self.worker = Worker(job).__enter__()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Makes the cohorts at some places of the plan, unless others make them."""
@@ -47,7 +52,6 @@ def run_by_ray(
     *,
     address: str | None = None,
     gpus: float | None = None,
-    allow_version_change: bool = False,
 ) -> RunSummary:
     """Runs a job by Ray.
 
@@ -55,7 +59,7 @@ def run_by_ray(
         job: From `prepare`, for what it has checked.
         recipe: What it was prepared from.
         workers: At most so many actors.
-        progress: Is told when all is done.
+        progress: Is told of each cohort that is done.
         address: Of a Ray cluster; None: one that this process is connected to, else one of this machine alone.
         gpus: Of each actor, a fraction too; None: one where the job computes on CUDA.
 
@@ -78,7 +82,8 @@ def run_by_ray(
         except (OSError, ValueError, RuntimeError) as error:
             told = str(error).splitlines()[0]
             raise RequestError("--ray-address", address, f"no Ray answers ({told})", "Start one: ray start --head.") from None
-    began = time.perf_counter()
+    began, done = time.perf_counter(), sum(cohort.count for cohort in job.cohorts if cohort.key in job.done)
+    progress.begin(job.images, done)
     try:
         pending = [place for place, cohort in enumerate(job.cohorts) if cohort.key not in job.done]
         if pending:
@@ -91,21 +96,50 @@ def run_by_ray(
                 CohortActor,
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers),
-                fn_constructor_args=(recipe, str(Path(job.directory.path)), allow_version_change),
+                fn_constructor_args=(recipe, str(Path(job.directory.path)), job.allow_version_change, job.timeouts),
                 **options,
             )
-            mapped.materialize()
+            _wait(job, mapped.materialize, progress)
     except RayError as error:
         raise RunError(f"Ray: {str(error).splitlines()[0]}") from error
     finally:
+        progress.end()
         if started:
             ray.shutdown()
     # What is left where nodes died is made here; then, or at once, what sums the run up is written.
-    summary = run(prepare(recipe, job.directory.path, allow_version_change=allow_version_change), progress)
+    rest = prepare(recipe, job.directory.path, allow_version_change=job.allow_version_change, timeouts=job.timeouts)
+    summary = run(rest, progress if len(rest.done) < len(rest.cohorts) else None)
     summary.seconds = time.perf_counter() - began
     summary.cohorts_resumed = len(job.done)
     summary.cohorts_done = len(job.cohorts) - len(job.done) - summary.cohorts_failed
     return summary
+
+
+def _wait(job: Job, work: Callable[[], Any], progress: Progress) -> None:
+    """Waits for Ray, as long as anybody is at work; it would wait for an actor that stands still for ever."""
+    counts = {cohort.key: cohort.count for cohort in job.cohorts if cohort.key not in job.done}
+    claims, at_work = claims_of(job), time.monotonic()
+    errors: list[BaseException] = []
+
+    def do() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=do, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1)
+        for key in job.directory.marked() & set(counts):
+            progress.advance(counts.pop(key))
+        if counts and claims.others():
+            at_work = time.monotonic()
+        elif time.monotonic() - at_work > (job.timeouts.step if counts else job.timeouts.heartbeat):
+            progress.note("note: the actors stand still; this process makes what is left")
+            return
+    if errors:
+        raise errors[0]
 
 
 def _knock(address: str | None) -> None:

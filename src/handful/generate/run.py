@@ -179,6 +179,7 @@ class Worker:
         self.job.directory.commit(cohort, images, rows, self.job.schema)
         self.summary.cohorts_done += 1
         self.made += cohort.count
+        self.claims.images = self.made
         return True
 
     def make_one(self, place: int) -> None:

@@ -22,7 +22,7 @@ POLL = 0.5  # seconds between looks at what the others do, where nothing else is
 def claims_of(job: Job) -> Claims:
     """This process's view of who makes which cohort of a job."""
     told = [job.recipe.seed, [job.provenance[key] for key in CONTENTS], Plan.of(job.cohorts).to_json().decode()]
-    return Claims(job.directory.own, hashlib.sha256(json.dumps(told).encode()).hexdigest())
+    return Claims(job.directory.own, hashlib.sha256(json.dumps(told).encode()).hexdigest(), timeouts=job.timeouts)
 
 
 @contextmanager
@@ -38,10 +38,10 @@ def at_work(job: Job, claims: Claims, write: Callable[[bool], None]) -> Iterator
     directory = job.directory
     with ExitStack() as stack:
         with directory.lock():
-            check_against_stored(job)  # again, now that nobody else can begin here
             stack.enter_context(claims.working())
             stack.enter_context(directory.working(claims.worker))
             alone = claims.start_afresh()
+            check_against_stored(job, shared=not alone)  # again, now that nobody else can begin here
             if alone:
                 directory.clear_others()
                 (directory.path / FINISHED).unlink(missing_ok=True)
@@ -120,6 +120,7 @@ def work(
             try:
                 if not make(cohort, number):
                     later.append(cohort)
+                    _return(job, claims, progress)
             except RunError as error:
                 failures[key] = str(error)
                 claims.fail(key, str(error))
@@ -135,3 +136,16 @@ def work(
             claims.beat()  # it waits, and is there
             time.sleep(POLL)
     return failures
+
+
+def _return(job: Job, claims: Claims, progress: Progress) -> None:
+    """What a worker does that stood still for so long that others made what it had claimed.
+
+    Raises:
+        RequestError: Another recipe's run has begun here meanwhile.
+    """
+    progress.note("this process stood still for so long that others took its work over; what it made then is dropped")
+    if not claims.is_listed():
+        with job.directory.lock():
+            check_against_stored(job, shared=True)
+            claims.join()

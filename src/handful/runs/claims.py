@@ -21,7 +21,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import BaseFileLock
 
@@ -29,8 +31,19 @@ from handful.files.atomic import write_atomically
 from handful.files.locks import take
 
 BEAT = 5.0  # seconds between heartbeats
-SILENT = 90.0  # seconds without one, after which a worker of another machine counts as gone
-PATIENCE = 1800.0  # seconds without any step of the work, after which a heart stops
+
+
+@dataclass(frozen=True)
+class Timeouts:
+    """When a worker counts as gone.
+
+    Attributes:
+        heartbeat: Seconds without a heartbeat.
+        step: Seconds without a step of the work, after which a worker that hangs has no heartbeat.
+    """
+
+    heartbeat: float = 90.0
+    step: float = 1800.0
 
 
 def this_machine() -> str:
@@ -46,8 +59,11 @@ class Claims:
     Args:
         own: The directory's `.handful`.
         run: What identifies the request: a claim of another one counts for nothing.
-        silent: Seconds without a heartbeat, by this clock, after which a worker counts as gone.
+        timeouts: When a worker counts as gone, by this process's clock.
         machine, clock: For tests.
+
+    Attributes:
+        images: How many this worker has made; the others see it.
     """
 
     def __init__(
@@ -55,27 +71,32 @@ class Claims:
         own: Path,
         run: str,
         *,
-        silent: float = SILENT,
+        timeouts: Timeouts | None = None,
         machine: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._own, self.run, self._silent, self._clock = own, run, silent, clock
+        self._own, self.run, self._timeouts, self._clock = own, run, timeouts or Timeouts(), clock
         self._workers, self._claims, self._failed = own / "workers", own / "claims", own / "failed"
         self.machine = machine or this_machine()
         self.worker = f"{platform.node()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._seen: dict[str, tuple[str, float]] = {}
         self._lock: BaseFileLock | None = None
-        self._beats, self._moved = 0, clock()
+        self.images, self._beats, self._began, self._moved = 0, 0, clock(), clock()
         self._stop = threading.Event()
 
     @contextmanager
-    def working(self, beat: float = BEAT) -> Iterator[None]:
-        """Is a worker here inside the block: listed, locked, and beating as long as the work gets on."""
+    def working(self, beat: float | None = None) -> Iterator[None]:
+        """Is a worker here inside the block: listed, locked, and beating as long as the work gets on.
+
+        Args:
+            beat: Seconds between heartbeats; None: `BEAT`, or a third of the timeout where that is less.
+        """
+        beat = min(BEAT, self._timeouts.heartbeat / 3) if beat is None else beat
         for folder in (self._workers, self._claims, self._failed):
             folder.mkdir(parents=True, exist_ok=True)
         self._lock = take(self._lock_file(self.worker))
-        self._moved = self._clock()
-        self._write_beat()
+        self._began = self._moved = self._clock()
+        self.join()
         heart = threading.Thread(target=self._beating, args=(beat,), daemon=True)
         heart.start()
         try:
@@ -94,16 +115,21 @@ class Claims:
 
     def _beating(self, beat: float) -> None:
         while not self._stop.wait(beat):
-            if self._clock() - self._moved < PATIENCE:
+            if self._clock() - self._moved < self._timeouts.step and self.is_listed():
                 with suppress(OSError):  # a full disk: the others will wait for a while, then go on
-                    self._write_beat()
+                    self.join()
 
-    def _write_beat(self) -> None:
+    def is_listed(self) -> bool:
+        """Whether the others see this worker; one that stood still for long was taken for gone, and swept away."""
+        return (self._workers / self.worker).exists()
+
+    def join(self) -> None:
+        """Writes a heartbeat: lists this worker, where it is not."""
         self._beats += 1
-        data = {"machine": self.machine, "pid": os.getpid(), "beat": self._beats}
-        path = self._workers / self.worker
-        if self._beats == 1 or path.exists():  # whoever was thought gone and swept away stays away
-            write_atomically(path, json.dumps(data).encode())
+        told = {"machine": self.machine, "pid": os.getpid(), "beat": self._beats, "images": self.images}
+        told["seconds"] = round(self._clock() - self._began, 3)
+        self._workers.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._workers / self.worker, json.dumps(told).encode())
 
     def _lock_file(self, worker: str) -> Path:
         return self._workers / f".{worker}.lock"
@@ -114,6 +140,16 @@ class Claims:
         found = [name for name in listed if not name.startswith(".") and name != self.worker]
         return [name for name in found if not self.gone(name)]
 
+    def rates(self) -> dict[str, float]:
+        """Images a second of each other worker that has made some, by its own clock."""
+        found = {}
+        for worker in self.others():
+            with suppress(OSError, ValueError, LookupError, TypeError, ZeroDivisionError):
+                told = json.loads((self._workers / worker).read_text(encoding="utf-8"))
+                if told["images"]:
+                    found[worker] = told["images"] / told["seconds"]
+        return found
+
     def gone(self, worker: str) -> bool:
         """Whether a worker has ended, died or fallen silent."""
         try:
@@ -122,17 +158,16 @@ class Claims:
             return True
         except OSError:
             return False
-        try:
+        machine = None
+        with suppress(ValueError, LookupError, TypeError):
             machine = json.loads(text)["machine"]
-        except (ValueError, LookupError, TypeError):
-            machine = None
         if machine == self.machine and self._is_free(worker):
             return True
         before = self._seen.get(worker)
         if before is None or before[0] != text:
             self._seen[worker] = text, self._clock()
             return False
-        return self._clock() - before[1] > self._silent
+        return self._clock() - before[1] > self._timeouts.heartbeat
 
     def _is_free(self, worker: str) -> bool:
         lock_file = self._lock_file(worker)
@@ -167,7 +202,7 @@ class Claims:
         except (OSError, ValueError, LookupError, TypeError):
             # being written just now, or damaged: time tells
             before = self._seen.setdefault(path.name, ("", self._clock()))
-            return path.name if self._clock() - before[1] <= min(self._silent, 10.0) else None
+            return path.name if self._clock() - before[1] <= min(self._timeouts.heartbeat, 10.0) else None
         return None if run != self.run or (worker != self.worker and self.gone(worker)) else worker
 
     def claim(self, key: str, last: int = -1) -> int | None:
@@ -177,6 +212,7 @@ class Claims:
             last: Number of the claim that counts for nothing; -1: there is none.
         """
         path = self._claims / f"{key}.{last + 1}"
+        self._claims.mkdir(parents=True, exist_ok=True)  # it is gone where others have finished
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
@@ -187,7 +223,10 @@ class Claims:
 
     def still_mine(self, key: str, number: int) -> bool:
         """Whether nobody has taken a claim over."""
-        return (self._claims / f"{key}.{number}").exists() and not (self._claims / f"{key}.{number + 1}").exists()
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            held: Any = json.loads((self._claims / f"{key}.{number}").read_text(encoding="utf-8"))
+            return held["worker"] == self.worker and not (self._claims / f"{key}.{number + 1}").exists()
+        return False
 
     def release(self, key: str, number: int) -> None:
         """Gives a cohort back that was not made."""
@@ -197,6 +236,7 @@ class Claims:
 
     def fail(self, key: str, text: str) -> None:
         """Keeps why a cohort could not be made, for the others who share the work."""
+        self._failed.mkdir(parents=True, exist_ok=True)
         write_atomically(self._failed / key, json.dumps({"worker": self.worker, "error": text}).encode())
 
     def failures(self) -> dict[str, str]:

@@ -106,7 +106,8 @@ class OwnedDirectory:
                     "out",
                     self.path,
                     f"another process is {self._doing} into it",
-                    "Wait until it has finished, or choose another --out.",
+                    "Wait until it has finished, or choose another --out. If no process works there, on any machine, remove "
+                    f"'{self._own / 'lock'}'.",
                 )
             yield
 
@@ -120,6 +121,7 @@ class OwnedDirectory:
             name: Relative to the directory; missing folders are made.
         """
         target = self.path / name
+        self._temporary.mkdir(parents=True, exist_ok=True)  # gone where this process stood still for long, and others went on
         publish(target, content, self._temporary / f"{secrets.token_hex(4)}-{target.name}"[:200])
 
     def free_bytes(self) -> int:

@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 
-State, Task, Found = TypeVar("State"), TypeVar("Task"), TypeVar("Found")
+State = TypeVar("State")
+Task = TypeVar("Task")
+Found = TypeVar("Found")
 _AHEAD = 2  # tasks of each process that wait or are done: what they hold stays bounded
 _state: Any = None  # of a process of `Processes`
 

@@ -136,7 +136,8 @@ class RunDirectory(OwnedDirectory):
     def replacing(self, name: str) -> Iterator[BinaryIO]:
         """A file to write a large file of the job into, which is in its place when the block ends well."""
         target, temporary = self.path / name, self._temporary / Path(name).name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (target.parent, temporary.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             yield stream
             stream.flush()

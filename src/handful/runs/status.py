@@ -19,8 +19,6 @@ from handful.runs.progress import duration
 from handful.runs.run_directory import RECIPE, RunDirectory
 from handful.runs.writers import IMAGES, METADATA, SHARDS, Writer
 
-_RECENT = 50  # cohorts that the rate is taken of
-
 
 @dataclass
 class Status:
@@ -32,8 +30,8 @@ class Status:
         failed: By cohort why it could not be made; tried again by the next start.
         claimed: By cohort the worker that makes it.
         workers: Those that are there, as far as can be seen at once.
-        rate: Images a second, of the last cohorts; None where fewer than two are there.
-        seconds_left: At that rate; None where nobody is at work.
+        rate: Images a second of all workers, each by its own clock; None where none has made an image yet.
+        seconds_left: At that rate.
     """
 
     images: int = 0
@@ -89,16 +87,9 @@ def status(out: str | Path) -> Status:
                 text = (directory.own / "claims" / f"{cohort.key}.{latest[cohort.key]}").read_text(encoding="utf-8")
                 if (worker := json.loads(text)["worker"]) in found.workers:
                     found.claimed[cohort.key] = worker
-    times = []
-    for cohort in cohorts:
-        if cohort.key in marked:
-            with suppress(OSError):
-                times.append(((directory.own / "cohorts" / f"{cohort.key}.parquet").stat().st_mtime, cohort.count))
-    times = sorted(times)[-_RECENT:]
-    if len(times) > 1 and times[-1][0] > times[0][0]:
-        rate = sum(count for _, count in times[1:]) / (times[-1][0] - times[0][0])
-        found.rate, left = rate, found.images - found.images_done
-        found.seconds_left = left / rate if found.workers else None
+    if rates := claims.rates():
+        found.rate = sum(rates.values())
+        found.seconds_left = (found.images - found.images_done) / found.rate
     return found
 
 
