@@ -139,6 +139,8 @@ def test_what_is_no_classifier_is_refused(tmp_path: Path):
 def test_a_single_image_of_a_class_is_refused(tmp_path: Path):
     with pytest.raises(RequestError, match="per_class: 1"):
         prepare(asked(per_class=1), tmp_path / "out")
+    with pytest.raises(RequestError, match=r"per_class: '1=4': a calibration makes as many images of each class"):
+        prepare(asked(counts={"1": 4}), tmp_path / "out")
 
 
 OTHERS = """

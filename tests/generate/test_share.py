@@ -154,6 +154,9 @@ def test_shards_hold_the_same_images_and_the_real_loaders_read_them(model: str, 
         image = read_image(out / f"images/0/000000.{suffix}", channels=1)
         exact = read_image(plain / "images/0/000000.png", channels=1)
         assert (image - exact).abs().max() < (1e-6 if kind == "webp-lossless" else 0.4)
+    handful.generate(tiny_recipe(model, per_class=2, classes=["1"], output={"format": "parquet"}), tmp_path / "grows")
+    with pytest.raises(RequestError, match=r"shards name their classes \(1\), so none can be added.*another --out"):
+        handful.generate(tiny_recipe(model, per_class=2, classes=["0", "1"], output={"format": "parquet"}), tmp_path / "grows")
     with pytest.raises(RequestError, match=r"output.image.*jpeg:0.*no such kind"):
         tiny_recipe(model, output={"image": "jpeg:0"})
 

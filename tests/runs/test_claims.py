@@ -68,6 +68,7 @@ def test_a_worker_of_another_machine_is_gone_when_its_heart_stands_still_for_the
 def test_a_worker_that_hangs_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     claims = Claims(tmp_path, "r", clock=clock)
+    claims.join()
     beats: list[None] = []
     monkeypatch.setattr(claims, "join", lambda: beats.append(None))
     monkeypatch.setattr(claims._stop, "wait", lambda beat: len(beats) > 2 or clock.now > 1e5)

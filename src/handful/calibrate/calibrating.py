@@ -186,6 +186,7 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     Raises:
         RequestError: Naming what can't be done, and the remedy.
     """
+    request.recipe.require_equal_counts("a calibration")
     if request.recipe.per_class < 2:
         raise RequestError(
             "per_class",

@@ -416,11 +416,13 @@ def check_against_stored(job: Job, *, shared: bool = False) -> None:
     plan, labels = job.directory.plan(), {cohort.class_name: cohort.label for cohort in job.cohorts}
     for name in begun:
         there[f"label of '{name}'"], here[f"label of '{name}'"] = plan.labels[name], labels.get(name)
-    if job.recipe.output.format == "parquet" and plan.labels:  # its shards name all classes, so none can be added
-        there["classes of the shards"], here["classes of the shards"] = list(plan.labels), list(labels)
     comparison = compared(there, here, before, job.provenance, CONTENTS)
     comparison.refuse(job.directory.path, "it holds the run of another recipe")
     job.how = comparison.how
+    if job.recipe.output.format == "parquet" and begun and list(plan.labels) != list(labels):
+        problem = f"its parquet shards name their classes ({', '.join(list(plan.labels)[:8])}), so none can be added"
+        remedy = "Generate the other classes into another --out, or all of them with --format webdataset or imagefolder."
+        raise RequestError("classes", ", ".join(list(labels)[:8]), problem, remedy)
 
 
 def _same_exemplars(job: Job) -> bool:

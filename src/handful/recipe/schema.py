@@ -309,6 +309,17 @@ class Recipe(Request):
         """How many images of a class are asked for."""
         return self.counts.get(class_name, self.per_class)
 
+    def require_equal_counts(self, doing: str) -> None:
+        """Refuses counts by class where sets of one size are made.
+
+        Raises:
+            RequestError: If the recipe has them.
+        """
+        if self.counts:
+            told = ", ".join(f"{name}={count}" for name, count in list(self.counts.items())[:5])
+            problem = f"{doing} makes as many images of each class"
+            raise RequestError("per_class", told, problem, "Give one number for all classes, such as per_class: 64.")
+
     @model_validator(mode="after")
     def _one_or_mixed(self) -> Self:
         for name in ("guidance", "start") if self.mix else ():

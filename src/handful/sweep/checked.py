@@ -82,6 +82,7 @@ def prepare_sweep(
         RequestError: Naming what can't be done, and the remedy.
     """
     request = completed(request)
+    request.recipe.require_equal_counts("a sweep")
     sets = planned_sets(request)
     wanted = chosen_methods(request, only)
     directory = sweep_directory(out)
