@@ -90,6 +90,7 @@ def run_by_ray(
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.max_errored_blocks = -1  # what a dead node leaves is made at the end
+            context.max_consecutive_actor_init_deaths = 3  # one that is killed while it loads is started again
             options = {"num_gpus": (1 if gpus is None else gpus) if job.device.type == "cuda" else 0, "num_cpus": 1}
             places = ray.data.from_items([{"id": place} for place in pending], override_num_blocks=min(len(pending), _BLOCKS))
             mapped = places.map_batches(
