@@ -60,6 +60,24 @@ def test_the_bad_group_is_named_by_pattern_column_and_csv(sets, tmp_path):
     assert json.dumps(by_pattern.to_dict(), allow_nan=False)
 
 
+def test_an_image_of_the_same_name_in_another_class_is_another_image(sets, tmp_path):
+    files, told = labelled_files(sets / "real"), []
+    (tmp_path / "some.csv").write_text("file,group\n0 in north/0.png,a\nold/place/1 in west/2.png,b\n")
+    found = read_groups(files, str(tmp_path / "some.csv"), told.append, "real")
+    assert {name.split("/real/")[1]: group for name, group in zip(files.names, found, strict=True) if group} == {
+        "0 in north/0.png": "a"
+    }
+    assert told == ["47 of the 48 real images have no group: they are left out of the groups"]
+    # of one class alone the name is the only one of its kind, and a table of a class's own speaks of its class
+    one = files.only(files.by_class()["1 in west"])
+    assert Counter(read_groups(one, str(tmp_path / "some.csv"), told.append, "real"))["b"] == 1
+    for label, group in (("0 in north", "cold"), ("1 in north", "warm")):
+        folder = tmp_path / "own" / label
+        write_png(folder.mkdir(parents=True) or folder / "0.png", torch.zeros(1, 8, 8))
+        (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "climate": group}))
+    assert read_groups(labelled_files(tmp_path / "own"), "climate", told.append, "real") == ["cold", "warm"]
+
+
 def test_groups_that_are_missing_small_or_not_there_are_told(sets, tmp_path):
     asked = {"neighbours": 9, "audit": False, "ceiling": False}
     (tmp_path / "some.csv").write_text("file,group\n" + "".join(f"{n}.png,a\n" for n in range(6)))
@@ -71,6 +89,8 @@ def test_groups_that_are_missing_small_or_not_there_are_told(sets, tmp_path):
     assert few is not None
     assert few.per_group["west"].coverage is None
     assert "need 18 of each" in few.per_group["west"].note
+    assert "coverage" not in few.worst, "of no group that has a value there is no worst one"
+    assert few.gap["frechet"] > 0
     (tmp_path / "latin.csv").write_bytes("file,group\n1.png,Süd\n".encode("latin-1"))
     for groups, said in (
         ("regoin", "no column 'regoin'. Did you mean 'region'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ class Groups:
         per_group: Each group's scores.
         intervals: Of each group's metrics, by the bootstrap over its generated images.
         mean: Over the groups.
-        worst: By metric, the group with the worst value.
-        gap: By metric, how much better the best group is than the worst; 0 or more.
+        worst: By metric, the group with the worst value; left out where fewer than two groups have one.
+        gap: By metric, how much better the best group is than the worst; 0 or more. Left out likewise.
     """
 
     per_group: Mapping[str, Scores]
@@ -74,7 +75,7 @@ def by_group(
     worst, gap = {}, {}
     for metric in metrics:
         values = {name: value for name, found in per_group.items() if (value := found.values[metric.name]) is not None}
-        if metric.compared and values:
+        if metric.compared and len(values) > 1:
             choose = max if lower_is_better(metric.name) else min
             worst[metric.name] = choose(values, key=lambda name, of=values: of[name])
             gap[metric.name] = max(values.values()) - min(values.values())
@@ -105,8 +106,7 @@ def read_groups(
             of_class.setdefault(label, set()).add(group)
         found = [next(iter(groups)) if len(groups := of_class.get(label, set())) == 1 else None for label in files.labels]
     elif asked.lower().endswith(".csv"):
-        known = _keyed(read_table(Path(asked).expanduser(), "groups"), "group", asked)
-        found = [_of_name(known, files, place) for place in range(len(files))]
+        found = _by_name(read_table(Path(asked).expanduser(), "groups"), "group", asked, files)
     elif "(" in asked:
         try:
             pattern = re.compile(asked)
@@ -117,8 +117,7 @@ def read_groups(
         matches = {label: pattern.fullmatch(label) for label in files.classes}
         found = [match[1] if (match := matches[label]) else None for label in files.labels]
     else:
-        known = _keyed(_beside(files.root, role), asked, str(files.root))
-        found = [_of_name(known, files, place) for place in range(len(files))]
+        found = _by_name(_beside(files.root, role), asked, str(files.root), files)
     if missing := found.count(None):
         if missing == len(found):
             problem = f"none of the {len(found)} {role} images has a group"
@@ -127,27 +126,35 @@ def read_groups(
     return found
 
 
-def _keyed(rows: Sequence[Mapping[str, Any]], column: str, where: str) -> dict[str, str]:
-    """The column by the image's name, as it is written and by its last part alone where that names one image."""
+def _by_name(rows: Sequence[Mapping[str, Any]], column: str, where: str, files: LabelledFiles) -> list[str | None]:
+    """The column of each file: by the path that a row states, as it ends; else by its name, where no other file has that."""
     columns = list(rows[0]) if rows else []
     name = next((each for each in _NAMES if each in columns), None)
     if column not in columns or name is None:
         lacks = f"column '{column}'" if column not in columns else f"column that names the image ({', '.join(_NAMES)})"
         raise RequestError("groups", where, f"it has no {lacks}", did_you_mean(column, columns, "Its columns"))
-    known: dict[str, str] = {}
+    stated: dict[str, set[str]] = {}
     short: dict[str, set[str]] = {}
     for row in rows:
-        if row[column] not in (None, ""):
-            text = row[name].get("path") if isinstance(row[name], Mapping) else row[name]
-            known[str(text)] = str(row[column])
-            short.setdefault(Path(str(text)).name, set()).add(str(row[column]))
-    return {**{each: next(iter(of)) for each, of in short.items() if len(of) == 1}, **known}
+        if row.get(column) not in (None, "") and row.get(name):
+            text = str(row[name].get("path") if isinstance(row[name], Mapping) else row[name])
+            stated.setdefault(text, set()).add(str(row[column]))
+            short.setdefault(Path(text).name, set()).add(str(row[column]))
+    paths = [Path(each) for each in files.names]
+    same = Counter(path.name for path in paths)  # 000.png of another class is another image
+
+    def group(path: Path) -> str | None:
+        ends = ["/".join(path.parts[-length:]) for length in range(len(path.parts), 0, -1)]
+        found = next((stated[end] for end in (str(path), *ends) if end in stated), set())
+        found = found or (short.get(path.name, set()) if same[path.name] == 1 else set())
+        return next(iter(found)) if len(found) == 1 else None
+
+    return [group(path) for path in paths]
 
 
-def _of_name(known: Mapping[str, str], files: LabelledFiles, place: int) -> str | None:
-    path = Path(files.names[place])
-    ends = ["/".join(path.parts[-length:]) for length in range(len(path.parts), 0, -1)]
-    return next((known[end] for end in (str(path), *ends) if end in known), None)
+def _placed(row: dict[str, Any], folder: str) -> dict[str, Any]:
+    """A row of a folder's own metadata.jsonl, with the folder before its file's name."""
+    return {**row, "file_name": folder + row["file_name"]} if isinstance(row.get("file_name"), str) else row
 
 
 def _beside(root: Path, role: str) -> list[dict[str, Any]]:
@@ -160,8 +167,12 @@ def _beside(root: Path, role: str) -> list[dict[str, Any]]:
             columns = [name for name in file.schema_arrow.names if name != "image"] + ["image.path"]
             return file.read(columns=columns, use_threads=False).to_pylist()
         tables = [*root.glob("metadata.jsonl"), *root.glob("*/metadata.jsonl")]
-        lines = [line for table in tables for line in table.read_text(encoding="utf-8").splitlines() if line.strip()]
-        rows = [json.loads(line) for line in lines]
+        rows = [
+            _placed(json.loads(line), "" if table.parent == root else f"{table.parent.name}/")
+            for table in tables
+            for line in table.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RequestError("groups", root, f"its table can't be read ({first_line(error)})", "Write it again.") from None
     if not rows:

@@ -22,7 +22,7 @@ from handful.metrics.reference import TooFew
 
 SUBSETS, SUBSET = 100, 1000
 SIGMA, SCALE = 10.0, 1000.0
-POINTS, FEWEST = 15, 10  # of the line through Frechet distances; images of its smallest set
+POINTS, FEWEST, MOST = 15, 10, 5000  # of the line through Frechet distances; images of its smallest set, as in dgm-eval
 
 
 def kernel_distance(real: Any, generated: Any, *, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0) -> float:
@@ -73,7 +73,7 @@ def frechet_at_infinity(real: Any, generated: Any, *, points: int = POINTS, seed
 
     Args:
         real: (m, D). generated: (n, D), n of at least 20.
-        points: how many n: evenly from n/10 (at least 10) to n; each set is drawn anew, without repetition.
+        points: how many n: evenly from n/10 (at least 10, at most 5,000) to n; each set is drawn anew, without repetition.
         seed: of the draws.
 
     Raises:
@@ -83,7 +83,7 @@ def frechet_at_infinity(real: Any, generated: Any, *, points: int = POINTS, seed
     n = len(generated)
     if n < 2 * FEWEST or len(real) < 2:
         raise TooFew(f"the Frechet distance at infinity needs {2 * FEWEST} generated images")
-    sizes = np.linspace(max(FEWEST, n // 10), n, as_count(points, "points")).astype(int)
+    sizes = np.linspace(min(MOST, max(FEWEST, n // 10)), n, as_count(points, "points")).astype(int)
     of_real, draw = gaussian(real, "real"), np.random.default_rng(seed)
     distances = [frechet_between(of_real, gaussian(generated[draw.choice(n, size, replace=False)])) for size in sizes]
     return float(np.polynomial.Polynomial.fit(1 / sizes, distances, 1)(0.0))
