@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Json
+from handful.commands.shared import Fit, Json
 
 
 def cost(
@@ -19,6 +19,7 @@ def cost(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
     ] = None,
+    fit: Fit = None,
     json_wanted: Json = False,
 ) -> None:
     """Say what a recipe costs, before anything runs: operations an image, parameters, peak memory.
@@ -30,18 +31,26 @@ def cost(
     Examples:
       handful cost recipes/sd15-chamfer.yaml
       handful cost recipes/sd15-chamfer.yaml --set guidance.0.jacobian=gaussian --set chunk=8
+      handful cost recipes/sd15-chamfer.yaml --fit 24GB
       handful cost recipe.yaml --json
     """
     from handful.cost.estimate import cost_of
+    from handful.cost.fit import fitted
     from handful.recipe.file import overridden, read_mapping
     from handful.recipe.schema import recipe_from
     from handful.report.tables import cost_tables, print_table
 
     flags = {"sampler.steps": steps, "cohort": cohort, "per_class": per_class}
-    found = cost_of(recipe_from(overridden(read_mapping(recipe), flags, settings=settings or ())))
+    asked, notes = recipe_from(overridden(read_mapping(recipe), flags, settings=settings or ())), []
+    if fit is not None:
+        asked, notes = fitted(asked, fit)
+    found = cost_of(asked)
+    found.notes.extend(notes)
     if json_wanted:
         print(json.dumps(found.as_dict()))
         return
     for index, table in enumerate(cost_tables(found)):
         print("\n" * (index > 0), end="")
         print_table(table)
+    for note in notes:
+        print(f"\n{note}")

@@ -15,6 +15,7 @@ from handful.commands.shared import (
     Device,
     DryRun,
     Dtype,
+    Fit,
     Json,
     NullClass,
     Quiet,
@@ -102,6 +103,7 @@ def generate(
     vae: Annotated[str | None, typer.Option(metavar="DIR", help="Another autoencoder for a model of latents.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    fit: Fit = None,
     trust_pickle: TrustPickle = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
@@ -213,10 +215,16 @@ def generate(
     from handful.runs.claims import Timeouts
     from handful.runs.progress import progress_for
 
+    chosen: list[str] = []
+    if fit is not None:
+        from handful.cost.fit import fitted
+        from handful.runs.provenance import choose_device
+
+        asked, chosen = fitted(asked, fit, str(choose_device(asked.model.device)), sharing=workers if engine == "local" else 1)
     timeouts = Timeouts(heartbeat_timeout, step_timeout)
     job = prepare(asked, out, allow_version_change=allow_version_change, timeouts=timeouts)
     if not quiet:
-        for note in [*job.notes, *job.changes]:
+        for note in [*chosen, *job.notes, *job.changes]:
             print(f"note: {note}", file=sys.stderr)
     if dry_run:
         from handful.generate.describe import plan_as_dict, plan_as_text

@@ -21,6 +21,12 @@ Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps
 TrustPickle = Annotated[
     bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
 ]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="24GB", help="Choose chunk, vae_slicing, vae_tiling and offload so that the predicted peak memory fits."
+    ),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]

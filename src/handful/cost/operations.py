@@ -41,13 +41,14 @@ class Count(TorchDispatchMode):
     Attributes:
         flops: Floating-point operations by part; see `part`.
         live: Bytes of the tensors made inside that are still held.
-        peak: The most that `live` has been.
+        peaks: The most that `live` has been, by part.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: Counter[str] = Counter()
-        self.live = self.peak = 0
+        self.live = 0
+        self.peaks: dict[str, int] = {}
         self._part = OTHER
         self._known: set[int] = set()
         self._modes = ExitStack()
@@ -78,6 +79,11 @@ class Count(TorchDispatchMode):
         """Floating-point operations of all parts."""
         return self.flops.total()
 
+    @property
+    def peak(self) -> int:
+        """The most that `live` has been."""
+        return max(self.peaks.values(), default=0)
+
     def add(self, flops: int) -> None:
         """Counts operations for the part that is running."""
         self.flops[self._part] += flops
@@ -104,7 +110,7 @@ class Count(TorchDispatchMode):
         if key not in self._known:
             self._known.add(key)
             self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
+            self.peaks[self._part] = max(self.peaks.get(self._part, 0), self.live)
             weakref.finalize(storage, self._drop, key, storage.nbytes())
 
     def _drop(self, key: int, size: int) -> None:

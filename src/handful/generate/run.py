@@ -269,7 +269,9 @@ def _shared_preview(job: Job, denoiser: LatentDenoiser) -> float:
                 denoiser.linear_preview = tensors["weight"]
                 return float(settings["explained"])
         each = max(1, _FITTED // len(job.exemplars.classes))
-        explained = denoiser.fit_preview(torch.cat([images[:each] for images in job.exemplars.images.values()]))
+        explained = denoiser.fit_preview(
+            torch.cat([images[:each] for images in job.exemplars.images.values()]), min(4, job.recipe.chunk or 4)
+        )
         assert denoiser.linear_preview is not None
         write_atomically(file, seal(_PREVIEW, 1, {"of": about, "explained": explained}, {"weight": denoiser.linear_preview}))
     return explained
@@ -370,8 +372,8 @@ def _exemplar_latents(job: Job, class_name: str) -> Tensor:
     """x0 of a class's exemplars (k, c, h, w) on the device, float32; encoded once."""
     if class_name not in job.encoded:
         assert job.exemplars is not None
-        images = job.exemplars.images[class_name]
-        job.encoded[class_name] = _in_parts(lambda part: job.denoiser.encode(part.to(job.device)), images, _AT_ONCE).float()
+        images, size = job.exemplars.images[class_name], job.recipe.chunk or _AT_ONCE
+        job.encoded[class_name] = _in_parts(lambda part: job.denoiser.encode(part.to(job.device)), images, size).float()
     return job.encoded[class_name]
 
 
