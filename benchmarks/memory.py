@@ -33,7 +33,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "pixels, Chamfer, 8 at once, bfloat16": ("pixels", {"dtype": "bfloat16"}),
     "latents, CFG, 8 at once": ("latents", {"guidance": [{"method": "cfg", "scale": 2.0}]}),
     "latents, CFG, 8 at once, slices": ("latents", {"guidance": [{"method": "cfg", "scale": 2.0}], "vae_slicing": True}),
-    "latents, plain, tiles": ("latents", {"guidance": [], "vae_tiling": True}),
     "latents, Chamfer, chunk 2": ("latents", {"chunk": 2}),
     "latents, Chamfer through the decoder, chunk 4": ("latents", {"chunk": 4, "guidance": [THROUGH]}),
     "latents, Chamfer through the decoder, chunk 1": ("latents", {"chunk": 1, "guidance": [THROUGH]}),

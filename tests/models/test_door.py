@@ -84,10 +84,6 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a pickle of weights": (one("pytorch_model.bin", b"PK"), "a pickle of weights"),
     "a pickle of code": (one("x.pt", b"\x80\x04cos\nsystem\n."), "reading it would run code|can't be read"),
     "an empty file": (one("x.xyz", b""), "an empty file"),
-    "DiT's own": (
-        tensors("x_embedder.proj.weight", "y_embedder.embedding_table.weight", file="x.pt"),
-        "DiT's own.*facebook/DiT",
-    ),
     "a network's file": (tensors("transformer_blocks.0.attn.to_q.weight"), "a network alone"),
     "images": (written({"cat/1.png": b"x"}), "a folder of images.*--exemplars"),
     "an empty folder": (written({}), "an empty folder"),

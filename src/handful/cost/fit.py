@@ -67,33 +67,33 @@ def fitted(recipe: Recipe, limit: str, device: str | None = None, sharing: int =
     Raises:
         RequestError: If nothing fits, naming the smallest that would; or as `cost_of`.
     """
-    most = parse_bytes(limit) / sharing
     device = device or recipe.model.device
     on_cpu = device.startswith("cpu")
-    recipe_ = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cpu" if on_cpu else "cuda"})})
-    parts = [_Settings(outline(part)) for part in recipe_.parts]
-    ways = list(_ways(parts, recipe, on_cpu))
+    placed = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": "cpu" if on_cpu else "cuda"})})
+    each = f", a {sharing}th of {limit} for each process" if sharing > 1 else ""
+    return chosen([Settings(outline(part)) for part in placed.parts], recipe, parse_bytes(limit) / sharing, on_cpu, each)
 
-    gaps = GAPS_CPU if on_cpu else GAPS
+
+def chosen(parts: list[Settings], recipe: Recipe, most: float, on_cpu: bool, said: str = "") -> tuple[Recipe, list[str]]:
+    """As `fitted`, of settings that are counted already, for so many bytes; `said` ends what is said of them."""
+    ways, gaps = list(ways_of(parts, recipe, on_cpu)), GAPS_CPU if on_cpu else GAPS
 
     def need(way: Way) -> float:
         return gaps * max(part.peak(way) for part in parts) + OWN
 
-    chosen = next((way for way in ways if need(way) <= most), None)
-    each = f", a {sharing}th of {limit} for each process" if sharing > 1 else ""
-    spare = f"the prediction times {gaps:g}, for gaps, and {OWN / 1e9:g} GB for the libraries{each}"
-    if chosen is None:
+    found = next((way for way in ways if need(way) <= most), None)
+    spare = f"the prediction times {gaps:g}, for gaps, and {OWN / 1e9:g} GB for the libraries{said}"
+    if found is None:
         least = min(ways, key=need)
         problem = f"nothing fits: the least is {need(least) / 1e9:.3g} GB ({least.as_text()}; {spare})"
-        raise RequestError("--fit", limit, problem, _remedy(recipe, parts, need(least)))
-    model = {"vae_slicing": chosen.vae_slicing, "vae_tiling": chosen.vae_tiling, "offload": chosen.offload}
-    made = recipe.model_copy(update={"chunk": chosen.chunk, "model": recipe.model.model_copy(update=model)})
-    first = ways[0]
-    why = "" if chosen == first else f"; {first.as_text()} would take {need(first) / 1e9:.3g} GB"
-    return made, [f"fit: {chosen.as_text()}: {need(chosen) / 1e9:.3g} GB of {most / 1e9:.4g} GB ({spare}){why}"]
+        raise RequestError("--fit", f"{most / 1e9:.4g} GB", problem, _remedy(recipe, parts, need(least)))
+    model = {"vae_slicing": found.vae_slicing, "vae_tiling": found.vae_tiling, "offload": found.offload}
+    made = recipe.model_copy(update={"chunk": found.chunk, "model": recipe.model.model_copy(update=model)})
+    why = "" if found == ways[0] else f"; {ways[0].as_text()} would take {need(ways[0]) / 1e9:.3g} GB"
+    return made, [f"fit: {found.as_text()}: {need(found) / 1e9:.3g} GB of {most / 1e9:.4g} GB ({spare}){why}"]
 
 
-def _ways(parts: list[_Settings], recipe: Recipe, on_cpu: bool) -> Iterator[Way]:
+def ways_of(parts: list[Settings], recipe: Recipe, on_cpu: bool) -> Iterator[Way]:
     """Every way that this model can be run, the fastest first; what the recipe states stays."""
     asked, cohort = recipe.model, parts[0].outlined.work.cohort
     latents = isinstance(parts[0].outlined.work.denoiser, LatentDenoiser)
@@ -112,7 +112,7 @@ def _ways(parts: list[_Settings], recipe: Recipe, on_cpu: bool) -> Iterator[Way]
                     yield Way(chunk, slicing, tiling, offload)
 
 
-def _remedy(recipe: Recipe, parts: list[_Settings], least: float) -> str:
+def _remedy(recipe: Recipe, parts: list[Settings], least: float) -> str:
     ways = []
     if recipe.model.dtype == "float32":
         ways.append("--dtype bfloat16, which takes about half (other images)")
@@ -124,7 +124,7 @@ def _remedy(recipe: Recipe, parts: list[_Settings], least: float) -> str:
     return f"Give {least / 1e9:.3g} GB or more" + (f"; or use {', or '.join(ways)}" if ways else "") + "."
 
 
-class _Settings:
+class Settings:
     """What one setting of a recipe holds, whichever way it is run."""
 
     def __init__(self, outlined: Outlined) -> None:
@@ -165,7 +165,9 @@ class _Settings:
     def _coding(self, at_once: int, decoded: int, tiling: bool) -> Live:
         self._tile(tiling)
         work = replace(self.outlined.work, cohort=decoded, chunk=at_once)
-        return {**work.decoding(), ENCODING: work.encoding(self.guidance)[1]}
+        channels, height, width = work.denoiser.image_shape
+        others = 4 * channels * height * width * (self.outlined.work.cohort - decoded)  # the cohort's decoded images
+        return {"decode": work.decoding()["decode"] + others, ENCODING: work.encoding(self.guidance)[1]}
 
     def _tile(self, tiling: bool) -> None:
         vae: Any = getattr(self.outlined.work.denoiser, "vae", None)

@@ -3,7 +3,7 @@
     unet2d.py            UNet2DModel: DDPM-style networks of pixels
     adm.py               guided-diffusion checkpoints (.pt), converted into UNet2DModel
     edm.py               EDM-preconditioned networks: net(x, sigma, class_labels)
-    dit.py               DiTPipeline
+    dit.py, dit_file.py  DiTPipeline, and DiT's own checkpoints (.pt)
     stable_diffusion.py  Stable Diffusion 1.5, 2.1 and SDXL
     stable_diffusion3.py Stable Diffusion 3 and 3.5
     flux.py              Flux
@@ -43,6 +43,7 @@ PIPELINES = {
 }
 # The class of a pipeline's transformer -> the family's file, whatever the pipeline is called.
 TRANSFORMERS = {"DiTTransformer2DModel": "dit", "SD3Transformer2DModel": "stable_diffusion3", "FluxTransformer2DModel": "flux"}
+STEERED = ("ControlNet", "Adapter", "AnimateDiff", "GLIGEN")  # words in the classes of such pipelines
 BASE = "Use the family's base model for text to image."
 # A single file's ending -> the family's file, where the ending decides.
 FILES = {".pt": "adm", ".pth": "adm", ".pkl": "edm"}
@@ -145,6 +146,8 @@ def family_of(source: Source) -> str:
         RequestError: None does.
     """
     if source.file is not None:
+        if source.file.suffix in (".pt", ".pth") and _family("dit_file").is_dit(source):
+            return "dit"
         return FILES.get(source.file.suffix, "stable_diffusion")
     if source.name in ZOO and (own := (source.read_json("handful.json") or {}).get("family")):
         return own
@@ -161,12 +164,16 @@ def family_of(source: Source) -> str:
 
 
 def _by_parts(index: dict[str, Any]) -> str | None:
-    """The family of a pipeline by the classes of its parts: one for image to image, or a subclass, has the same."""
+    """The family of a pipeline by the classes of its parts: one for image to image, or a subclass, has the same.
+
+    Raises:
+        RequestError: If the pipeline is steered by more than a prompt; what steers it may not be saved with it.
+    """
+    kind = str(index.get("_class_name"))
     parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
-    if more := [name for name in parts if name in ("controlnet", "adapter", "motion_adapter", "prior")]:
-        raise RequestError(
-            "model", str(index.get("_class_name")), f"it is steered by more than a prompt ({', '.join(more)}/)", BASE
-        )
+    more = [f"{name}/" for name in parts if name in ("controlnet", "adapter", "motion_adapter", "prior")]
+    if more or (more := [f"{word}, not saved with it" for word in STEERED if word in kind]):
+        raise RequestError("model", kind, f"it is steered by more than a prompt ({', '.join(more)})", BASE)
     if parts.get("transformer") in TRANSFORMERS:
         return TRANSFORMERS[parts["transformer"]]
     clip = str(parts.get("text_encoder")).startswith("CLIPText")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +160,7 @@ def _denoiser(source: Source, options: ModelOptions, device: str) -> UNet2DDenoi
     if file is None:
         raise ValueError("source: a checkpoint of guided-diffusion is a single file")
     refuse_options(options, *UNUSED)
-    state = _state_dict(file, device)
+    state = state_of(file, device)
     told = _architecture(file, state)
     settings = _settings_of(file, told)
     heads = _heads(file, told, settings)
@@ -192,11 +193,12 @@ def _denoiser(source: Source, options: ModelOptions, device: str) -> UNet2DDenoi
 # --- the file ----------------------------------------------------------------------------------------------------------
 
 
-def _state_dict(file: Path, device: str) -> State:
+def state_of(file: Path, device: str) -> State:
     """The tensors of a checkpoint by ADM's names; mapped, not read, where the file's format allows it."""
     try:
         # the format before torch 1.6 is no zip archive, and can't be mapped
-        held = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
+        with torch.serialization.safe_globals([Namespace]):  # how a training was started: names and values alone
+            held = torch.load(file, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch raises many kinds for damaged files
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from handful.core.denoiser import Condition, Prediction
 from handful.core.noise import Schedule
 from handful.errors import RequestError
+from handful.models import dit_file
 from handful.models.labels import label_condition, set_labels
 from handful.models.latent import LatentDenoiser, factor_of
 from handful.models.options import ModelOptions, refuse_options, refuse_resolution
@@ -84,6 +85,9 @@ class DiTDenoiser(LatentDenoiser):
 
 def skeleton(source: Source, options: ModelOptions) -> DiTDenoiser:
     """The denoiser without its weights, from the configs alone: on the meta device."""
+    if source.file is not None:
+        network, vae, scheduler = dit_file.parts(source, options, meta=True)
+        return _denoiser(network, vae, scheduler, options, None, preview_decoder(options, meta=True))
     # by name: the published configs call it a Transformer2DModel, as diffusers once did
     network = on_meta("DiTTransformer2DModel", source.config("transformer"))
     vae = component_on_meta(source, "vae", "AutoencoderKL")
@@ -91,12 +95,22 @@ def skeleton(source: Source, options: ModelOptions) -> DiTDenoiser:
 
 
 def load(source: Source, options: ModelOptions) -> DiTDenoiser:
-    """Loads a pipeline's directory or hub name. Its classes are named by the `id2label` of its model_index.json.
+    """Loads a pipeline's directory or hub name, or DiT's own `.pt`.
+
+    A directory's classes are named by the `id2label` of its model_index.json.
 
     Raises:
         RequestError: If a file is missing, damaged, or does not fit the others.
     """
     skeleton(source, options)  # what the configs can tell is said before the weights are read
+    if source.file is not None:
+        import diffusers
+
+        network, vae, scheduler = dit_file.parts(source, options)
+        made: Any = getattr(diffusers, str(scheduler["_class_name"])).from_config(scheduler)
+        denoiser = from_pipeline(diffusers.DiTPipeline(network, vae, made), options)
+        denoiser.notes = (*denoiser.notes, f"model: {dit_file.TIMES}")
+        return denoiser
     return from_pipeline(load_pipeline(source, options, "DiTPipeline"), options, _id2label(source))
 
 

@@ -48,10 +48,6 @@ TENSORS = {
         "a text encoder, a part of a pipeline",
         WHOLE,
     ),
-    ("x_embedder.proj.weight", "y_embedder.embedding_table"): (
-        "DiT's own checkpoint, without its autoencoder",
-        "Take facebook/DiT-XL-2-256, the same in diffusers' layout, or convert it: diffusers' convert_dit_to_diffusers.py.",
-    ),
     ("down_blocks.0.", "transformer_blocks.0.", "joint_transformer_blocks.0."): (
         "a network alone, in diffusers' layout",
         WHOLE,
