@@ -181,6 +181,26 @@ def test_a_class_is_found_by_its_whole_name_or_by_a_synonym_of_its_own():
             assign_labels(unclear, None, label_count=4, names=IMAGENET)
 
 
+def test_the_user_says_a_label_by_number_name_or_synset():
+    said = {"cat": 281, "pet": "285", "fox": "n02119022", "shark": 2}
+    found = assign_labels(None, ["pet", "cat", "fox", "shark"], label_count=1001, null_class=1000, said=said)
+    assert found.of == {"pet": 285, "cat": 281, "fox": 277, "shark": 2}
+    named = assign_labels(["fish", "crane"], None, label_count=4, names=IMAGENET, said={"fish": "White Shark"})
+    assert named.of == {"fish": 1, "crane": 2}
+    twice = ("white wolf, wolf", "wolf, gray wolf", "fox")  # known by their first synonym
+    assert assign_labels(["Wolf"], None, label_count=3, names=twice).of == {"Wolf": 1}
+    assert assign_labels(None, ["n02123045"], label_count=1001, null_class=1000).of == {"n02123045": 281}
+    for wrong, why in (
+        ({"cat": 1000}, "no such label"),
+        ({"cat": "n01234567"}, "none of ImageNet's"),
+        ({"dog": 3}, "no such class"),
+    ):
+        with pytest.raises(RequestError, match=why):
+            assign_labels(["cat"], None, label_count=1001, null_class=1000, said=wrong)
+    with pytest.raises(RequestError, match=r"model\.labels.*'cat: tenh'.*tench"):
+        assign_labels(["cat"], None, label_count=4, names=IMAGENET, said={"cat": "tenh"})
+
+
 def test_names_with_commas_go_in_quotes_on_the_command_line():
     assert listed('"tench, Tinca tinca", otter') == ["tench, Tinca tinca", "otter"]
     assert listed("a, b") == ["a", "b"]

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from handful.errors import RequestError
+from handful.recipe.file import anchored
 from handful.recipe.prompting import all_prompts, prompt_for, prompts_of, read_prompts
 from handful.recipe.schema import ModelRequest, recipe_from
 
@@ -94,3 +95,16 @@ def test_a_file_that_holds_no_prompts_is_refused(tmp_path, text):
     (tmp_path / "p.csv").write_text(text)
     with pytest.raises(RequestError, match=r"^--prompts: .*(columns class and prompt)"):
         read_prompts(tmp_path / "p.csv")
+
+
+def test_labels_are_read_from_a_file_that_a_recipe_names(tmp_path):
+    written = {"labels.csv": "class,label\ncat,281\ndog,n02099601\n", "labels.json": '{"cat": 281, "dog": "n02099601"}'}
+    written["labels.jsonl"] = '{"class": "cat", "label": 281}\n{"class": "dog", "label": "n02099601"}\n'
+    for name, text in written.items():
+        (tmp_path / name).write_text(text)
+        recipe = recipe_from(anchored({"model": {"name": "digits", "labels": name}}, tmp_path))
+        assert {key: str(label) for key, label in recipe.model.labels.items()} == {"cat": "281", "dog": "n02099601"}
+    (tmp_path / "twice.csv").write_text("class,label\ncat,1\ncat,2\n")
+    for name, why in (("twice.csv", "two labels"), ("none.csv", "can't be read as labels")):
+        with pytest.raises(RequestError, match=why):
+            anchored({"model": {"name": "digits", "labels": name}}, tmp_path)

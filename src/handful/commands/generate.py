@@ -20,6 +20,7 @@ from handful.commands.shared import (
     NullClass,
     Quiet,
     TrustPickle,
+    label_pairs,
     listed,
     loading,
     lora_option,
@@ -87,6 +88,13 @@ def generate(
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
     class_names: ClassNames = None,
     null_class: NullClass = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|CAT=281,...",
+            help="The model's label of a class: a number, its name there, an ImageNet synset; or a CSV, JSON or JSONL of them.",
+        ),
+    ] = None,
     template: Annotated[
         str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
     ] = None,
@@ -164,6 +172,7 @@ def generate(
         "model.name": model,
         "model.null_class": null_class,
         "model.classes": listed(class_names),
+        "model.labels": labels if labels is None or "=" not in labels else label_pairs(labels),
         "model.template": template,
         "model.prompts": None if prompts is None else read_prompts(prompts),
         "model.lora": [lora_option(one) for one in lora] if lora else None,

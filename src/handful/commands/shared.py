@@ -53,6 +53,12 @@ def listed(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in next(csv.reader([text], skipinitialspace=True), [])]
 
 
+def label_pairs(text: str) -> dict[str, int | str]:
+    """ "cat=281,dog=n02099601" -> {"cat": 281, "dog": "n02099601"}."""
+    found = pairs("--labels", listed(text))
+    return {name: int(label) if label.isdecimal() else label for name, label in found.items()}
+
+
 def named_folders(given: list[str], field: str = "baseline") -> dict[str, Path]:
     """`DIR` or `NAME=DIR`, by name; a folder without a name goes by its own.
 

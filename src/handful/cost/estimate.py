@@ -17,10 +17,10 @@ import torch
 
 from handful.core.denoiser import NetworkDenoiser
 from handful.core.noise import Levels
-from handful.cost.memory import peak_of
 from handful.cost.operations import Count
-from handful.cost.work import META, Live, Way, Work, size_of, walked_by
-from handful.cost.work import evaluated as evaluated
+from handful.cost.peak import peak_of
+from handful.cost.workload import META, Live, Way, Work, size_of, walked_by
+from handful.cost.workload import evaluated as evaluated
 from handful.guidance.cfg import CFGRequest
 from handful.guidance.method import Requests
 from handful.models import skeleton

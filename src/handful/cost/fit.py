@@ -14,8 +14,8 @@ from functools import cache
 from typing import Any
 
 from handful.cost.estimate import Outlined, outline
-from handful.cost.memory import peak_of
-from handful.cost.work import AT_ONCE, ENCODING, Live
+from handful.cost.peak import peak_of
+from handful.cost.workload import AT_ONCE, ENCODING, Live
 from handful.errors import RequestError
 from handful.guidance.method import potentials, views
 from handful.models.latent import LatentDenoiser

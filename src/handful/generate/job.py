@@ -405,6 +405,7 @@ def check_against_stored(job: Job, *, shared: bool = False) -> None:
     job.grown = any(there.get(key) != here[key] for key in GROWING if key in there)
     begun = job.directory.begun()
     for data in (there, here):
+        data["model"] = {key: value for key, value in data["model"].items() if key != "labels"}  # compared one by one below
         for key in GROWING:
             data.pop(key, None)
         if job.grown:  # labels and prompts of the classes that are there are compared one by one

@@ -53,6 +53,7 @@ OTHERS = {
     "image_embeds": "needs an image's embedding",
     "image_embeddings": "needs an image's embedding",
 }
+TOKENS = ("Amused", "Meissonic", "VQDiffusion")  # words in the classes of pipelines that are no diffusion of numbers
 PICTURES = (
     "Upscale",
     "Img2Img",
@@ -208,6 +209,9 @@ def refuse_other_purposes(kind: str, name: str) -> None:
             raise RequestError("model", name, f"it is a {kind}, which {what}", base)
     if word := next((word for word in PICTURES if word in kind), None):
         raise RequestError("model", name, f"it is a {kind}, which needs an image beside the prompt ({word})", base)
+    if any(word in kind for word in TOKENS):
+        problem = f"it is a {kind}, which fills in tokens: it has no noise that guidance could act on"
+        raise RequestError("model", name, problem, "Use a diffusion model of images or latents.")
     if "prompt" not in told:
         raise RequestError("model", name, f"it is a {kind}, a family that is not known and is told no prompt", own_file(kind))
 
@@ -264,6 +268,8 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> PipelineDenoiser:
         pipeline, call, prediction, levels, resolution, prompts, has_null=null is not None, preview_vae=preview_decoder(options)
     )
     _check_decoding(kind, denoiser, one)
+    if "pag_scale" in inspect.signature(pipeline.__call__).parameters:
+        denoiser.notes = (*denoiser.notes, "model: its perturbed-attention guidance is left out; say what guides by guidance")
     return denoiser
 
 
@@ -296,7 +302,7 @@ def _listened(
     kind = type(pipeline).__name__
     own = inspect.signature(pipeline.__call__).parameters
     words = {"prompt": prompts, "num_inference_steps": steps, "output_type": "pt", "use_resolution_binning": False}
-    words |= {"clean_caption": False, "generator": torch.Generator().manual_seed(0), **asked}
+    words |= {"clean_caption": False, "pag_scale": 0.0, "generator": torch.Generator().manual_seed(0), **asked}
     heard = _Heard(encoded=encoded)
     try:
         with _stand_ins(pipeline, heard, only), torch.no_grad():
@@ -326,6 +332,7 @@ def _stand_ins(pipeline: Any, heard: _Heard, only: str | None) -> Iterator[None]
         if not isinstance(x, Tensor):
             raise ValueError(f"the network is called with a {type(x).__name__}, not with latents")
         shape, wide = list(x.shape), getattr(network.config, "out_channels", None)
+        wide = wide or 2 * shape[1] * bool(getattr(network.config, "learn_sigma", False))
         if x.ndim == 4 and wide:
             shape[1] = max(wide, shape[1])
         out = torch.randn(shape, generator=draw).to(x)
@@ -437,6 +444,8 @@ def _arguments(kind: str, one: _Heard, two: _Heard, roles: tuple[str, str]) -> t
 def _same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and bool(torch.equal(a, b))
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):  # such as the cosines and sines of positions
+        return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b) and bool(a == b) if not isinstance(a, Tensor) else False
 
 

@@ -20,6 +20,7 @@ from handful.data.sources import absolute_source
 from handful.errors import RequestError, did_you_mean
 from handful.guidance import METHODS, request_of
 from handful.guidance.method import EXTRACTOR, FILE
+from handful.recipe.prompting import read_labels
 from handful.recipe.schema import Recipe, recipe_from
 from handful.zoo import EXEMPLARS, ZOO
 
@@ -129,6 +130,8 @@ def anchored(data: Mapping[str, Any], base: Path) -> dict[str, Any]:
             one["path"] = _absolute(one["path"], base)
     if isinstance(model, dict) and isinstance(words := model.get("embeddings"), dict):
         model["embeddings"] = {word: _absolute(file, base) for word, file in words.items() if isinstance(file, str)}
+    if isinstance(model, dict) and isinstance(model.get("labels"), str):  # a file: what it says is the recipe's
+        model["labels"] = read_labels(Path(_absolute(model["labels"], base)))
     for key in ("config", "preview_decoder", "vae", "scheduler"):
         if isinstance(model, dict) and isinstance(model.get(key), str):
             model[key] = _absolute(model[key], base, only_existing=True)

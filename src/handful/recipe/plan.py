@@ -7,8 +7,11 @@ Nothing here depends on what else is generated, on the order, or on how many wor
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
+from importlib.resources import files
 
 import numpy as np
 import torch
@@ -73,6 +76,7 @@ def assign_labels(
     names: Sequence[str] = (),
     null_class: int | None = None,
     may_have_null: bool = True,
+    said: Mapping[str, int | str] | None = None,
 ) -> Labels:
     """Finds the model's label for each class name.
 
@@ -88,6 +92,7 @@ def assign_labels(
         names: The model's class names by label, without the null class; empty where unknown.
         null_class: The label for "no class", where it is known.
         may_have_null: Whether one of the labels may stand for "no class" without the model saying so.
+        said: By class what the user says its label is: a number, a name of the model's, a synset of ImageNet.
 
     Raises:
         RequestError: If a name can't be matched, saying which names there are and how to state the mapping.
@@ -104,6 +109,17 @@ def assign_labels(
             did_you_mean(missing[0], found or (), "The exemplars' classes"),
         )
     chosen = wanted if wanted is not None else found
+    if said:
+        chosen = list(said) if chosen is None else chosen
+        if stray := [name for name in said if name not in {*chosen, *(found or ())}]:
+            raise RequestError("model.labels", stray[0], "there is no such class", did_you_mean(stray[0], chosen, "Classes"))
+        others = [name for name in chosen if name not in said]
+        rest = assign_labels(
+            others, None, label_count=label_count, names=names, null_class=null_class, may_have_null=may_have_null
+        )
+        labels = [label for label in range(label_count) if label != rest.null_class]
+        meant = {name: rest.of[name] if name in rest.of else _as_said(name, said[name], names, labels) for name in chosen}
+        return replace(rest, of=meant)
     if not label_count:
         return Labels(dict.fromkeys(chosen if chosen is not None else (ONLY_CLASS,)))
 
@@ -137,6 +153,10 @@ def assign_labels(
     if meant is not None:
         notes += [f"labels: '{name}' is the model's '{whole}'" for name, (whole, _) in meant.items() if name != whole]
         return Labels({name: label for name, (_, label) in meant.items()}, null_class, tuple(names), notes)
+    if (known := _by_synset(chosen, labels)) is not None:
+        return Labels(
+            dict(known), null_class, tuple(names) or None, [*notes, "labels: the class names are synsets of ImageNet"]
+        )
     numbers = _as_labels(chosen, labels)
     if numbers is not None and not any(name in by_name for name in chosen):
         notes.append(f"labels: the class names are the labels {_range(list(numbers.values()))}")
@@ -173,10 +193,50 @@ def assign_labels(
     )
 
 
+def _as_said(name: str, meant: int | str, names: Sequence[str], labels: Sequence[int]) -> int:
+    """The label that the user says a class has."""
+
+    def refused(problem: str, remedy: str) -> RequestError:
+        return RequestError("model.labels", f"{name}: {meant}", problem, remedy)
+
+    known = f"its labels are {_range(list(labels))}" if labels else "it is told no labels"
+    text = str(meant).strip()
+    if text.isdecimal() and text not in names:
+        if int(text) not in labels:
+            raise refused(f"the model has no such label: {known}", "Give one of these." if labels else "Leave labels out.")
+        return int(text)
+    if (found := _by_synonym([text], names, labels)) is not None:
+        return found[text][1]
+    if re.fullmatch(r"n\d{8}", text) and len(labels) == len(synsets()):
+        if text not in synsets():
+            raise refused("it is none of ImageNet's 1000 synsets", "Give the label itself, 0 to 999.")
+        return labels[synsets()[text]]
+    remedy = did_you_mean(text, names, "It knows") if names else "Give the label's number."
+    raise refused(f"the model knows no such class; {known}", remedy)
+
+
+@cache
+def synsets() -> dict[str, int]:
+    """ImageNet's 1000 synsets of WordNet, each with its label."""
+    text = files("handful.recipe").joinpath("imagenet_synsets.txt").read_text()
+    return {name: label for label, name in enumerate(text.split())}
+
+
+def _by_synset(chosen: Sequence[str], labels: Sequence[int]) -> dict[str, int] | None:
+    """Labels by synset, where all classes are synsets and the model has as many labels as ImageNet."""
+    if len(labels) != 1000 or not all(name in synsets() for name in chosen):
+        return None
+    return {name: labels[synsets()[name]] for name in chosen}
+
+
 def _by_synonym(chosen: Sequence[str], names: Sequence[str], labels: Sequence[int]) -> dict[str, tuple[str, int]] | None:
     """By name, the model's whole name and its label, where each is one of a class's synonyms and of no other's; else None."""
     places = places_of(names)
     found = [places.get(name) or places.get(plain(name), []) for name in chosen]
+    for at, (name, each) in enumerate(zip(chosen, found, strict=True)):
+        if len(each) > 1:  # the first of a class's synonyms is the one that it is known by
+            first = [place for place in each if plain(names[place].split(",")[0]) == plain(name)]
+            found[at] = first if len(first) == 1 else each
     if any(len(each) != 1 for each in found) or len({each[0] for each in found}) < len(found):
         return None
     return {name: (names[each[0]], labels[each[0]]) for name, each in zip(chosen, found, strict=True)}

@@ -34,28 +34,48 @@ def read_prompts(path: Path) -> dict[str, list[str]]:
     Raises:
         RequestError: If it can't be read, or has not these columns.
     """
-    remedy = "Write CSV or JSONL with the columns class and prompt, or JSON: {class: [prompts]}."
+    prompts: dict[str, list[str]] = {}
+    for name, prompt in _rows(path, "prompt", "--prompts"):
+        prompts.setdefault(name, []).append(str(prompt))
+    return prompts
+
+
+def read_labels(path: Path) -> dict[str, int | str]:
+    """Labels by class from a file: CSV or JSONL with the columns class and label, or JSON {class: label}.
+
+    Raises:
+        RequestError: If it can't be read, has not these columns, or names a class twice.
+    """
+    labels: dict[str, int | str] = {}
+    for name, label in _rows(path, "label", "model.labels"):
+        if labels.setdefault(name, label) != label:
+            raise RequestError("model.labels", path, f"class {name!r} has two labels", "Give each class one.")
+    return labels
+
+
+def _rows(path: Path, column: str, field: str) -> list[tuple[str, str | int]]:
+    """The classes of a file and what it says of each."""
+    remedy = f"Write CSV or JSONL with the columns class and {column}, or JSON: {{class: {column}}}."
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
             held = json.loads(text)
-            rows = [(name, one) for name, given in held.items() for one in ([given] if isinstance(given, str) else given)]
+            rows = [(name, one) for name, given in held.items() for one in (given if isinstance(given, list) else [given])]
         else:
             lines = text.splitlines()
             jsonl = path.suffix.lower() == ".jsonl"
             found = [json.loads(line) for line in lines if line.strip()] if jsonl else list(csv.DictReader(lines))
-            rows = [(row["class"], row["prompt"]) for row in found]
+            rows = [(row["class"], row[column]) for row in found]
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
-        problem = f"it can't be read as prompts ({type(error).__name__}: {first_line(error)})"
-        raise RequestError("--prompts", path, problem, remedy) from error
-    prompts: dict[str, list[str]] = {}
-    for name, prompt in rows:
-        if not isinstance(name, str) or not isinstance(prompt, str) or not name or not prompt.strip():
-            raise RequestError("--prompts", path, f"the prompt {prompt!r} of class {name!r} is no text", remedy)
-        prompts.setdefault(name, []).append(prompt)
-    if not prompts:
-        raise RequestError("--prompts", path, "it holds no prompt", remedy)
-    return prompts
+        problem = f"it can't be read as {column}s ({type(error).__name__}: {first_line(error)})"
+        raise RequestError(field, path, problem, remedy) from error
+    for name, value in rows:
+        right = (isinstance(value, str) and value.strip()) or (column == "label" and type(value) is int)
+        if not isinstance(name, str) or not name or not right:
+            raise RequestError(field, path, f"the {column} {value!r} of class {name!r} is no {column}", remedy)
+    if not rows:
+        raise RequestError(field, path, f"it holds no {column}", remedy)
+    return rows
 
 
 def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str | tuple[str, ...]]:

@@ -136,6 +136,9 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
             "Name them (--classes cat,dog), or give exemplars: a folder per class.",
         )
     _refuse_unread(recipe, outline)
+    if recipe.model.labels and (inverted or not outline.label_count):
+        problem = "this model is told prompts, not labels" if outline.prompted else "here the model is told no label"
+        raise RequestError("model.labels", recipe.model.labels, problem, "Leave it out.")
     if outline.prompted and recipe.model.classes is not None:
         raise RequestError(
             "model.classes",
@@ -150,6 +153,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         names=outline.classes if recipe.model.classes is None else recipe.model.classes,
         null_class=outline.null_class,
         may_have_null=null_may_be_unsaid(outline),
+        said=recipe.model.labels,
     )
     if inverted is not None:
         null = inverted.told.null_class if outline.null_class is None else outline.null_class

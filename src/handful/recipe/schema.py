@@ -117,6 +117,7 @@ class ModelRequest(Request):
         name: A name of the zoo (`digits`), a directory, a hub name, a single file, or `FILE.py:FUNCTION`.
         null_class: The label that stands for "no class"; None takes what the model says.
         classes: Names of the model's classes, by label; None takes what the model says.
+        labels: By class its label: a number, the model's name of it, or a synset of ImageNet (n02123045); or a file of these.
         resolution: [height, width] of the images; None takes the model's own.
         template: How a class name becomes a prompt, for models that are told prompts: `a photo of a {}`, or with fields
             that class_pattern finds in the name, `{object} in {region}`.
@@ -143,6 +144,7 @@ class ModelRequest(Request):
     name: Annotated[str, Field(min_length=1, json_schema_extra={"missing": _NAME_IT})]
     null_class: Annotated[int, Field(ge=0)] | None = None
     classes: ClassNames | None = None
+    labels: dict[str, int | str] = Field(default_factory=dict)
     resolution: tuple[Positive, Positive] | None = None
     template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
     class_pattern: Annotated[str, Field(min_length=1)] | None = None

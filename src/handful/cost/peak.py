@@ -1,6 +1,6 @@
 """Peak memory: the weights that are on the device while a part of the work runs, and the tensors that it holds then.
 
-The tensors are counted on the meta device (`handful.cost.work`). Which weights are there depends on how the model is
+The tensors are counted on the meta device (`handful.cost.workload`). Which weights are there depends on how the model is
 placed: all of them, or under diffusers' offload those of the part that runs. The text encoders come first and go again.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from handful.cost.work import ENCODING, Live, Work, bytes_of
+from handful.cost.workload import ENCODING, Live, Work, bytes_of
 from handful.guidance.method import Requests, views
 from handful.models.latent import LatentDenoiser
 from handful.recipe.extractors import extractors_wanted

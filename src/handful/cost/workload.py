@@ -45,7 +45,7 @@ class Way:
         parts: The same by part; see `PARTS`.
         evaluations: How often an image goes forward through the denoiser.
         parameters: Of all networks that sampling needs.
-        peak_bytes: The most that weights and tensors hold at once, for a whole cohort; see `handful.cost.memory`.
+        peak_bytes: The most that weights and tensors hold at once, for a whole cohort; see `handful.cost.peak`.
     """
 
     flops_per_image: float
