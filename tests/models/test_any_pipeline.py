@@ -16,7 +16,7 @@ from handful.errors import RequestError
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
 from handful.models import from_pipeline, load
-from handful.models.any_pipeline import PipelineDenoiser, pack, unpack
+from handful.models.any_pipeline import PipelineDenoiser, _same, pack, unpack
 
 PROMPTS = ["a red cat", "a dog"]
 SIZE = (32, 32)
@@ -108,3 +108,12 @@ def test_what_can_not_be_followed_is_refused_with_the_lines_of_a_file(monkeypatc
     assert type(pipeline.scheduler).step is step
     assert "step" not in pipeline.scheduler.__dict__
     assert type(pipeline).__name__ == "AuraFlowPipeline"
+
+
+def test_pipelines_of_tokens_are_refused_and_positions_in_pairs_are_constant(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AmusedPipeline", "transformer": ["diffusers", "UVit2DModel"]}')
+    with pytest.raises(RequestError, match="fills in tokens"):
+        load(tmp_path)
+    ones, twos = (torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.ones(2))
+    assert _same(ones, (torch.ones(2), torch.zeros(2)))
+    assert not _same(ones, twos)

@@ -457,3 +457,7 @@ def test_a_pipeline_that_is_steered_by_pictures_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({**index, **more}))
     with pytest.raises(RequestError, match=r"StableDiffusionControlNetPipeline.*controlnet/"):
         load(tmp_path)
+    del more["controlnet"]  # its own parts alone were saved under its name
+    (tmp_path / "model_index.json").write_text(json.dumps({**index, **more}))
+    with pytest.raises(RequestError, match=r"ControlNet, not saved with it"):
+        load(tmp_path)
