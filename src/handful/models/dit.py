@@ -108,7 +108,8 @@ def load(source: Source, options: ModelOptions) -> DiTDenoiser:
 
         network, vae, scheduler = dit_file.parts(source, options)
         made: Any = getattr(diffusers, str(scheduler["_class_name"])).from_config(scheduler)
-        denoiser = from_pipeline(diffusers.DiTPipeline(network, vae, made), options)
+        kind: Any = diffusers
+        denoiser = from_pipeline(kind.DiTPipeline(network, vae, made), options)
         denoiser.notes = (*denoiser.notes, f"model: {dit_file.TIMES}")
         return denoiser
     return from_pipeline(load_pipeline(source, options, "DiTPipeline"), options, _id2label(source))

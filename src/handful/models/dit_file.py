@@ -69,9 +69,9 @@ def parts(source: Source, options: ModelOptions, *, meta: bool = False) -> tuple
     state = state_of(source.file, "meta" if meta else "cpu")
     config = _config(source, state)
     network = on_meta("DiTTransformer2DModel", config)
-    for module in network.modules():
-        if hasattr(module, "downscale_freq_shift"):
-            module.downscale_freq_shift = 0
+    timed: list[Any] = [module for module in network.modules() if hasattr(module, "downscale_freq_shift")]
+    for module in timed:
+        module.downscale_freq_shift = 0
     held = _converted(source, state, config["num_layers"])
     positions = held.pop("pos_embed.pos_embed")
     wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
