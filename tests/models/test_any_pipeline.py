@@ -111,7 +111,7 @@ def test_what_can_not_be_followed_is_refused_with_the_lines_of_a_file(monkeypatc
 
 
 def test_pipelines_of_tokens_are_refused_and_positions_in_pairs_are_constant(tmp_path):
-    (tmp_path / "model_index.json").write_text('{"_class_name": "AmusedPipeline", "transformer": ["diffusers", "UVit2DModel"]}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "AmusedPipeline"}')
     with pytest.raises(RequestError, match="fills in tokens"):
         load(tmp_path)
     ones, twos = (torch.ones(2), torch.zeros(2)), (torch.ones(2), torch.ones(2))
