@@ -55,10 +55,12 @@ handful: turn a handful of real images into a training set.
   photos/cat/1.jpg, photos/cat/2.jpg, photos/dog/1.jpg ...     a folder per class
 
   handful generate --model MODEL --exemplars photos --k 8 --out out
-  handful evaluate out
+  handful evaluate out --judge JUDGE
   handful report out
 
 MODEL is a directory or hub name of a diffusion model, or a packaged one: mnist, digits, cifar10.
+JUDGE is another network, which measures the images: dinov2, clip, or a packaged one: uci-judge (for mnist), digits-judge,
+cifar10-judge.
 To see it work first: handful demo
 All commands: handful --help"""
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, cast
 
 import typer
 
-from handful.errors import RequestError, RunError
+from handful.errors import Note, RequestError, RunError
 
 _RESUME = "interrupted: resume with the same command"
 # click's UsageError, wherever this version of typer keeps click
@@ -46,7 +46,9 @@ def main(app: typer.Typer) -> NoReturn:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, category, *_, **__: print(
+        f"{'note' if issubclass(category, Note) else 'warning'}: {message}", file=sys.stderr
+    )
     arguments = sys.argv[1:]
     if sys.stderr.isatty() and len(arguments) > 1 and not {"-h", "--help", "-q", "--quiet"} & set(arguments):
         print("loading libraries ...", file=sys.stderr)  # they take seconds, and nobody likes a silent terminal

@@ -48,6 +48,10 @@ class RunError(HandfulError, RuntimeError):
     """Something failed at work, after a valid request. The command line exits with 1."""
 
 
+class Note(UserWarning):
+    """Something the user should know that is no fault: the command line says `note:` where others are a `warning:`."""
+
+
 def _shown(value: object) -> str:
     if isinstance(value, (bytes, bytearray, memoryview)):
         return f"<{len(value)} bytes>"

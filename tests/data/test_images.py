@@ -382,3 +382,24 @@ def test_the_transparent_colour_of_a_png_is_white_at_every_depth(tmp_path):
     colour = read_image(png(16, 2, colours, struct.pack(">3H", 256, 512, 768)), channels=3)
     torch.testing.assert_close(colour[:, 0, 0], white.expand(3))
     assert float(colour[0, 0, 1]) == pytest.approx(0x10 / 127.5 - 1)
+
+
+@pytest.mark.parametrize("dark", ["gray", "colour"])
+def test_a_16_bit_file_that_holds_8_bits_is_pointed_out_once_for_its_folder(tmp_path: Path, dark: str):
+    values = np.full((4, 4), 200, np.uint16)
+    files = [tmp_path / f"{name}.png" for name in "ab"]
+    for file in files:
+        if dark == "gray":
+            Image.fromarray(values).save(file)
+        else:
+            rows = b"".join(b"\0" + np.repeat(row, 3).astype(">u2").tobytes() for row in values)
+            file.write_bytes(png(4, 4, 16, rows))
+    with pytest.warns(UserWarning, match=r"a\.png' has more than 8 bits, in which white is 65535, but .* save it as 8-bit PNG"):
+        read_image(files[0], channels=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(files[1], channels=1)
+    Image.fromarray(np.full((4, 4), 40000, np.uint16)).save(tmp_path / "right.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_image(tmp_path / "right.png", channels=1)

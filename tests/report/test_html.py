@@ -75,10 +75,11 @@ def test_it_says_what_was_asked_what_was_found_and_what_it_cost(html):
     text = re.sub(r"<[^>]+>", " ", html)
     for said in (
         "36 images of 3 classes from the model digits, guided by chamfer at scale 0.2, with 4 exemplars per class",
-        "F1 is 0.788 where that of plain is 0.688: +0.100 (90 % interval +0.080 to +0.120). The gain is real",
-        "12.5 % of the images are nearer to an exemplar",
+        "F1 is 0.788, that of plain 0.688: a real gain",
+        "Possible copies: 12 % of the images are nearer to an exemplar",
+        "12.5 % of all images count as copies",
         "a classifier is right on",
-        "TFLOPs per image",
+        "operations per image",
         "real against real",
         "handful generate recipe.yaml --out again",
     ):
@@ -99,9 +100,10 @@ def test_images_stand_beside_the_baselines_of_the_same_noise_and_their_nearest_e
     assert data["classes"] == list(CLASSES)
     assert data["runs"] == [["out", True], ["plain", True]]
     manifest = {row["file"]: row for row in gather(run).rows}
-    for cls, number, index, picture, file, nearest, distance, exemplar in data["images"]:
+    for cls, number, index, picture, file, nearest, distance, exemplar, is_copy in data["images"]:
         assert file == f"images/{CLASSES[cls]}/{index:06d}.png"
         assert data["pictures"][picture].startswith("data:image/png;base64,")
+        assert not is_copy
         if number == 0:
             assert (nearest, distance) == (manifest[file]["nearest_exemplar"], manifest[file]["nearest_exemplar_distance"])
             assert exemplar >= 0
@@ -122,7 +124,9 @@ def test_without_a_baseline_the_verdict_gives_quality_and_coverage_beside_real_i
     found["result"] |= {"gains": {}, "copied": None}
     keep(there, "evaluation", "z", found)
     html = report([there]).read_text()
-    assert "precision 0.900 (real images: 0.950), coverage 0.700 (real images: 0.920)" in html
+    assert "precision 0.90, of real images 0.95" in html
+    assert "coverage 0.70, of real images 0.92" in html
+    assert "/recipe.yaml --guidance none --out plain" in html
     assert '<th scope="row">copied' not in html  # what was not measured has no row
 
 

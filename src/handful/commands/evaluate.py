@@ -87,7 +87,7 @@ def evaluate(
     if save_json is not None:
         require_writable(save_json)
     from handful.judge.evaluate import evaluate as judged
-    from handful.report.tables import evaluation_table, gains_tables, group_tables, print_table
+    from handful.report.tables import evaluation_table, gains_tables, group_tables, print_table, wrapped
     from handful.runs.progress import Words, progress_for
 
     found = judged(
@@ -113,6 +113,7 @@ def evaluate(
         for number, table in enumerate([evaluation_table(found), *group_tables(found), *gains_tables(found)]):
             print("\n" * bool(number), end="")
             print_table(table)
+        print("", *wrapped(found.verdict), sep="\n")
     if save_json is not None:  # after the result is printed: a full disk takes nothing
         from handful.files.atomic import write_atomically
 

@@ -62,12 +62,15 @@ def generate(
             help=f"{', '.join(METHODS)} or none; may be repeated.  [chamfer if there are exemplars]", metavar="METHOD"
         ),
     ] = None,
-    scale: Annotated[float | None, typer.Option(help="How strong the guidance is; 0 is none.  [by method]")] = None,
+    scale: Annotated[
+        float | None,
+        typer.Option(help="How strong the guidance is; 0 is none.  [chamfer 0.4, in pixels 0.2; others: by method]"),
+    ] = None,
     features: Annotated[
         str | None,
         typer.Option(
             help="What exemplars are compared by: pixels, digits-guide, dinov2, clip, efficientnet-lite0, a directory, "
-            "FILE.py:FUNCTION.",
+            "FILE.py:FUNCTION.  [dinov2; pixels for most packaged models]",
             metavar="NAME",
         ),
     ] = None,

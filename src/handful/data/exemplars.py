@@ -37,6 +37,10 @@ from handful.files.locks import held
 _READING, _OTHERS = 2, 1
 _warned: set[Path] = set()
 
+# Images of each class that are no exemplars: so many serve `handful evaluate` (its 5 neighbours and one more), and so many
+# `handful utility` to test on.
+PER_CLASS_LEFT, FEWEST_TO_TEST = 6, 5
+
 
 class Extractor(Protocol):
     """What `exemplar_features` needs of a feature extractor."""

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import stat
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,6 +40,7 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AV
 # fmt: on
 _CONVERT = "Save it as PNG or JPEG."
 _REPLACE = "Replace the file or remove it."
+_dark: set[Path] = set()  # folders of which a nearly black file was pointed out
 
 T = TypeVar("T")
 
@@ -156,6 +158,7 @@ def _decode(stream: BinaryIO, name: object, max_pixels: int) -> tuple[Image.Imag
     coded = str(image.tile[0].args) if image.format == "PNG" and image.tile else ""
     image.load()
     _scale_transparent(image, coded)
+    _point_out_dark(image, coded, scale, name)
     try:  # after loading: some formats turn upright by themselves, and then drop the tag
         return ImageOps.exif_transpose(image), scale
     except Exception:  # damaged metadata spoil no pixels
@@ -171,6 +174,19 @@ def _tiff_scale(image: Image.Image, name: object) -> _Scale:
         raise RequestError("image", name, problem, "Rescale it and save it as 8- or 16-bit PNG.")
     wide = image.mode == "F" or image.mode.startswith("I")
     return _Scale(4095.0 if tuple(bits) == (12,) else None, wide and photometric == 0)
+
+
+def _point_out_dark(image: Image.Image, coded: str, scale: _Scale, name: object) -> None:
+    """Warns of 16 bits that hold 8: once for each folder, whose other files are likely of the same kind."""
+    most = float(np.asarray(image).max()) if image.mode.startswith("I") else -1.0
+    folder = Path(str(name)).parent
+    if scale.inverted or folder in _dark or not (0 < most <= 255 or (coded == "RGB;16B" and not np.asarray(image).any())):
+        return
+    _dark.add(folder)
+    white = f"{scale.white or 65535:.0f}"
+    held = f"values up to {most:.0f}" if most > 0 else "values below 256"
+    text = f"'{name}' has more than 8 bits, in which white is {white}, but {held}: it reads nearly black; if its white is"
+    warnings.warn(f"{text} 255, save it as 8-bit PNG (others in that folder are not named)", stacklevel=2)
 
 
 def _scale_transparent(image: Image.Image, coded: str) -> None:

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from handful.errors import RequestError, first_line
 from handful.features.extractor import FeatureExtractor
 from handful.models.libraries import check_libraries
-from handful.models.source import find_source
+from handful.models.source import find_source, hub_is_away
 
 _WRAP = (
     "Name a vision model with a pooled output or an image classifier, or wrap it in a FILE.py:FUNCTION that returns a "
     "handful.features.FeatureExtractor."
 )
+JUDGES = "digits-judge (8 x 8 digits), uci-judge (28 x 28 digits), cifar10-judge (32 x 32 photographs)"
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # what transformers raises for bad files
 
 
@@ -175,15 +176,16 @@ def read_config(name: str) -> Any:
             "features",
             name,
             "there is no such extractor, file or directory",
-            "Give pixels, a packaged one (digits-judge, uci-judge, cifar10-judge), dinov2, clip, efficientnet-lite0, a "
-            "directory that transformers' save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript "
-            "file, or FILE.py:FUNCTION.",
+            f"Give pixels, dinov2, clip, efficientnet-lite0, a packaged one ({JUDGES}), a directory that transformers' "
+            "save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or FILE.py:FUNCTION.",
         )
     try:
         config = source.read_json("config.json")
     except RequestError as error:
-        offline = " HF_HUB_OFFLINE is set: unset it to go online." if constants.HF_HUB_OFFLINE and not source.folder else ""
-        raise RequestError("features", name, error.problem, error.remedy + offline) from error
+        packaged = "" if source.folder else f" Packaged judges need no download: {JUDGES}."
+        if not source.folder and constants.HF_HUB_OFFLINE and not hub_is_away():
+            packaged += " HF_HUB_OFFLINE is set: unset it to go online."
+        raise RequestError("features", name, error.problem, error.remedy + packaged) from error
     if config is None:
         raise RequestError(
             "features", name, "it holds no config.json", "Give a model that transformers' save_pretrained wrote."

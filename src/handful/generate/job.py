@@ -27,7 +27,7 @@ from handful.models import load, skeleton
 from handful.models.options import ModelOptions
 from handful.models.placement import Placement, check_placement, place, try_once
 from handful.models.prompts import Prompted
-from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars, with_their_prompts
+from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars, too_few_left, with_their_prompts
 from handful.recipe.extractors import answer, load_for, targets_of
 from handful.recipe.file import PROVENANCE, anchored
 from handful.recipe.inverting import Inverted, read_inversion
@@ -191,7 +191,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     asked_classes, laid = recipe.classes, directory.plan()
     kept = {name: laid.sizes[name][:count] for name, count in directory.begun().items()}
     recipe = _with_kept_classes(recipe, kept)
-    recipe, found = listed_exemplars(recipe, directory.path)
+    recipe, counts = listed_exemplars(recipe, directory.path)
+    found = None if counts is None else list(counts)
     device = choose_device(recipe.model.device)
 
     options = model_options(recipe)
@@ -255,6 +256,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
             f"guidance with a null condition at {settled.levels.steps} steps: models that were distilled for few steps "
             "have theirs inside, and take no more of it; scale 0, or chamfer, leaves it as it is"
         )
+    notes += too_few_left(recipe, {name: counts[name] for name in labels.of if name in counts}) if counts else []
     notes += make_ready(denoiser, prompts, placement, settled.levels, told)
     columns = [column for each in settings for column in energy_columns(each.recipe.guidance or ()) if column]
     energies = list(dict.fromkeys(columns))

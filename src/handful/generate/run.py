@@ -35,7 +35,7 @@ from handful.generate.share import at_work, claims_of, work
 from handful.guidance import ExemplarPotential, Guidance, Guided, Potential
 from handful.guidance.distances import squared_distances
 from handful.guidance.inversion import no_condition
-from handful.guidance.method import Context, View, energy_columns, make_terms, views
+from handful.guidance.method import Context, View, energy_columns, make_terms, potentials, views
 from handful.models.latent import LatentDenoiser
 from handful.recipe.file import PROVENANCE, recipe_yaml
 from handful.recipe.plan import Cohort, ImageNoise, image_seed, start_places
@@ -247,13 +247,17 @@ def _fit_preview(job: Job, progress: Progress) -> None:
     """Fits the linear preview of latents to the exemplars, some of each class, where a term looks through it."""
     if job.exemplars is None or not job.exemplars.images or not isinstance(job.denoiser, LatentDenoiser):
         return
-    if not any(job.denoiser.is_linear(reduce) for _, reduce in views(job.terms)):
+    through = [
+        each.method for _, each in potentials(job.terms) if "exemplars" in each.needs and job.denoiser.is_linear(each.view[1])
+    ]
+    if not through:
         return
     explained = _shared_preview(job, job.denoiser)
     if not explained > _EXPLAINED:
         progress.note(
-            f"note: the linear preview explains {explained:.0%} of the exemplars' colours, so guidance sees little; "
-            "guidance.chamfer.reduce=1 looks through the decoder"
+            "note: guidance may be weak with this model: its quick preview of latents shows only "
+            f"{100 * explained:.0f} % of the exemplars' colours. "
+            f"--set guidance.{through[0]}.reduce=1 uses the model's decoder, which is slower"
         )
 
 

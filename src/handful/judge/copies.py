@@ -44,7 +44,11 @@ class CopyCheck:
         keeping: Keeping | None = None,
     ) -> None:
         self._keeping = keeping or Keeping()
-        listed, of_real, drawn = labelled_files(folder, classes=classes, field="exemplars"), as_images(real), exemplars_of(run)
+        listed, of_real, drawn = (
+            labelled_files(folder, classes=classes, field="exemplars", flat=True),
+            as_images(real),
+            exemplars_of(run),
+        )
         same = drawn is not None and drawn.folder.resolve() == Path(folder).expanduser().resolve()
         channels, height, width = of_real.shape
         found = Exemplars.from_folder(

@@ -16,8 +16,9 @@ import numpy as np
 
 from handful.data.exemplars import default_cache
 from handful.data.regions import NEIGHBOURS, REGION
+from handful.data.shared_exemplars import features_file
 from handful.data.sources import LabelledFiles, labelled_files
-from handful.errors import RequestError
+from handful.errors import Note, RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
 from handful.files.digests import marks
 from handful.judge.clip_score import ClipScore
@@ -28,8 +29,8 @@ from handful.judge.groups import by_group, read_groups
 from handful.judge.image_sets import FileImages, common_size
 from handful.judge.judge import Judge, Seen
 from handful.judge.viewer import Keeping, Viewer, eye
-from handful.runs.kept import keep, key_of
-from handful.runs.metadata import guided_by, prompts_of, unused_images
+from handful.runs.kept import keep, key_of, run_root
+from handful.runs.metadata import exemplars_of, guided_by, prompts_of, unused_images
 from handful.runs.processes import Processes
 from handful.runs.progress import Progress
 
@@ -70,7 +71,7 @@ def evaluate(
             groups by region where none are asked for).
         audit, ceiling, judge_class, metrics: As for `Judge`.
         baselines: By name, sets to compare with: of the same classes and size as the synthetic one.
-        exemplars: The folder of the exemplars, to count copies of them.
+        exemplars: The folder of the exemplars, to count copies of them; None: those that guided the run, where they are there.
         groups: Measure by group too; see `handful.judge.groups.read_groups`.
         clip: A CLIP, for CLIPScore: each image to the prompt of its class (the run's own, or "a photo of a CLASS").
         seed: Of the bootstrap draws that tell a gain from chance.
@@ -89,9 +90,9 @@ def evaluate(
     judge, neighbours, baselines = features or judge, k or neighbours, dict(baselines or {})
     notes: list[str] = []
 
-    def tell(text: str) -> None:
+    def tell(text: str, kind: type[Warning] = UserWarning) -> None:
         notes.append(text)
-        warnings.warn(text, stacklevel=3)
+        warnings.warn(text, kind, stacklevel=3)
 
     sets, neighbours = _listed(synthetic, real, baselines, neighbours, tell)
     classes, known = sets["synthetic"].files.classes, sets["real"].files
@@ -100,7 +101,13 @@ def evaluate(
     scorer = clip and ClipScore(clip, {name: prompts_of(synthetic).get(name, f"a photo of a {name}") for name in classes})
     metrics = [*metrics, *(["clip_score"] if clip and "clip_score" not in metrics else [])]
     if exemplars is not None:
-        labelled_files(exemplars, classes=classes, field="exemplars")
+        labelled_files(exemplars, classes=classes, field="exemplars", flat=True)
+    elif (drawn := exemplars_of(synthetic)) is not None and features_file(drawn.folder) is None:
+        try:
+            labelled_files(drawn.folder, classes=classes, field="exemplars", flat=True)
+            exemplars = drawn.folder
+        except RequestError as error:
+            tell(f"copies are not counted: {error}", Note)
     try:
         extractor = load_extractor(judge)
     except RequestError as error:
@@ -112,7 +119,7 @@ def evaluate(
         if guided_by(folder, judge, extractor.digest, marks(extractor)):
             which = f"the baseline {folder}" if name else "these images"
             tell(f"{judge} guided {which}: it judges its own work; take an unrelated judge")
-    reference = sets["real"]
+    reference, made = sets["real"], sets["synthetic"]
     processes = Processes(workers if waiting else 1, eye, judge, extractor.digest, note=tell)
     keeping.processes = processes
     try:
@@ -131,7 +138,9 @@ def evaluate(
         seen = {name: _seen(sitting, check, scorer or None, images) for name, images in sets.items() if name != "real"}
         for role, images in sets.items():
             if role != "real":
-                _tell_of_shared(role, images, reference, seen[role].features[AS_IS], sitting.real, tell)
+                _tell_of_shared(role, images, seen[role].features[AS_IS], reference, sitting.real, tell)
+            if role not in ("real", "synthetic"):
+                _tell_of_shared(role, images, seen[role].features[AS_IS], made, seen["synthetic"].features[AS_IS], tell)
         keeping.progress.note("comparing features")
     finally:
         processes.close()
@@ -153,7 +162,12 @@ def evaluate(
     of_groups = None
     if grouped:
         of_groups = by_group(of_made[AS_IS], grouped["real"], grouped["synthetic"], sitting.metrics, seed)
-    found = replace(found, gains=gains, intervals=mine.intervals(), groups=of_groups, notes=(*notes, *sitting.notes))
+    notes += sitting.notes
+    found = replace(found, gains=gains, intervals=mine.intervals(), groups=of_groups, notes=tuple(notes))
+    if check is not None:
+        root, flags = run_root(synthetic) or made.files.root, seen["synthetic"].per_image[AS_IS]["copied"]
+        files = [Path(name) for name, is_copy in zip(made.files.names, flags, strict=True) if is_copy]
+        found = replace(found, copies=tuple((f.relative_to(root) if f.is_relative_to(root) else f).as_posix() for f in files))
     asked = {
         "real": str(reference.files.root),
         "judge": judge,
@@ -169,19 +183,20 @@ def evaluate(
 
 
 def _tell_of_shared(
-    role: str, images: FileImages, real: FileImages, seen: np.ndarray, known: np.ndarray, tell: Callable[[str], None]
+    role: str, images: FileImages, seen: np.ndarray, other: FileImages, known: np.ndarray, tell: Callable[..., None]
 ) -> None:
-    """Says how many images of a set are real ones: the same bytes, or to the judge the same (saved in another format)."""
-    contents, features = set(real.contents), {row.tobytes() for row in known}
+    """Says how many images of a set are in another one: the same bytes, or to the judge the same (saved in another format)."""
+    contents, features = set(other.contents), {row.tobytes() for row in known}
     same = [content in contents for content in images.contents]
     alike = [row.tobytes() in features for row in seen]
     if count := max(sum(same), sum(alike)):
         how = "byte for byte" if sum(same) == count else "to the judge, number for number"
         which = f"of the {role}" if role.startswith("baseline") else "of the generated images"
-        tell(
-            f"{count} {which} are real images too, {how}: metrics measured on them flatter;"
-            " give real images that are none of the generated ones"
-        )
+        if other.field == "real":
+            so = "are real images too, {how}: metrics measured on them flatter; give other real images"
+        else:
+            so = "are in the set itself too, {how}: the gains are too small by them; compare with another set"
+        tell(f"{count} {which} {so.format(how=how)}")
 
 
 def _seen(judge: Judge, check: CopyCheck | None, scorer: ClipScore | None, images: FileImages) -> Seen:
@@ -198,7 +213,7 @@ def _listed(
     real: str | Path | None,
     baselines: Mapping[str, str | Path],
     k: int | None,
-    tell: Callable[[str], None],
+    tell: Callable[..., None],
 ) -> tuple[dict[str, FileImages], int]:
     """All sets by role, the real one's classes being the generated ones', and k; refuses those that do not fit together."""
     made, wanted = labelled_files(synthetic, field="synthetic", flat=True), _real(synthetic, real, tell)
@@ -212,7 +227,7 @@ def _listed(
             "Add real images of these classes, or remove the folders.",
         )
     if missing := [name for name in wanted.classes if name not in made.classes]:
-        tell(f"real classes without generated images are left out: {', '.join(missing[:8])}")
+        tell(f"real classes without generated images are left out: {', '.join(missing[:8])}", Note)
     places = wanted.by_class()
     found = {"synthetic": made, "real": wanted.only([place for name in made.classes for place in places[name]])}
     for role, files in found.items():
@@ -224,7 +239,7 @@ def _listed(
         found[f"baseline {name}"] = files
     for files in found.values():
         for note in files.notes:
-            tell(note)
+            tell(note, Note)
     sets = {role: FileImages(files, role.partition(" ")[0]) for role, files in found.items()}
     height, width = sets["synthetic"].usual_size
     for role, images in sets.items():
@@ -235,17 +250,15 @@ def _listed(
     return sets, k
 
 
-def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[[str], None]) -> LabelledFiles:
+def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[..., None]) -> LabelledFiles:
     if real is not None:
         return labelled_files(real, field="real", flat=True)
     left = unused_images(synthetic)
-    tell(f"compared with the {len(left)} images of {left.root} that were not used as exemplars")
+    tell(f"compared with the {len(left)} images of {left.root} that were not used as exemplars", Note)
     return left
 
 
-def _make_ready(
-    sets: Mapping[str, FileImages], extractor: FeatureExtractor, viewer: Viewer, tell: Callable[[str], None]
-) -> int:
+def _make_ready(sets: Mapping[str, FileImages], extractor: FeatureExtractor, viewer: Viewer, tell: Callable[..., None]) -> int:
     """Says what images are read as, and decodes those that the judge has not seen yet, so that none fails later.
 
     Returns:
@@ -258,11 +271,11 @@ def _make_ready(
     else:
         size, note = common_size(extractor.size, made, others)
     if note:
-        tell(note)
+        tell(note, Note)
     left = {}
     for role, images in sets.items():
         images.seen_as(extractor.channels or 3, size, extractor.squeeze)
-        left[role] = viewer.pending(images, answers=role != "real" and extractor.is_classifier)
+        left[role] = viewer.pending(images, answers=extractor.is_classifier)
         images.check([part for part, _ in left[role]])
     total, views = sum(map(len, sets.values())), len(viewer.views)
     waiting = sum((part.stop - part.start) * len(missing) / views for parts in left.values() for part, missing in parts)

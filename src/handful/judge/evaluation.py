@@ -11,6 +11,7 @@ import numpy as np
 from handful.data.notebook import html_table
 from handful.judge.gains import AS_IS, Comparison
 from handful.judge.groups import Groups
+from handful.judge.verdict import verdict
 from handful.metrics import catalogue
 from handful.metrics.summary import Summary, plain
 
@@ -28,6 +29,7 @@ class Evaluation:
         gains: By the baseline's name, what this set gains over it.
         intervals: By metric, where its value may lie for other images of the same generator (`gains.LEVEL`); see `gains`.
         groups: What was found by group; None where there are none.
+        copies: The files of the images that count as `copied`.
         notes: What the user should know.
     """
 
@@ -38,6 +40,7 @@ class Evaluation:
     gains: Mapping[str, Comparison] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     groups: Groups | None = None
+    copies: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -71,13 +74,15 @@ class Evaluation:
     def _repr_html_(self) -> str:
         robust = {name: self.robust(name) for name in self._plain()}
         rows = [[name, value, robust[name]] for name, value in self._plain().items()]
-        return html_table(f"judged by {self.judge}", ["metric", "value", "after transforms"], rows, self.notes)
+        return html_table(
+            f"judged by {self.judge}", ["metric", "value", "after transforms"], rows, [*self.notes, *self.verdict]
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, safe for JSON."""
         pooled = self.summary.pooled.generated
         sizes = {"k": self.summary.k, "n_real": pooled.n_real, "n_generated": pooled.n_generated}
-        return plain(
+        found = plain(
             {
                 "judge": self.judge,
                 "judge_digest": self.judge_digest,
@@ -87,9 +92,16 @@ class Evaluation:
                 "gains": {name: found.to_dict() for name, found in self.gains.items()},
                 "intervals": dict(self.intervals),
                 "groups": self.groups and self.groups.to_dict(),
+                "copies": self.copies,
                 "notes": list(self.notes),
             }
         )
+        return {**found, "verdict": verdict(found)}
+
+    @property
+    def verdict(self) -> list[str]:
+        """The result in plain sentences, the first beginning with Good, Fair or Bad (`judge/verdict.py`)."""
+        return self.to_dict()["verdict"]
 
     def _plain(self) -> Row:
         values = self.summary.pooled.generated.values

@@ -25,9 +25,10 @@ LEVEL = 0.9  # of the intervals
 SURVIVES, ADVERSARIAL = 3 / 4, 1 / 4  # shares of a gain
 
 RULE = (
-    f"no gain: the {LEVEL:.0%} interval of the gain reaches 0.  adversarial: less than a quarter of it survives the transforms"
-    " in the mean.  survives: three quarters or more in the mean, the interval of what survives lies above 0, and a quarter or"
-    " more is left after every single transform.  partly: anything between."
+    f"verdict: may be chance where the {LEVEL:.0%} interval of the gain reaches 0, and worse where all of it lies below 0."
+    "  adversarial: less than a quarter of the gain is left after the small changes, so only the judge sees it.  survives:"
+    " three quarters are left, this rest is above chance, and no single change takes more than three quarters away.  partly:"
+    " between these two."
 ).replace("%", " %")
 
 Values = Mapping[str, float | None]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from handful.errors import RequestError
+from handful.errors import Note, RequestError
 from handful.features.class_numbers import class_numbers
 from handful.features.extractor import FeatureExtractor
 from handful.judge.evaluation import Evaluation
@@ -82,6 +82,7 @@ class Judge:
         self.labels, self.classes = list(labels), list(extractor.classes if classes is None else classes)
         self.metrics, self.notes = catalogue.chosen(metrics), []
         self._said, self._numbers = judge_class, {}
+        self._real_answers: tuple[np.ndarray | None, int] = None, 0
         if judge_class:
             if not extractor.is_classifier:
                 problem = f"the judge {extractor.name} is no classifier, so it has no classes"
@@ -91,7 +92,9 @@ class Judge:
         require_neighbours(len(self.labels), k, "real")
         if not isinstance(images, Mapping):
             real = images if isinstance(images, Images) else Images(images, labels)
-            images = {view: features for view, (features, _, _) in self.viewer.look(real, answers=False).items()}
+            looked = self.viewer.look(real, answers=extractor.is_classifier)
+            images = {view: features for view, (features, _, _) in looked.items()}
+            self._real_answers = looked[AS_IS][1:]
         self.viewer.views = list(images)
         self.references = {view: Reference(features, k) for view, features in images.items()}
 
@@ -106,9 +109,7 @@ class Judge:
         seen = self.viewer.look(given, answers=self.extractor.is_classifier)
         per_image: dict[str, dict[str, np.ndarray]] = {}
         for view, (_, answers, count) in seen.items():
-            numbers = self._numbers_of(labels, count) if answers is not None else None
-            right = {} if numbers is None else {"judge_accuracy": answers == np.array([numbers[label] for label in labels])}
-            per_image[view] = right
+            per_image[view] = self._right(answers, count, labels)
         return Seen(list(labels), {view: features for view, (features, _, _) in seen.items()}, per_image, given.names)
 
     def sets(self, seen: Seen) -> dict[str, Sets]:
@@ -137,6 +138,7 @@ class Judge:
             self.ceiling,
             metrics=self.metrics,
             per_image=seen.per_image[AS_IS],
+            real_per_image=self._right(*self._real_answers, self.labels),
             names=seen.names,
         )
         audited = [metric for metric in self.metrics if metric.audited and metric.compared]
@@ -181,6 +183,11 @@ class Judge:
         }
         return Measured(len(seen.labels), values, draws)
 
+    def _right(self, answers: np.ndarray | None, count: int, labels: Sequence[str]) -> dict[str, np.ndarray]:
+        """Whether the judge, a classifier, names each image as its class; {} where it is none of these classes."""
+        numbers = None if answers is None else self._numbers_of(labels, count)
+        return {} if numbers is None else {"judge_accuracy": answers == np.array([numbers[label] for label in labels])}
+
     def _numbers_of(self, labels: Sequence[str], count: int) -> dict[str, int] | None:
         """The judge's number of each class; None, with a note, where one is not certain."""
         known = list(dict.fromkeys((*self.labels, *labels)))
@@ -189,5 +196,5 @@ class Judge:
             self._numbers[key], why = class_numbers(known, self.classes, count, self._said)
             if why:
                 self.notes.append(f"no accuracy: {why}")
-                warnings.warn(self.notes[-1], stacklevel=2)
+                warnings.warn(self.notes[-1], Note, stacklevel=2)
         return self._numbers[key]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from handful.data.exemplars import FEWEST_TO_TEST
 from handful.data.images import read_all
 from handful.data.notebook import html_table
 from handful.data.sources import LabelledFiles, labelled_files
@@ -33,7 +34,6 @@ from handful.runs.progress import Progress
 
 KIND, VERSION = "utility", 2
 SMALL = 64  # pixels: up to this side a small network learns from scratch
-FEWEST = 5  # test images of a class
 SHARES = (0.25, 0.5, 0.75)  # of exemplars in a batch, to choose from
 EXEMPLARS, SYNTHETIC, BOTH = "exemplars alone", "synthetic alone", "exemplars + synthetic"
 TEST = "test"
@@ -127,7 +127,9 @@ class Worth:
         by_name = {row.name: row.tests[TEST].mean for row in self.rows}
         first, *others = self.differences
         reached = f"a classifier is right on {by_name[BOTH]:.1%} of the test images, with the exemplars alone on"
-        text = f"with them {reached} {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread {100 * first.margin:.1f})"
+        text = (
+            f"with these {reached} {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread {100 * first.margin:.1f})"
+        )
         if first.gain > first.margin:
             verdict = "The synthetic images help"
         elif first.gain < -first.margin:
@@ -263,11 +265,11 @@ class _Sets:
                 self.notes += said
             else:
                 tested = labelled_files(test, classes=self.classes, field="test")
-        few = [(count, name) for name in self.classes if (count := tested.counts.get(name, 0)) < FEWEST]
+        few = [(count, name) for name in self.classes if (count := tested.counts.get(name, 0)) < FEWEST_TO_TEST]
         if few:
             count, name = min(few)
-            problem = f"class '{name}' has {count} images to test on, at least {FEWEST} are needed"
-            fewer = "Draw fewer exemplars (--k of handful generate), add images, or name other ones with --test DIR"
+            problem = f"class '{name}' has {count} images to test on, at least {FEWEST_TO_TEST} are needed"
+            fewer = "Generate with a smaller --k, add images, or name other ones with --test DIR"
             remedy = "Add images" if test else fewer
             raise RequestError("test", str(tested.root), problem, f"{remedy}.")
         self.training: dict[str, LabelledFiles] = {EXEMPLARS: guided, SYNTHETIC: made}
@@ -354,6 +356,8 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
     choosable = min(sets.training[EXEMPLARS].counts.values()) >= 2
     trainings = seeds * (1 + 2 * len(mixed)) + (choosable and len(learner.choices) + len(SHARES) * len(mixed))
     progress.begin(trainings, 0)
+    kinds = 1 + 2 * len(mixed)
+    progress.note(f"{kinds} kinds x {seeds} seeds, and {trainings - kinds * seeds} to choose augmentation and mixture by")
 
     def train(names: Sequence[str], share: float | None, choice: str, seed: int, steps: int, only: Tensor | None) -> nn.Module:
         """Trains on one set, or on exemplars and another, `share` of each batch from the exemplars (`only` some of them)."""

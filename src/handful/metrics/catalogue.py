@@ -51,10 +51,12 @@ class Metric:
     usual: bool = True
 
 
-def _near(name: str, heading: str, redrawn: bool = True, brief: bool = True) -> Metric:
+def _near(name: str, heading: str, meaning: str = "", redrawn: bool = True, brief: bool = True) -> Metric:
     """One of precision, recall, density, coverage and F1 (`metrics/prdc.py`)."""
     redraw: Redraw = lambda sets, counts: redrawn_members(sets.members, counts)[name]  # noqa: E731
-    return Metric(name, heading, lambda sets: getattr(sets.prdc, name), redraw=redraw if redrawn else None, brief=brief)
+    return Metric(
+        name, heading, lambda sets: getattr(sets.prdc, name), meaning, redraw=redraw if redrawn else None, brief=brief
+    )
 
 
 def per_image(name: str, heading: str, meaning: str, **others: bool) -> Metric:
@@ -86,7 +88,7 @@ METRICS: tuple[Metric, ...] = (
     _near("recall", "recall", redrawn=False),
     _near("density", "density", brief=False),
     _near("coverage", "coverage"),
-    _near("f1", "F1"),
+    _near("f1", "F1", "harmonic mean of precision and coverage (of the images, not of a classifier)"),
     Metric("frechet", "Frechet", _frechet, lower_is_better=True, redraw=_redrawn_frechet),
     Metric("vendi", "Vendi", lambda sets: vendi(sets.generated), audited=False, brief=False),
     Metric("vendi_real", "Vendi of real", lambda sets: vendi(sets.real.features), audited=False, compared=False),

@@ -93,6 +93,7 @@ def summarize(
     *,
     metrics: Sequence[Metric] | None = None,
     per_image: Mapping[str, np.ndarray] | None = None,
+    real_per_image: Mapping[str, np.ndarray] | None = None,
     names: Sequence[str] | None = None,
 ) -> Summary:
     """Every metric (`metrics/catalogue.py`): pooled, per class, and as means over classes.
@@ -113,6 +114,7 @@ def summarize(
         seed: of the split; a class's split depends on nothing but its name, its size and this.
         metrics: which; None: the usual ones.
         per_image: by name, values of the generated images, (n,); see `Sets`.
+        real_per_image: the same of the real images, (m,), for the ceiling.
         names: what each generated image is called, for notes.
 
     Returns:
@@ -137,7 +139,8 @@ def summarize(
             return None
         if len(second) == 0:
             return Scores(len(first), 0, note=f"{len(first)} real image: no two halves to compare")
-        return scores(Sets(Reference(real[first], k), real[second]), asked)
+        values = {name: each[second] for name, each in (real_per_image or {}).items()}
+        return scores(Sets(Reference(real[first], k), real[second], values), asked)
 
     whole = Sets(reference, generated, per_image, names)
     halves = {name: _halves(rows, name, seed) for name, rows in real_rows.items()}

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ class Source:
         from huggingface_hub import constants, hf_hub_download
         from huggingface_hub import errors as hub
 
+        hub_is_away()
         try:
             return Path(hf_hub_download(self.name, path, revision=self.revision))
         except hub.LocalEntryNotFoundError as error:  # offline, or no connection, and not in the cache
@@ -144,6 +146,20 @@ class Source:
 
         told = ("model_index.json", "config.json", "unet/config.json")
         return any(isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str) for file in told)
+
+
+@cache
+def hub_is_away() -> bool:
+    """Whether the hub can't be reached. Its client then uses its cache alone: it would retry each file for half a minute."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:  # the user wants it so
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of requests or httpx, by the hub's version
+        constants.HF_HUB_OFFLINE = True
+    return constants.HF_HUB_OFFLINE
 
 
 def find_source(name_or_path: str | Path, revision: str | None = None) -> Source | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from handful.data.exemplars import Exemplars
+from handful.data.exemplars import FEWEST_TO_TEST, PER_CLASS_LEFT, Exemplars
 from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
 from handful.data.sources import labelled_files, split_source
 from handful.errors import RequestError
@@ -21,11 +21,11 @@ def has_images(recipe: Recipe) -> bool:
     return recipe.exemplars.path is not None and features_file(recipe.exemplars.path) is None
 
 
-def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | None]:
-    """The exemplars' class names, from the folder's listing alone, or from the file of features.
+def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, dict[str, int] | None]:
+    """How many images each class has, from the folder's listing alone, or from the file of features.
 
     Returns:
-        The recipe, with the seed of the draw that a file of features was made by; and the classes, None without exemplars.
+        The recipe, with the seed of the draw that a file of features was made by; and the counts, None without exemplars.
 
     Raises:
         RequestError: They can't be found, a class is missing, or there are too few.
@@ -56,7 +56,29 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, list[str] | Non
                 "classes", name, "there are no exemplars of this class", did_you_mean(name, counts, "The exemplars' classes")
             )
     _refuse_few(asked.path, asked.k or 1, {name: counts[name] for name in recipe.classes or counts})
-    return recipe, list(counts)
+    return recipe, dict(counts)
+
+
+def too_few_left(recipe: Recipe, counts: Mapping[str, int]) -> list[str]:
+    """A note where the draw leaves too few images to evaluate and test the run by; none of a file of features.
+
+    Args:
+        recipe: Whose exemplars.
+        counts: Images of each class that is generated.
+    """
+    if not counts or not has_images(recipe):
+        return []
+    left = {name: count - (recipe.exemplars.k or count) for name, count in counts.items()}
+    name = min(left, key=lambda each: left[each])
+    if left[name] >= PER_CLASS_LEFT:
+        return []
+    most = min(counts.values()) - PER_CLASS_LEFT
+    what = f"class '{name}' has {left[name]} images besides its exemplars" if any(left.values()) else "all images are exemplars"
+    return [
+        f"{what}; from the same folder 'handful evaluate' needs {PER_CLASS_LEFT} others of each class for its numbers by "
+        f"class, 'handful utility' {FEWEST_TO_TEST}. {f'Use --k {most} or less' if most > 1 else 'Add images'}, or give "
+        "them another folder (--real, --test)"
+    ]
 
 
 def with_their_prompts(recipe: Recipe) -> tuple[Recipe, list[str]]:

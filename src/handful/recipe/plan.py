@@ -169,7 +169,7 @@ def assign_labels(
             unknown,
             "the model knows no such class",
             did_you_mean(unknown, [f'"{name}"' if "," in name else name for name in names], "It knows")
-            + " Rename the folder, or state other names with model.classes (--class-names)."
+            + " Rename the folder, or name all the model's classes in the order of its labels (--class-names)."
             + (_QUOTED if any("," in name for name in names) else ""),
         )
     if found is not None and len(found) == len(labels):

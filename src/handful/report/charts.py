@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 560, 360, 56, 48, 16, 24
+_TICKS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 @dataclass(frozen=True)
@@ -28,22 +29,24 @@ class Dot:
 
 
 def scatter(dots: Sequence[Dot], x: str, y: str) -> str:
-    """Dots in a plane with their names and a grid; the same numbers are in its description."""
-    x_ticks, y_ticks = _ticks([dot.x for dot in dots]), _ticks([dot.y for dot in dots])
+    """Dots in the unit square with their names and a grid; the same numbers are in its description.
+
+    The axes are whole, so that a small difference looks small.
+    """
 
     def across(value: float) -> float:
-        return _LEFT + (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (_WIDTH - _LEFT - _RIGHT)
+        return _LEFT + value * (_WIDTH - _LEFT - _RIGHT)
 
     def up(value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]) * (_HEIGHT - _BOTTOM - _TOP)
+        return _HEIGHT - _BOTTOM - value * (_HEIGHT - _BOTTOM - _TOP)
 
     parts = []
-    for tick in x_ticks:
+    for tick in _TICKS:
         parts.append(
             f'<line class="grid" x1="{across(tick):.1f}" x2="{across(tick):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}"/>'
         )
         parts.append(f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:.3g}</text>')
-    for tick in y_ticks:
+    for tick in _TICKS:
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{up(tick):.1f}" y2="{up(tick):.1f}"/>')
         parts.append(f'<text x="{_LEFT - 8}" y="{up(tick) + 4:.1f}" text-anchor="end">{tick:.3g}</text>')
     parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x)}</text>')
@@ -66,14 +69,3 @@ def scatter(dots: Sequence[Dot], x: str, y: str) -> str:
     told = "; ".join(f"{dot.name}: {x} {dot.x:.3f}, {y} {dot.y:.3f}" for dot in dots)
     described = escape(f"{y} against {x}. {told}")
     return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{described}">{"".join(parts)}</svg>'
-
-
-def _ticks(values: Sequence[float]) -> list[float]:
-    """Round numbers around the values, four to eight of them."""
-    low, high = min(values), max(values)
-    reach = max(high - low, 0.05)
-    low, high = low - 0.15 * reach, high + 0.15 * reach
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-    return [place * step for place in range(math.floor(low / step), math.ceil(high / step) + 1)]

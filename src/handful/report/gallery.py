@@ -30,9 +30,9 @@ def gallery(runs: Sequence[Shown], room: int = ROOM) -> dict[str, Any]:
 
     Returns:
         Plain data: `classes`, `runs` (name, whether its noise is the first one's), `pictures` (data URIs), `exemplars` (by
-        class: name and picture), `images` (class, run, index, picture, file, nearest exemplar, distance, its picture),
-        `strips` (places among the images, by class and run),
-        `copies` (places, the nearest first), and `notes` on what was left out. A picture is a place
+        class: name and picture), `images` (class, run, index, picture, file, nearest exemplar, distance, its picture, whether
+        it counts as a copy), `strips` (places among the images, by class and run), `copies` (places, those that count as
+        copies first, then the nearest), and `notes` on what was left out. A picture is a place
         among the pictures, or -1.
     """
     first = runs[0]
@@ -42,6 +42,7 @@ def gallery(runs: Sequence[Shown], room: int = ROOM) -> dict[str, Any]:
     wanted = len(first.classes) * (len(runs) + bool(exemplars)) + 2 * COPIES
     pictures = Pictures(room, fitting_side(first.path, sample, wanted, room))
     images: list[list[Any]] = []
+    flagged = set((first.found or {}).get("copies") or ())
     shown: dict[tuple[int, str], int] = {}
     places = {name: place for place, name in enumerate(first.classes)}
 
@@ -55,11 +56,12 @@ def gallery(runs: Sequence[Shown], room: int = ROOM) -> dict[str, Any]:
         near = pictures.add(folder, nearest) if nearest and folder else -1
         distance = row.get("nearest_exemplar_distance")
         shown[run, row["file"]] = len(images)
-        images.append([places.get(row["class"], -1), run, row["index"], picture, row["file"], nearest, distance, near])
+        is_copy = run == 0 and row["file"] in flagged
+        images.append([places.get(row["class"], -1), run, row["index"], picture, row["file"], nearest, distance, near, is_copy])
         return True
 
     measured = [row for row in first.rows if row.get("nearest_exemplar_distance") is not None]
-    nearest = sorted(measured, key=lambda row: row["nearest_exemplar_distance"])[:COPIES]
+    nearest = sorted(measured, key=lambda row: (row["file"] not in flagged, row["nearest_exemplar_distance"]))[:COPIES]
     copies = [shown[0, row["file"]] for row in nearest if add(0, row)]
     strips: list[list[list[int]]] = [[[] for _ in runs] for _ in first.classes]
     shown_exemplars: dict[str, list[list[Any]]] = {name: [] for name in first.classes}

@@ -6,6 +6,7 @@ there. All text is escaped by jinja2; the pictures are inside; a content securit
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -18,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from handful import __version__
 from handful.data.images import write_atomically
 from handful.errors import HandfulError, RequestError, first_line
+from handful.judge.verdict import kind_of, verdict
 from handful.judge.worth import TEST
 from handful.metrics.catalogue import headings, lower_is_better
 from handful.report.charts import Dot, scatter
@@ -28,13 +30,6 @@ from handful.report.worth_table import worth_table
 from handful.runs.card import refresh
 
 MOST_CLASSES = 200  # rows of the table of classes: the worst first
-_MAIN = ("precision", "coverage")
-_WORDS = {
-    "survives": "The gain is real: it survives mild transforms of the images.",
-    "partly": "Part of the gain survives mild transforms of the images.",
-    "adversarial": "The gain is adversarial: only the judge sees it. It is gone after mild transforms of the images.",
-    "no gain": "No gain could be told from chance.",
-}
 
 
 def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -92,6 +87,9 @@ def page(runs: Sequence[Shown]) -> str:
         recipe=yaml.safe_dump(first.recipe, sort_keys=False, allow_unicode=True),
         has_distances=bool(data["copies"]),
         copied=(first.found or {}).get("copied"),
+        features=next(
+            (term["features"] for term in first.recipe.get("guidance") or [] if term.get("features")), "see the recipe"
+        ),
     )
 
 
@@ -102,38 +100,15 @@ def _parts() -> dict[str, str]:
 
 def _verdicts(run: Shown) -> list[str]:
     """What was found, in sentences; what was not measured yet is said with its command."""
-    sentences = []
-    if run.worth is not None:
-        sentences.append(run.worth.sentence)
-    for name, comparison in ((run.found or {}).get("gains") or {}).items():
-        gain = comparison["metrics"].get("f1") or {}
-        if gain.get("gain") is None:
-            continue
-        ends = gain.get("interval")
-        interval = f" (90 % interval {_signed(ends[0])} to {_signed(ends[1])})" if ends else ""
-        beside = f"F1 is {_number(gain['value'])} where that of {name} is {_number(gain['baseline'])}"
-        sentences.append(f"{beside}: {_signed(gain['gain'])}{interval}. {_WORDS.get(gain.get('verdict') or '', '')}".strip())
-    if run.found is not None and not run.found.get("gains"):
-        ceiling = run.found["pooled"].get("ceiling") or {}
-        both = (f"{name} {_number(run.found.get(name))} (real images: {_number(ceiling.get(name))})" for name in _MAIN)
-        sentences.append(f"Judged by {run.found['judge']}: {', '.join(both)}.")
-        precision, accuracy = run.found.get("precision"), run.found.get("judge_accuracy")
-        if precision is not None and precision < (ceiling.get("precision") or 1) / 2:
-            sentences.append("Most of the images do not look like the real ones.")
-        if accuracy is not None and accuracy < 0.5:
-            sentences.append(
-                f"The judge finds the class that was asked for in {100 * accuracy:.0f} % of the images: they hardly show their "
-                "classes, or the judge is weak."
-            )
-        judge = run.found["judge"]
+    sentences = [run.worth.sentence] if run.worth is not None else []
+    if run.found is None:
+        return sentences
+    sentences += verdict(run.found)
+    if not run.found.get("gains") and run.recipe.get("guidance"):
         sentences.append(
-            "To see whether guidance helps, generate a set without it (handful generate ... --guidance none --out plain), then "
-            "compare: "
-            f"handful evaluate {run.path} --judge {judge} --baseline plain."
+            f"Does guidance help? Make a set without it: handful generate {run.path}/recipe.yaml --guidance none --out plain. "
+            f"Then compare: handful evaluate {run.path} --judge {run.found['judge']} --baseline plain."
         )
-    copied = (run.found or {}).get("copied")
-    if copied is not None:
-        sentences.append(f"{100 * copied:.1f} % of the images are nearer to an exemplar than 99 % of real images are.")
     return sentences
 
 
@@ -164,7 +139,9 @@ def _metrics(run: Shown) -> Table | None:
         f"{sizes['n_generated']:,} generated and {sizes['n_real']:,} real images. The real images: {asked.get('real', '?')}."
     )
     table.notes.append(
-        "Real against real: one half of the real images in the place of the generated ones. It is the most to hope for."
+        "Real against real: one half of the real images in the place of the generated ones. It is the most to hope for. After "
+        "transforms: real and generated images are both changed a little, such as by JPEG; do not compare it with the column "
+        "before it. F1 is the harmonic mean of precision and coverage."
     )
     table.notes += [str(note) for note in (sizes.get("note"), *(found.get("notes") or [])) if note]
     return table
@@ -182,9 +159,12 @@ def _gains(run: Shown) -> list[Table]:
                 ends = gain.get("interval")
                 cells = [_number(gain["value"]), _number(gain["baseline"]), _signed(gain["gain"])]
                 cells += ["-" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}", _signed(gain.get("surviving"))]
-                table.rows.append([str(headings().get(metric, metric)), *cells, str(gain.get("verdict") or "-")])
+                table.rows.append([str(headings().get(metric, metric)), *cells, kind_of(gain)])
         table.notes.append(
-            "A gain above 0 is better, of every metric. Survives: three quarters or more are left after the transforms."
+            "A gain above 0 is better, also where a lower value is better. Transforms are small changes, such as JPEG, of real"
+            " and generated images alike. Survives: three quarters or more of the gain are left after them. Partly: less."
+            " Adversarial: less than a quarter, so only the judge sees the gain. May be chance: other images of the same two"
+            " generators could show no gain."
         )
         tables.append(table)
     return tables
@@ -251,20 +231,21 @@ def _costs(runs: Sequence[Shown], costs: Sequence[Any]) -> Table | None:
     known = [(run, cost) for run, cost in zip(runs, costs, strict=True) if cost is not None]
     if not known:
         return None
-    headings = ["run", "TFLOPs per image", "x plain sampling", "x classifier-free guidance", "peak memory"]
+    headings = ["run", "operations per image", "beside plain sampling", "beside classifier-free guidance", "peak memory"]
     table = Table("What sampling costs", headings)
     for run, cost in known:
         flops = cost.recipe.flops_per_image
-        ratios = [f"{flops / other.flops_per_image:.2f}" for other in (cost.plain, cost.cfg)]
-        table.rows.append([run.name, f"{flops / 1e12:.3g}", *ratios, f"{cost.recipe.peak_bytes / 1e9:.3g} GB"])
+        ratios = [f"{flops / other.flops_per_image:.2f} times" for other in (cost.plain, cost.cfg)]
+        table.rows.append([run.name, operations(flops), *ratios, f"{cost.recipe.peak_bytes / 1e9:.3g} GB"])
     table.notes.append(
-        "Counted from the recipe, not measured: a multiply-add is 2 FLOPs. Peak memory is an estimate for a whole cohort."
+        "Counted from the recipe, not measured: a multiplication and an addition are 2 operations (FLOPs). Peak memory is an "
+        "estimate for a whole cohort."
     )
     return table
 
 
 def _chart(runs: Sequence[Shown], costs: Sequence[Any]) -> str | None:
-    """Precision against coverage; the larger the dot, the dearer."""
+    """Precision against coverage; a larger dot needed more computing."""
     found = runs[0].found
     if found is None:
         return None
@@ -294,6 +275,12 @@ def _facts(run: Shown) -> list[tuple[str, str]]:
     }
     facts = [(name, str(value)) for name, value in {**simple, **nested}.items()]
     return [*facts, *(("note", str(note)) for note in known.get("notes") or [])]
+
+
+def operations(flops: float) -> str:
+    """`583 million`."""
+    power = min(4, max(1, int(math.log10(max(flops, 1.0)) / 3)))
+    return f"{flops / 1000**power:,.3g} {('thousand', 'million', 'billion', 'trillion')[power - 1]}"
 
 
 def _number(value: Any) -> str:

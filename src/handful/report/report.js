@@ -16,12 +16,13 @@
   const className = (place) => (place < 0 ? "another class" : data.classes[place]);
   const runName = (run) => data.runs[run][0];
   const distance = (value) => (value === null ? "" : `, distance ${value.toPrecision(4)} to its nearest exemplar`);
-  const label = ([cls, run, index, , , , far]) => `${className(cls)}, image ${index} of ${runName(run)}${distance(far)}`;
+  const label = ([cls, run, index, , , , far, , copy]) =>
+    `${className(cls)}, image ${index} of ${runName(run)}${distance(far)}${copy ? ", counts as a copy" : ""}`;
 
   // The images that Previous and Next walk through: those of the strip or gallery that was opened from.
   let walk = [], at = 0;
   const show = () => {
-    const [cls, run, index, pic, file, near, far, nearPicture] = data.images[walk[at]];
+    const [cls, run, index, pic, file, near, far, nearPicture, copy] = data.images[walk[at]];
     byId("details-title").textContent = `${className(cls)}, image ${index}`;
     byId("details-image").src = data.pictures[pic];
     byId("details-image").alt = `Generated image ${index} of class ${className(cls)}`;
@@ -33,6 +34,7 @@
     const facts = [["run", runName(run)], ["file", file]];
     facts.push(["nearest exemplar", near === null ? "no exemplar guided this image" : near]);
     if (far !== null) facts.push(["distance", far.toPrecision(6)]);
+    if (copy) facts.push(["counts as", "a copy"]);
     byId("details-facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
     byId("previous").disabled = at === 0;
     byId("next").disabled = at === walk.length - 1;
@@ -100,7 +102,7 @@
       const image = data.images[place];
       const two = make("span", { class: "two" }, picture(image[3], ""));
       if (image[7] >= 0) two.append(picture(image[7], ""));
-      const pair = make("button", { type: "button", class: "pair", "aria-label": label(image) }, two, `${className(image[0])}: ${image[6].toPrecision(4)}`);
+      const pair = make("button", { type: "button", class: "pair", "aria-label": label(image) }, two, `${className(image[0])}: ${image[6].toPrecision(4)}${image[8] ? ", copy" : ""}`);
       pair.addEventListener("click", () => open(data.copies, place));
       return pair;
     }));

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
 from handful.judge.gains import DRAWS, LEVEL, RULE
+from handful.judge.verdict import kind_of
 from handful.metrics import catalogue
 
 if TYPE_CHECKING:
@@ -83,9 +84,17 @@ def evaluation_table(found: Evaluation) -> Table:
     groups = {"pooled": summary.pooled, "mean over classes": summary.mean_over_classes, **summary.per_class}
     table.notes += [f"{name}: {group.generated.note}" for name, group in groups.items() if group.generated.note]
     if summary.pooled.ceiling is not None:
-        table.notes.append("real against real: one half of the real images against the other; fewer images score lower")
+        table.notes.append(
+            "real against real: one half of the real images in the place of the generated ones, so of fewer images. It is the"
+            " most to hope for"
+        )
+    if found.transformed:
+        table.notes.append(
+            "after jpeg, resample, noise, lowpass: real and generated images are both changed so. Compare such a row with that"
+            " row of another set, not with the row above: its Frechet distance can be smaller though nothing is better"
+        )
     table.notes += [f"{each.heading}: {each.meaning}" for each in catalogue.METRICS if each.name in columns and each.meaning]
-    table.notes = _wrapped(table.notes)
+    table.notes = wrapped(table.notes)
     return table
 
 
@@ -100,7 +109,7 @@ def group_tables(found: Evaluation) -> list[Table]:
         table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
     table.rows.append(["gap", "-", "-", *(_number(groups.gap.get(metric)) for metric in columns)])
     table.rows.append(["worst group", "-", "-", *(groups.worst.get(metric, "-") for metric in columns)])
-    table.notes = _wrapped([f"{name}: {scores.note}" for name, scores in groups.per_group.items() if scores.note])
+    table.notes = wrapped([f"{name}: {scores.note}" for name, scores in groups.per_group.items() if scores.note])
     return [table]
 
 
@@ -121,21 +130,21 @@ def gains_tables(found: Evaluation) -> list[Table]:
             cells = [_number(gain.value), _number(gain.baseline), _signed(gain.gain), _range(gain.interval)]
             if audited:
                 share = "-" if gain.robust_gain is None else f"{gain.robust_gain:.2f}"
-                cells += [_signed(gain.surviving), _range(gain.surviving_interval), share, gain.verdict or "-"]
+                cells += [_signed(gain.surviving), _range(gain.surviving_interval), share, kind_of(asdict(gain))]
             table.rows.append([headings_of[metric], *cells])
             if gain.after and gain.verdict not in (None, "no gain"):
                 least = min(gain.after, key=lambda transform: gain.after[transform])
                 weakest.setdefault(least, []).append(f"{headings_of[metric]} {_signed(gain.after[least])}")
-        table.notes = _wrapped([f"least is left after {least}: {', '.join(those)}" for least, those in weakest.items()])
+        table.notes = wrapped([f"the smallest gain is after {least}: {', '.join(those)}" for least, those in weakest.items()])
         tables.append(table)
     if tables:
-        tables[-1].notes += _wrapped(
+        tables[-1].notes += wrapped(
             [
-                "gain: positive is better, for the Frechet distance and copies too (lower by so much).  interval: the spread of"
-                f" {DRAWS} bootstrap draws of both sets' images within their classes, the real ones kept; not for recall and"
-                " Vendi, which images drawn twice would falsify, so they have no verdict.",
+                "gain: above 0 is better, also where a lower value is better (Frechet distance, copied).  interval: what other"
+                f" images of the same two generators would give ({DRAWS} bootstrap draws). Recall and Vendi have none, because"
+                " drawing an image twice changes them; so they have no verdict.",
                 *(
-                    ["surviving: the mean gain after the transforms.  share: of the gain, where there is one.", RULE]
+                    ["surviving: the mean gain after the small changes.  share: surviving / gain.", RULE]
                     if found.transformed
                     else []
                 ),
@@ -196,5 +205,6 @@ def _range(ends: tuple[float, float] | None) -> str:
     return "-" if ends is None else " .. ".join(_signed(end) for end in ends)
 
 
-def _wrapped(notes: Sequence[str]) -> list[str]:
+def wrapped(notes: Sequence[str]) -> list[str]:
+    """Lines of at most `WIDTH` characters."""
     return [line for note in notes for line in textwrap.wrap(note, WIDTH, break_long_words=False)]

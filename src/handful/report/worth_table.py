@@ -19,8 +19,10 @@ def worth_table(found: Worth) -> Table:
         cells = [cell for name in tests for cell in (accuracy_text(row.tests[name]), worst_text(row.tests[name]))]
         table.rows.append([row.name, str(row.images), "-" if row.share is None else f"{row.share:g}", *cells])
     notes = [
-        f"Accuracy, with the standard deviation over {found.seeds} trainings. Augmentation: {found.augmentation}. It and the"
-        " share of exemplars in a batch were chosen on one half of the exemplars by training on the other.",
+        "Each number is an accuracy"
+        + (f", ± its standard deviation over {found.seeds} trainings" if found.seeds > 1 else "")
+        + f". Changes made to the training images: {found.augmentation}. These, and the share of exemplars in each batch, were"
+        " chosen by training on one half of the exemplars and testing on the other half.",
         *found.notes,
         found.sentence,
     ]
@@ -34,6 +36,6 @@ def accuracy_text(tested: Tested) -> str:
 
 
 def worst_text(tested: Tested) -> str:
-    """`cat 0.71`."""
+    """`cat: 0.71`."""
     name, value = tested.worst
-    return f"{name if len(name) <= 20 else name[:17] + '...'} {value:.2f}"
+    return f"{name if len(name) <= 20 else name[:17] + '...'}: {value:.2f}"

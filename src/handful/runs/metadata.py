@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from handful.data.exemplars import Exemplars, content_hash
+from handful.data.exemplars import PER_CLASS_LEFT, Exemplars, content_hash
 from handful.data.images import read_all
 from handful.data.shared_exemplars import features_file
 from handful.data.sources import LabelledFiles, absolute_source, labelled_files
@@ -109,12 +109,14 @@ def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", reme
     counts = {name: left.counts.get(name, 0) for name in used}
     few = [f"'{name}' has {count} of {listed.counts.get(name, 0)}" for name, count in counts.items() if count < needed]
     if few:
+        most = min(listed.counts.values()) - PER_CLASS_LEFT
+        enough = f" ({most} leaves enough for evaluate and utility)" if most > 1 else ""
         listed_few = ", ".join(few[:5]) + (f" and {len(few) - 5} more classes" if len(few) > 5 else "")
         raise RequestError(
             field,
             asked.folder,
             f"too few of its images were not used as exemplars: {listed_few}, and at least {needed} of each class must be left",
-            f"Generate with a smaller --k, add images to the folder, or name another one ({remedy}).",
+            f"Generate with a smaller --k{enough}, add images to the folder, or name another one ({remedy}).",
         )
     return left
 

@@ -84,7 +84,7 @@ class Lines(Progress):
         rate = self._done / max(1e-9, self._clock() - self._began)
         left = max(0.0, self._total - self._before - self._done)
         words = self._words
-        text = f"{words.done} {self._before + round(self._done)} of {self._total} {words.units}, {rate:.3g} {words.units}/s"
+        text = f"{words.done} {self._before + round(self._done)} of {self._total} {words.units}, {pace(rate, words.units)}"
         text += f", {duration(left / rate)} left" if left >= 0.5 and rate else ""
         return text + (f"; {self._now}" if self._now else "")
 
@@ -136,7 +136,7 @@ class Bar(Progress):
     def advance(self, amount: float, now: str = "") -> None:
         self._made += amount
         rate = self._made / max(1e-9, time.monotonic() - self._began)
-        told = f"{rate:.3g} {self._words.units}/s" + (f"; {now}" if now else "")
+        told = pace(rate, self._words.units) + (f"; {now}" if now else "")
         self._bar.update(self._task, advance=amount, rate=told)
 
     def note(self, text: str) -> None:
@@ -156,6 +156,11 @@ def progress_for(quiet: bool = False, words: Words = IMAGES) -> Progress:
     if quiet:
         return Progress()
     return Bar(words) if sys.stderr.isatty() else Lines(words=words)
+
+
+def pace(rate: float, units: str) -> str:
+    """`12.3 images/s`, or `29 s each` where one takes longer than a second."""
+    return f"{rate:.3g} {units}/s" if rate >= 1 or rate <= 0 else f"{duration(1 / rate)} each"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,85 @@
+"""What an evaluation says in plain words: what the images are worth, and what they gain over each baseline.
+
+The bounds are ours, and coarse: shares of what real images get in the place of the generated ones, by the same judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from handful.metrics.catalogue import headings
+
+GOOD, BAD = 0.9, 0.5  # shares of what real images get
+COPIES = 0.1  # of the images: ten times what real images get by definition
+# By metric: what is said where the images are good, fair and bad in it.
+_WORDS = {
+    "precision": ("they look like the real ones", "many do not look like the real ones", "most do not look like the real ones"),
+    "coverage": ("they show the variety of the real ones", "they lack some of the variety", "they lack most of the variety"),
+    "judge_accuracy": ("they show their classes", "some do not show their class", "most do not show their class"),
+}
+# By the kind of a gain (`kind_of`): what is said of F1, and how the metrics of that kind are listed.
+_GAINS = {
+    "survives": ("a real gain: it survives small changes such as JPEG", "real"),
+    "partly": ("a gain that is partly real: part of it is gone after small changes such as JPEG", "partly real"),
+    "adversarial": ("a gain that only the judge sees: it is gone after small changes such as JPEG", "seen only by the judge"),
+    "better": ("a gain larger than chance", "above chance"),
+    "may be chance": ("better, but this may be chance", "perhaps chance"),
+    "no gain": ("no gain", "none"),
+    "worse": ("which is worse", "a loss"),
+}
+
+
+def verdict(found: Mapping[str, Any]) -> list[str]:
+    """Sentences on what `Evaluation.to_dict` gives: first on the images, beginning with Good, Fair or Bad; then on each gain.
+
+    What was not measured is left out.
+    """
+    ceiling = (found.get("pooled") or {}).get("ceiling") or {}
+    weak = (ceiling.get("judge_accuracy") or 1.0) < BAD
+    copied, said, shares = found.get("copied") or 0.0, [], []
+    for metric, words in _WORDS.items():
+        value, real = found.get(metric), ceiling.get(metric)
+        if value is not None and not (metric == "judge_accuracy" and (real is None or weak)):
+            shares.append(value / (real or 1.0))
+            beside = "" if real is None else f", of real images {real:.2f}"
+            said.append(f"{words[(shares[-1] < GOOD) + (shares[-1] < BAD)]} ({headings()[metric]} {value:.2f}{beside})")
+    sentences = []
+    if said:
+        mark = "Bad" if min(shares) < BAD else "Good" if min(shares) >= GOOD and copied < COPIES else "Fair"
+        sentences.append(f"{mark}: {'; '.join(said)}.")
+    if weak:
+        share = 100 * ceiling["judge_accuracy"]
+        sentences.append(f"This judge names only {share:.0f} % of the real images as their class: take another judge.")
+    if copied >= COPIES:
+        sentences.append(
+            f"Possible copies: {100 * copied:.0f} % of the images are nearer to an exemplar than 99 % of the real images are."
+            " Look at them (handful report). A margin keeps images apart from them: --set guidance.chamfer.margin=0.75."
+        )
+    return sentences + [_gained(name, each["metrics"]) for name, each in (found.get("gains") or {}).items()]
+
+
+def kind_of(gain: Mapping[str, Any]) -> str:
+    """What a gain is, in a word or two: its verdict, and where it can't be told from none, which way it goes."""
+    if gain.get("gain") is None or gain.get("interval") is None:
+        return "-"
+    (low, high), found = gain["interval"], gain.get("verdict")
+    if found is None and low > 0:
+        return "better"
+    if found in (None, "no gain"):
+        return "worse" if high < 0 else "may be chance" if gain["gain"] > 0 else "no gain"
+    return found
+
+
+def _gained(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """What is gained over a baseline: F1 first, then each metric by the kind of its gain."""
+    kinds: dict[str, list[str]] = {}
+    for metric, gain in metrics.items():
+        kinds.setdefault(kind_of(gain), []).append(headings()[metric])
+    said = [f"{words} in {', '.join(kinds[kind])}" for kind, (_, words) in _GAINS.items() if kind in kinds]
+    first, kind = metrics.get("f1") or {}, kind_of(metrics.get("f1") or {})
+    if kind != "-":
+        beside = f"F1 is {first['value']:.3f}, that of {name} {first['baseline']:.3f}: {_GAINS[kind][0]}. The gain is "
+    else:
+        beside = f"The gain over {name} is "
+    return beside + "; ".join(said or ["not known"]) + "."

@@ -1,0 +1,64 @@
+"""The verdict's words follow the numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from handful.judge.verdict import kind_of, verdict
+
+
+def found(real: dict[str, float] | None = None, **values: Any) -> dict[str, Any]:
+    real = {"precision": 0.96, "coverage": 0.95, "judge_accuracy": 0.9} if real is None else real
+    return {"pooled": {"ceiling": real}, **values}
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"precision": 0.94, "coverage": 0.90, "judge_accuracy": 0.88}, "Good: they look like the real ones (precision 0.94"),
+        (
+            {"precision": 0.94, "coverage": 0.60},
+            "Fair: they look like the real ones (precision 0.94, of real images 0.96); they l",
+        ),
+        ({"precision": 0.04, "coverage": 0.01}, "Bad: most do not look like the real ones"),
+        ({"precision": 0.94, "coverage": 0.90, "judge_accuracy": 0.22}, "Bad: they look like"),
+        ({"precision": 0.94, "coverage": 0.90, "copied": 0.3}, "Fair: they look like"),
+    ],
+)
+def test_the_worst_metric_beside_real_images_decides(values, said):
+    assert verdict(found(**values))[0].startswith(said)
+
+
+def test_a_judge_that_fails_on_real_images_says_nothing_of_the_generated_ones():
+    first, second = verdict(found({"precision": 0.9, "judge_accuracy": 0.2}, precision=0.9, judge_accuracy=0.1))
+    assert first == "Good: they look like the real ones (precision 0.90, of real images 0.90)."
+    assert second.startswith("This judge names only 20 % of the real images")
+
+
+def test_copies_are_a_sentence_of_their_own_and_nothing_measured_says_nothing():
+    assert verdict(found(copied=0.3))[0].startswith("Possible copies: 30 %")
+    assert verdict({}) == []
+
+
+def gain(value: float, low: float, high: float, verdict: str | None = None) -> dict[str, Any]:
+    return {"value": value, "baseline": 0.0, "gain": value, "interval": (low, high), "verdict": verdict}
+
+
+def test_a_gain_is_named_by_its_verdict_and_by_its_sign_where_that_is_no_gain():
+    assert kind_of(gain(0.1, 0.05, 0.2, "partly")) == "partly"
+    assert kind_of(gain(0.1, -0.05, 0.2, "no gain")) == "may be chance"
+    assert kind_of(gain(-0.1, -0.2, -0.05, "no gain")) == "worse"
+    assert kind_of(gain(-0.01, -0.2, 0.05, "no gain")) == "no gain"
+    assert kind_of(gain(0.1, 0.05, 0.2)) == "better"
+    assert kind_of({"gain": 0.1, "interval": None}) == "-"
+
+
+def test_gains_are_one_sentence_with_f1_first_and_each_metric_by_its_kind():
+    metrics = {"f1": gain(0.7, 0.6, 0.8, "survives"), "density": gain(0.2, 0.1, 0.3, "adversarial"), "recall": {"gain": 0.1}}
+    (said,) = verdict({"gains": {"plain": {"metrics": metrics}}})
+    assert said == (
+        "F1 is 0.700, that of plain 0.000: a real gain: it survives small changes such as JPEG. The gain is real in F1;"
+        " seen only by the judge in density."
+    )
