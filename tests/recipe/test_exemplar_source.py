@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from handful.features.registry import load_extractor
 from handful.generate import prepare
 from handful.generate.describe import plan_as_text
 from handful.models import skeleton
+from handful.recipe.exemplar_source import too_few_left
 from handful.recipe.schema import recipe_from
 
 GUIDED = [{"method": "chamfer", "features": "digits-guide", "every": 2, "margin": 0.5}]
@@ -167,3 +169,18 @@ def test_a_model_of_latents_looks_through_its_decoder_since_the_linear_map_needs
     asked["guidance"][0]["reduce"] = outline.preview_factor
     with pytest.raises(RequestError, match=r"^guidance\[0\].reduce: .* fitted to exemplars' images. Give a folder"):
         prepare(recipe_from(asked), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("k", "counts", "said"),
+    [
+        (None, {"a": 40, "b": 30}, "all images are exemplars; .*needs 6 others of each class.* 5. Use --k 24 or less"),
+        (28, {"a": 40, "b": 30}, "class 'b' has 2 images besides its exemplars"),
+        (4, {"a": 5}, "Add images, or give them another folder"),
+        (24, {"a": 40, "b": 30}, None),
+    ],
+)
+def test_too_few_images_left_to_test_on_are_told_with_the_k_that_leaves_enough(tmp_path, k, counts, said):
+    recipe = recipe_from({"model": {"name": "digits"}, "exemplars": {"path": str(tmp_path), "k": k}})
+    notes = too_few_left(recipe, counts)
+    assert notes == [] if said is None else re.search(said, notes[0])
