@@ -19,7 +19,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -43,7 +43,7 @@ from handful.guidance import CFG, CVSG, Auto, Chamfer, Energy, Guidance, Guided,
 from handful.guidance.apg import adaptive_projected
 from handful.guidance.inversion import Inversion
 from handful.guidance.inversion_fit import fit
-from handful.judge.utility import LightClassifier, accuracy, train_classifier
+from handful.judge.utility import LightClassifier, SmallClassifier, accuracy, train_classifier
 from handful.metrics.copying import copied_share
 from handful.models import load
 from handful.zoo.mnist import at_mnist_size, load_uci_split
@@ -194,7 +194,7 @@ def linear(channels: int, classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * SIDE * SIDE, classes))
 
 
-NETWORKS = {"light": LightClassifier, "linear": linear}
+NETWORKS = {"light": LightClassifier, "small": partial(SmallClassifier, width=16, groups=4), "linear": linear}
 
 
 def share_of(k: int) -> float:
