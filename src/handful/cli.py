@@ -93,7 +93,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _handful(
     ctx: typer.Context,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
 ) -> None:
     """Turn a handful of real images into a training set.
 

@@ -1,4 +1,4 @@
-"""The errors that handful raises on purpose, and what the command line makes of each.
+"""handful's own errors, and how the command line reports each.
 
 A `RequestError` is said before any work starts (exit code 2), a `RunError` is a failure at work (exit code 1). Errors
 of the operating system (a full disk, a lost network folder) are passed on as they are.
@@ -15,11 +15,11 @@ _LONGEST_VALUE = 200
 
 
 class HandfulError(Exception):
-    """Whatever handful raises on purpose: catch this to catch both kinds."""
+    """The base of handful's own errors: catch this to catch both kinds."""
 
 
 class RequestError(HandfulError, ValueError):
-    """Something was asked that cannot be done; nothing has been started. The command line exits with 2.
+    """The request can't be done; nothing has been started. The command line exits with 2.
 
     Reads as `field: value: problem. remedy`, for instance
     `exemplars: '/x/y': the folder is empty. Put 2 to 32 images into a folder per class.`
@@ -67,7 +67,7 @@ def first_line(error: BaseException) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:
-    """A remedy for a name that does not exist: the nearest one that does, and all of them while they are few."""
+    """A remedy for an unknown name: the nearest known one, and the list of them (20 at most)."""
     known = list(known)
     near = get_close_matches(given, known, n=1)
     listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")

@@ -186,7 +186,7 @@ def test_an_unfinished_fit_of_another_request_is_refused(targets: Path, tmp_path
         invert(prepare(InvertRequest({"name": "digits"}, steps=8, epochs=2), targets, out), Stopped())
     assert [path.name for path in tmp_path.iterdir()] == ["sge.partial"]
     error = refused(capsys, targets, "--model", "digits", "--out", out, *QUICK, "--no-clamp")
-    assert "it belongs to a fit of other targets, settings or model" in error["message"]
+    assert "it belongs to a fit with other targets, settings or model" in error["message"]
     assert handful("invert", targets, "--model", "digits", "--out", out, *QUICK, "--quiet") == 0
     assert [path.name for path in tmp_path.iterdir()] == ["sge"]
 
@@ -244,7 +244,7 @@ def test_a_model_of_labels_without_null_class_must_be_told_one(
     told = Embeddings.load(tmp_path / "null").fitted["told"]
     assert (told["label"], told["null_class"]) == (2, 2)
     assert (
-        "this model is told nothing"
+        "this model is unconditional"
         in refused(capsys, targets, "--model", models["plain"], "--out", tmp_path / "x", "--condition", "cat")["message"]
     )
 

@@ -490,7 +490,7 @@ def test_a_learned_variance_passes_the_clamp():
 def test_a_variance_that_was_not_learned_is_refused_by_name():
     x, levels = normal(2, 2, 1, 1), EDM().spacing(3)
     with pytest.raises(
-        RequestError, match=r"^sampler\.variance: 'learned': this model has not learned it\. Use small or large"
+        RequestError, match=r"^sampler\.variance: 'learned': this model has not learned its variance\. Use small or large"
     ):
         ddpm(mixture(), x, levels, NOTHING, noise=drawing(x.shape, 0), variance="learned")
 

@@ -25,7 +25,7 @@ from handful.models.architectures import packaged_configs, packaged_names
 from handful.models.latent import LatentDenoiser
 from handful.recipe.extractors import extractors_wanted, load_for
 from handful.recipe.file import overridden, read_mapping, read_recipe
-from handful.recipe.resolve import complete, model_options, settle
+from handful.recipe.resolve import complete, model_options, resolve
 from handful.recipe.schema import Recipe, recipe_from
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -78,8 +78,8 @@ def counted(asked: Recipe) -> Count:
     denoiser = load(asked.model.name, model_options(asked))
     if denoiser.label_count and denoiser.null_class is None:
         denoiser.null_class = denoiser.label_count - 1
-    settled = settle(asked, denoiser, None)
-    guidance = settled.recipe.guidance or ()
+    resolved = resolve(asked, denoiser, None)
+    guidance = resolved.recipe.guidance or ()
     if isinstance(denoiser, LatentDenoiser):
         denoiser.linear_preview = torch.randn(3, denoiser.shape[0] + 1)
     extractors = {key: load_for(term) for key, term in extractors_wanted(guidance).items()}
@@ -90,12 +90,12 @@ def counted(asked: Recipe) -> Count:
             for name, reduce in views(guidance)
         }
     guided = Guided(denoiser, make_terms(guidance, Context(extractors, features, range(N))), asked.chunk)
-    sampler, x = settled.recipe.sampler, torch.randn(N, *denoiser.shape)
+    sampler, x = resolved.recipe.sampler, torch.randn(N, *denoiser.shape)
     condition = guided.condition(["cat"] * N if denoiser.prompted else [0] * N)
     options: dict[str, Any] = {"noise": lambda: torch.randn_like(x)} if sampler.name in STOCHASTIC else {}
     options |= {"recurrence": sampler.recurrence} if sampler.name in STOCHASTIC else {}
     with torch.no_grad(), Count() as count:
-        x0 = SAMPLERS[sampler.name](guided, x, settled.levels, condition, **options)
+        x0 = SAMPLERS[sampler.name](guided, x, resolved.levels, condition, **options)
         torch.cat([guided.decode(part) for part in x0.split(asked.chunk or N)])
     return count
 
@@ -209,8 +209,8 @@ def test_exemplars_and_prompts_are_told_once_a_class(models: dict[str, str]):
 def test_levels_are_those_at_which_the_sampler_asks(sampler: str, asked: int, models: dict[str, str]):
     made, _ = complete(recipe(models["dit"], sampler={"name": sampler, "steps": 7}))
     denoiser = load(models["dit"])
-    settled = settle(made, denoiser, None)
-    levels = evaluated(settled.levels, settled.recipe)
+    resolved = resolve(made, denoiser, None)
+    levels = evaluated(resolved.levels, resolved.recipe)
     assert len(levels) == asked
     assert {level.index for level in levels} == set(range(7))
 

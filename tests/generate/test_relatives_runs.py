@@ -203,7 +203,7 @@ def test_settings_that_make_no_sense_are_refused_by_name(
 
 def test_models_that_cannot_be_told_otherwise_are_refused(tiny_model: Callable[..., str], tmp_path: Path):
     untold = tiny_model()
-    for guidance, said in (([CADS], "this model is told nothing"), ([{"method": "apg"}], "no null class")):
+    for guidance, said in (([CADS], "this model is unconditional"), ([{"method": "apg"}], "no null class")):
         with pytest.raises(RequestError, match=said) as refused:
             prepare(tiny_recipe(untold, guidance=guidance), tmp_path / "out")
         assert refused.value.field == "guidance[0]"

@@ -278,7 +278,7 @@ def test_a_full_disk_keeps_what_is_finished_and_goes_on_later(tiny_model: Callab
 
 def test_a_full_disk_is_told_from_other_errors(tmp_path: Path):
     for number, kind in ((errno.ENOSPC, RunError), (errno.EDQUOT, RunError), (errno.EIO, OSError)):
-        with pytest.raises(kind), directory_module.full_disk_told(tmp_path):
+        with pytest.raises(kind), directory_module.explain_full_disk(tmp_path):
             raise OSError(number, os.strerror(number))
 
 

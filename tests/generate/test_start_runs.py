@@ -208,5 +208,5 @@ def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path
         with pytest.raises(RequestError) as caught:
             prepare(mixed(digits_folder, **changes), tmp_path / "out")
         assert said in str(caught.value)
-    with pytest.raises(RequestError, match="here one setting is taken at a time"):
+    with pytest.raises(RequestError, match="this command takes one setting at a time"):
         cost_of(mixed(digits_folder))

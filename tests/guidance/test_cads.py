@@ -213,7 +213,7 @@ def test_a_null_condition_keeps_no_perturbation_and_a_part_of_a_cohort_its_own_n
     part = told[1:3].perturbation
     assert part is not None
     torch.testing.assert_close(part(rows[1:3]), told.perturbation(rows)[1:3])
-    with pytest.raises(ValueError, match="the cohort has 4 images, and CADS the seeds of 2"):
+    with pytest.raises(ValueError, match="the cohort has 4 images, and CADS has 2 seeds"):
         part(rows)
 
 
@@ -311,9 +311,9 @@ class WithoutEmbedding(Denoiser):
 def test_models_whose_labels_cannot_be_noised_are_refused():
     denoiser, none = WithoutEmbedding(), Condition()
     x_t = noise(denoiser)
-    with pytest.raises(RequestError, match="guidance: 'cads': no embedding of its labels is known"):
+    with pytest.raises(RequestError, match="guidance: 'cads': handful does not know where this model embeds its labels"):
         Guided(denoiser, [cads()])(x_t, at(0), denoiser.condition(LABELS))
-    with pytest.raises(RequestError, match="told nothing that could be noised"):
+    with pytest.raises(RequestError, match="takes neither labels nor prompts"):
         Guided(denoiser, [cads()])(x_t, at(0), none)
     with pytest.raises(RequestError, match="there are two of them"):
         Guided(load("digits"), [cads(), cads()])(noise(load("digits")), at(0), load("digits").condition(LABELS))

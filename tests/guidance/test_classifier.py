@@ -208,7 +208,7 @@ def test_temperatures_that_make_no_sense_are_refused(words: dict[str, Any], fiel
 
 
 def test_what_has_no_logits_is_no_classifier():
-    with pytest.raises(RequestError, match=r"^classifier: 'pixels': it has no logits"):
+    with pytest.raises(RequestError, match=r"^classifier: 'pixels': this network has no logits"):
         Classifier(load_extractor("pixels"), 0, 1.0)
 
 
@@ -545,5 +545,5 @@ def test_the_noisy_classifier_is_dhariwal_and_nichols_mean():
 
 
 def test_a_noisy_classifier_looks_at_the_state_alone():
-    with pytest.raises(RequestError, match=r"^input: 'x0_hat': .*looks at the state"):
+    with pytest.raises(RequestError, match=r"^input: 'x0_hat': .*looks at the noisy state"):
         NoisyClassifier(Noisy(), VP.linear(), 0, 1.0, pull=Pull("identity"))

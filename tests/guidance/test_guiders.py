@@ -260,7 +260,7 @@ def test_guiders_that_need_other_predictions_or_hooks_are_refused_by_name(kind):
 
 
 def test_what_is_no_guider_and_what_no_network_predicts_are_refused():
-    with pytest.raises(RequestError, match="guider: 'CFG': it is no guider of diffusers"):
+    with pytest.raises(RequestError, match="guider: 'CFG': it is not a guider of diffusers"):
         Guider(CFG(1.0))
     with pytest.raises(RequestError, match="space: 'noise'"):
         Guider(guiders.ClassifierFreeGuidance(), space="noise")  # type: ignore[arg-type]

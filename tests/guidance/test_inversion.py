@@ -268,7 +268,7 @@ def test_a_start_is_the_target_at_the_level_of_the_first_guided_step():
     assert torch.allclose(x, (abar[8].sqrt() * x0[[2, 0]] + (1 - abar[8]).sqrt() * noise).float(), atol=1e-6)
     assert rest.steps == 8
     assert torch.equal(rest.sigma, path().sigma[2:])
-    with pytest.raises(RequestError, match=r"^interval: 11: a path of 10 steps"):
+    with pytest.raises(RequestError, match=r"^interval: 11: the path has only 10 steps"):
         noised_start(x0, [0], noise[:1], path(), 11)
 
 
@@ -348,7 +348,7 @@ def test_settings_out_of_range_are_refused_by_name(words: dict[str, Any], field:
         ((6, 5), 1, "interval"),
         ((-1, 5), 1, "interval"),
         ((5, 11), 1, "interval"),
-        ((2, 8), 0, "segments: 0: 6 guided steps make 1 to 6"),
+        ((2, 8), 0, "segments: 0: 6 guided steps can be cut into 1 to 6"),
         ((2, 8), 7, "segments: 7"),
     ],
 )
@@ -359,11 +359,11 @@ def test_intervals_and_segments_out_of_range_are_refused_by_name(interval: tuple
 
 def test_an_interval_up_to_pure_noise_is_refused():
     flow = Levels(torch.linspace(0, 1, 6, dtype=torch.float64), torch.linspace(1, 0, 6, dtype=torch.float64))
-    with pytest.raises(RequestError, match=r"^interval: \(0, 5\): .*pure noise.* 4 or below"):
+    with pytest.raises(RequestError, match=r"^interval: \(0, 5\): .*pure noise.* 4 or lower"):
         Embeddings(torch.zeros(1, 1, *SHAPE), torch.zeros(1, *SHAPE), flow, (0, 5))
     Embeddings(torch.zeros(1, 1, *SHAPE), torch.zeros(1, *SHAPE), flow, (0, 4))
 
 
 def test_a_cohort_of_another_length_than_the_seeds_is_refused():
-    with pytest.raises(ValueError, match="the cohort has 3 images, and this term the seeds of 8"):
+    with pytest.raises(ValueError, match="the cohort has 3 images, and this term has 8 seeds"):
         shift_at(Inversion(embeddings(), SEEDS), 4, n=3)

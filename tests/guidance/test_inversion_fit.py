@@ -263,10 +263,10 @@ def test_a_checkpoint_of_another_fit_or_a_damaged_one_is_refused_by_name(tmp_pat
         {"spread_weight": 0.5},
     ]
     for other in others:
-        with pytest.raises(RequestError, match=r"^state: .* other targets, settings or model\. Delete it"):
+        with pytest.raises(RequestError, match=r"^state: .* other targets, settings or model\. Delete the file"):
             short(state=state, **other)
     state.write_bytes(state.read_bytes()[:-3])
-    with pytest.raises(RequestError, match=r"^state: .*damaged.* Delete it"):
+    with pytest.raises(RequestError, match=r"^state: .*damaged.* Delete the file"):
         short(state=state)
     short().save(state)
     with pytest.raises(RequestError, match=r"^state: .*it holds no unfinished fit"):
@@ -290,9 +290,9 @@ def test_a_checkpoint_of_another_fit_or_a_damaged_one_is_refused_by_name(tmp_pat
         ({"hashes": ["a"]}, "hashes: 1: there are 3 targets"),
         (
             {"x0": torch.zeros(3, 1, 4, 4)},
-            r"targets: \(1, 4, 4\): they have 1 channel, and the model 2\. Read them with 2 chann",
+            r"targets: \(1, 4, 4\): they have 1 channel, and the model takes 2\. Read them with 2 chann",
         ),
-        ({"x0": torch.zeros(3, 2, 8, 4)}, r"targets: \(2, 8, 4\): the model has 2 x 4 x 4\. Resize them to 4 x 4\."),
+        ({"x0": torch.zeros(3, 2, 8, 4)}, r"targets: \(2, 8, 4\): the model takes 2 x 4 x 4\. Resize them to 4 x 4\."),
         ({"x0": torch.zeros(0, 2, 4, 4)}, "targets: .*N >= 1"),
         ({"x0": torch.zeros(2, 4, 4)}, "targets: .*N >= 1"),
         ({"x0": torch.full((3, *SHAPE), float("nan"))}, "targets: .*NaN"),
@@ -316,7 +316,7 @@ def test_images_for_a_model_of_latents_are_refused_until_they_are_encoded():
 
     model = Latent(torch.nn.Identity(), tiny_vae(), "eps", VP.linear(), (64, 64))
     images = torch.zeros(2, 3, 64, 64)
-    with pytest.raises(RequestError, match=r"^targets: .*images, and the model has latents of 4 x 8 x 8\. Encode them"):
+    with pytest.raises(RequestError, match=r"^targets: .*images, and the model works on latents of 4 x 8 x 8\. Encode them"):
         short(images, model)
     with torch.no_grad():
         found = short(model.encode(images), model)
@@ -326,7 +326,7 @@ def test_images_for_a_model_of_latents_are_refused_until_they_are_encoded():
 def test_a_model_of_labels_without_a_null_class_must_be_told_one():
     model = Tiny()
     model.label_count = 3
-    with pytest.raises(RequestError, match=r"^condition: this model is told labels and has none"):
+    with pytest.raises(RequestError, match=r"^condition: this model takes labels, and has no null class"):
         short(denoiser=model)
 
 

@@ -286,7 +286,7 @@ def test_a_recipe_asks_a_rule_only_of_a_sampler_that_has_such_a_step(rule: Any, 
     if fits:
         check_terms([term], STEPS, sampler)
         return
-    with pytest.raises(RequestError, match=rf"guidance\[0\].rule: '{rule}': the sampler {sampler} has no step"):
+    with pytest.raises(RequestError, match=rf"guidance\[0\].rule: '{rule}': the rule does not work with the sampler {sampler}"):
         check_terms([term], STEPS, sampler)
 
 

@@ -21,7 +21,7 @@ from handful.errors import RequestError
 from handful.features.registry import pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Pull, Timing
 from handful.guidance.guiders import Guider
-from handful.integrations.diffusers import GuidanceCallback, HandfulGuider, level_told
+from handful.integrations.diffusers import GuidanceCallback, HandfulGuider, level_of_time
 from handful.models import from_pipeline
 from handful.models.flux import packed
 
@@ -322,9 +322,9 @@ class TestGuider:
 def test_the_level_of_a_told_time_is_the_one_that_tells_it(levels):
     for at in levels.spacing(7, "linspace"):
         if at.sigma > 0:
-            alpha, sigma = level_told(levels, levels.time(at))
+            alpha, sigma = level_of_time(levels, levels.time(at))
             torch.testing.assert_close(alpha / sigma, at.alpha / at.sigma, rtol=1e-9, atol=1e-12)
     if isinstance(levels, VP):
         between = torch.tensor(123.4, dtype=torch.float64)
-        alpha, sigma = level_told(levels, between)
+        alpha, sigma = level_of_time(levels, between)
         torch.testing.assert_close(levels.time(Level(alpha, sigma)), between, rtol=1e-9, atol=0)

@@ -165,7 +165,7 @@ def test_by_label_the_names_are_of_no_account():
 
 def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
     assert targets({"classes": {"x": 0, "y": 1}}, {"x": None}) == {"x": 0}
-    with pytest.raises(RequestError, match=r"^classes: 'y': no such class is generated\. Those are: x\."):
+    with pytest.raises(RequestError, match=r"^classes: 'y': no such class is generated\. The classes are: x\."):
         targets({"classes": {"y": 1}}, {"x": None})
 
 
@@ -176,14 +176,21 @@ def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
         ({}, {"fox": 3}, IMAGENET, 6, "classes", "classes: {fox: NUMBER or NAME}; or by_label: true"),
         ({"classes": {"fox": "wolf"}}, {"fox": 3}, IMAGENET, 6, "classes", "'wolf': the classifier has no class of this name"),
         ({}, {"CRANE": None}, IMAGENET, 6, "classes", "2 of the classifier's classes are called so: 1 (crane), 3 (crane, mach"),
-        ({"classes": {"fox": 6}}, {"fox": 3}, IMAGENET, 6, "classes.fox", "6: the classifier has 6 classes. Give 0 to 5"),
+        (
+            {"classes": {"fox": 6}},
+            {"fox": 3},
+            IMAGENET,
+            6,
+            "classes.fox",
+            "6: the classifier has 6 classes. Write a number from 0 to 5",
+        ),
         ({"classes": {"fox": -1}}, {"fox": 3}, IMAGENET, 6, "classes.fox", "-1: "),
         ({"by_label": True}, {"fox": 6}, IMAGENET, 6, "by_label, class 'fox'", "6: the classifier has 6 classes"),
-        ({"by_label": True}, {"fox": None}, IMAGENET, 6, "by_label", "told no labels"),
+        ({"by_label": True}, {"fox": None}, IMAGENET, 6, "by_label", "takes no labels"),
         ({}, {"fox": 3}, (), 7, "classes", "7 classes have no names, and the model's are unknown"),
         ({"classes": {"fox": "ant"}}, {"fox": 3}, (), 7, "classes", "no class of this name among its 0"),
-        ({}, {"a": None}, ("a", "b"), 3, "classifier", "names 2 classes and gives 3 logits"),
-        ({}, {"a": None}, ("a",), 1, "tau2", "of a single class"),
+        ({}, {"a": None}, ("a", "b"), 3, "classifier", "has names of 2 classes, but 3 logits"),
+        ({}, {"a": None}, ("a",), 1, "tau2", "with a single class"),
     ],
 )
 def test_what_is_not_certain_is_refused_with_what_to_say(said, labels, names, count, field, text):
@@ -211,7 +218,7 @@ def test_terms_share_an_extractor_only_where_they_look_alike():
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     # name: the term, the recipe beside it, the field, what is said
-    "pixels": ({"classifier": "pixels"}, {}, "classifier", "it has no logits"),
+    "pixels": ({"classifier": "pixels"}, {}, "classifier", "this network has no logits"),
     "features only": ({"classifier": "OWN:no_classifier"}, {}, "classifier", "classify="),
     "a module": ({"classifier": "OWN:module"}, {}, "classifier", "FeatureExtractor"),
     "nothing there": ({"classifier": "/nowhere"}, {}, "classifier", "no such extractor"),
@@ -227,17 +234,17 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "one number an image": ({"classifier": "OWN:flat"}, {}, "classifier", "answers (1,) to one image"),
     "no gradient": ({"classifier": "OWN:detached"}, {}, "classifier", "no gradient comes back"),
     "decisions": ({"classifier": "OWN:rounded"}, {}, "classifier", "no gradient comes back"),
-    "one logit": ({"classifier": "OWN:single", "classes": {"3": 0, "7": 0}}, {}, "tau2", "of a single class"),
-    "too few names": ({"classifier": "OWN:misnamed"}, {}, "classifier", "names 2 classes and gives 10 logits"),
+    "one logit": ({"classifier": "OWN:single", "classes": {"3": 0, "7": 0}}, {}, "tau2", "with a single class"),
+    "too few names": ({"classifier": "OWN:misnamed"}, {}, "classifier", "has names of 2 classes, but 10 logits"),
     "other names": ({"classifier": "OWN:named"}, {}, "classes", "no class of this name among its 10"),
     "other classes": ({"classifier": "ANIMALS"}, {}, "classes", "'3': the classifier has no class of this name among its 5"),
     "too few classes": ({"classifier": "ANIMALS", "by_label": True}, {}, "by_label, class '7'", "the classifier has 5 classes"),
-    "number too large": ({**GUIDE, "classes": {"3": 10}}, {}, "classes.3", "Give 0 to 9"),
-    "unknown class": ({**GUIDE, "classes": {"8": 8}}, {}, "classes", "no such class is generated. Those are: 3, 7."),
+    "number too large": ({**GUIDE, "classes": {"3": 10}}, {}, "classes.3", "Write a number from 0 to 9"),
+    "unknown class": ({**GUIDE, "classes": {"8": 8}}, {}, "classes", "no such class is generated. The classes are: 3, 7."),
     "falling levels": ({**GUIDE, "temperatures": [[2, 1], [1, 1]]}, {}, "temperatures", "must rise"),
     "no temperatures": ({**GUIDE, "tau1": 0, "tau2": 0}, {}, "tau1, tau2", "both inverse temperatures are 0"),
     "no ReLU": ({"classifier": "digits-judge", "softplus": 3}, {}, "softplus", "calls no ReLU"),
-    "prompts": ({**GUIDE, "prompts": {"3": "a three"}}, {}, "prompts", "takes none"),
+    "prompts": ({**GUIDE, "prompts": {"3": "a three"}}, {}, "prompts", "takes no prompts"),
     "ancestral elsewhere": ({**GUIDE, "rule": "ancestral", "normalize": "none", "jacobian": "identity"}, {}, "rule", "ddpm"),
     "ancestral by rms": ({**GUIDE, "rule": "ancestral"}, {"sampler": {"name": "ddpm"}}, "normalize, jacobian", "none"),
     "held elsewhere": ({**GUIDE, "rule": "held"}, {"sampler": {"name": "heun"}}, "rule", "ddim or ddpm"),
@@ -268,10 +275,10 @@ def test_it_is_refused_by_field_value_and_remedy_with_nothing_written(case, own,
     [
         ({"method": "classifier"}, "classifier", "--classifier NAME"),
         ({"method": "noisy-classifier"}, "classifier", "FILE.py:FUNCTION"),
-        ({"method": "noisy-classifier", "classifier": "digits-guide"}, "classifier", "it is no FILE.py:FUNCTION"),
+        ({"method": "noisy-classifier", "classifier": "digits-guide"}, "classifier", "it is not of the form FILE.py:FUNCTION"),
         ({"method": "classifier", "classifier": ""}, "classifier", "at least 1"),
-        ({"method": "classifier", **GUIDE, "classes": {"3": 1.5}}, "classes.3", "no name and no whole number"),
-        ({"method": "classifier", **GUIDE, "classes": {"3": True}}, "classes.3", "no name and no whole number"),
+        ({"method": "classifier", **GUIDE, "classes": {"3": 1.5}}, "classes.3", "neither a name nor a whole number"),
+        ({"method": "classifier", **GUIDE, "classes": {"3": True}}, "classes.3", "neither a name nor a whole number"),
         ({"method": "classifier", **GUIDE, "temperatures": [1, 2]}, "temperatures[0]", "Give a list"),
         ({"method": "classifier", **GUIDE, "temperatures": [[0, 2]]}, "temperatures[0][0]", "greater than 0"),
         ({"method": "classifier", **GUIDE, "softplus": 0}, "softplus", "greater than 0"),
@@ -460,7 +467,7 @@ def test_the_command_line_guides_by_a_classifier(tmp_path: Path, capfd):
     ("options", "said"),
     [
         ((), "guidance[0].classifier: it is missing. Name a classifier (--classifier NAME)"),
-        (("--classifier", "pixels"), "guidance[0].classifier: 'pixels': it has no logits"),
+        (("--classifier", "pixels"), "guidance[0].classifier: 'pixels': this network has no logits"),
         (("--classifier", "ANIMALS"), "guidance[0].classes: '3': the classifier has no class of this name among its 5"),
         (("--classifier", "digits-guide", "--set", "guidance.classifier.classes={'3': 12}"), "guidance[0].classes.3: 12: "),
         (("--classifier", "digits-guide", "--set", "guidance.classifier.rule=ancestral"), "guidance[0].normalize, jacobian: "),
@@ -480,4 +487,4 @@ def test_the_command_line_refuses_in_one_line_with_exit_code_2(options, said, an
 
 def test_a_classifier_without_its_guidance_is_refused(tmp_path: Path, capfd):
     assert handful("generate", "--model", "digits", "--classifier", "digits-guide", "--out", tmp_path / "out") == 2
-    assert "--classifier: 'digits-guide': there is no guidance that it could be meant for" in capfd.readouterr().err
+    assert "--classifier: 'digits-guide': there is no guidance that has this setting" in capfd.readouterr().err

@@ -51,7 +51,7 @@ def test_braces_that_are_meant_stay():
         ({"template": "{object} in {region}"}, "model.template", "class_pattern"),
         ({"template": "{object} in {place}", "class_pattern": "{region}--{object}"}, "model.template", "region, object"),
         ({"class_pattern": "{region}--{object}"}, "model.template", "region, object"),
-        ({"class_pattern": "{}"}, "model.class_pattern", "named"),
+        ({"class_pattern": "{}"}, "model.class_pattern", "needs a name"),
         ({"class_pattern": "{a}--{b}", "template": "{a}"}, "model.class_pattern", "'cat' does not fit"),
         ({"prompts": {"kat": "a cat"}}, "model.prompts", "Did you mean 'cat'?"),
     ],

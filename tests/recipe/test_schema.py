@@ -70,7 +70,7 @@ def test_the_same_recipe_is_the_same_text():
         (DIGITS | {"guidance": [{"method": "chamfer", "jacobian": "none"}]}, "guidance[0].jacobian", "gaussian"),
         (DIGITS | {"guidance": [{"method": "cfg", "scale": float("nan")}]}, "guidance[0].scale", "finite"),
         (DIGITS | {"guidance": [{"method": "cfg", "noise": [0, float("inf")]}]}, "guidance[0].noise[1]", "null"),
-        (DIGITS | {"guidance": [{"method": "cfg", "interval": [1, 0]}]}, "guidance[0].interval", "it must rise"),
+        (DIGITS | {"guidance": [{"method": "cfg", "interval": [1, 0]}]}, "guidance[0].interval", "the low end comes first"),
         (
             DIGITS | {"guidance": [{"method": "chamfer", "hold": True, "normalize": "none"}]},
             "guidance[0].hold",

@@ -49,7 +49,7 @@ from handful.runs.comparison import changed_versions, compared
 from handful.runs.job_directory import OwnedDirectory
 from handful.runs.progress import Progress, Words
 from handful.runs.provenance import CONTENTS, DECIDING
-from handful.runs.run_directory import full_disk_told
+from handful.runs.run_directory import explain_full_disk
 
 REQUEST, RESULT, ROWS, PICTURE, GUIDANCE = (
     "request.yaml",
@@ -250,7 +250,7 @@ def calibrate(job: CalibrateJob, progress: Progress | None = None, trying: Progr
     if job.kept is not None:
         return CalibrateSummary(job.directory.path, job.kept, True)
     run, directory = job.run, job.directory
-    with full_disk_told(directory.path), directory.locked(), same_arithmetic(run.provenance["threads"]):
+    with explain_full_disk(directory.path), directory.locked(), same_arithmetic(run.provenance["threads"]):
         _compare(job, directory.stored())
         asked = {**job.asked, PROVENANCE: {**job.provenance, "command": job.request.command, "notes": job.notes}}
         if directory.stored() is None:

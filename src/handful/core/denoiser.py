@@ -29,10 +29,10 @@ Prediction = Literal["eps", "v", "x0", "flow", "edm"]
 
 
 class Perturbation(Protocol):
-    """What is made of a network's own embedding of n labels; see `Condition`."""
+    """A change of a network's own embedding of n labels; see `Condition`."""
 
     def __call__(self, embedding: Tensor) -> Tensor:
-        """(n, ...) -> what the network goes on with; the same shape, dtype and device, differentiable."""
+        """(n, ...) -> the embedding that the network then uses; the same shape, dtype and device, differentiable."""
         ...
 
     def __getitem__(self, part: slice) -> Perturbation:
@@ -42,14 +42,14 @@ class Perturbation(Protocol):
 
 @dataclass(frozen=True)
 class Condition:
-    """What a network is told about n images.
+    """The condition of n images: labels, or embeddings of prompts.
 
     Attributes:
         labels: int64, shape (n,); None where the network takes none.
         null_label: The label that stands for "no class", where the network has one.
-        embeddings: What a network of prompts is told, by name, (n, ...) each; empty for other networks.
+        embeddings: For a network that takes prompts, their embeddings by name, (n, ...) each; empty for other networks.
         null_embeddings: The same for no prompt, (1, ...) each; None where there is no such thing.
-        perturbation: What the network's embedding of the labels becomes (see `Denoiser.label_embeddings`); None leaves it.
+        perturbation: Changes the network's embedding of the labels (see `Denoiser.label_embeddings`); None: no change.
         nothing: Whether this is a null condition, which nothing perturbs.
     """
 
@@ -61,7 +61,7 @@ class Condition:
     nothing: bool = False
 
     def null(self) -> Condition:
-        """The condition that tells the network nothing, of the same length.
+        """The null condition ("no class", or no prompt), of the same length.
 
         Raises:
             RequestError: If the network has no null condition.
@@ -74,8 +74,8 @@ class Condition:
             raise RequestError(
                 "guidance",
                 "cfg",
-                "this model has no null class to compare with",
-                "Use another guidance (chamfer needs none), or name the label with --null-class.",
+                "this model has no null class, which this guidance needs",
+                "Use another guidance (chamfer needs none), or name the null class's label with --null-class.",
             )
         return replace(self, labels=torch.full_like(self.labels, self.null_label), perturbation=None, nothing=True)
 
@@ -97,12 +97,12 @@ class Denoiser(nn.Module):
         classes: Names of the classes it knows, by label; empty where it has none or they are unknown.
         label_count: Labels that it takes, the null class included; 0 where it takes none.
         null_class: The label for "no class"; None where there is none.
-        prompted: Whether it is told prompts: `condition` then takes texts.
+        prompted: Whether it takes prompts: `condition` then takes texts.
         learned_variance: Where the network learned the variance of the reverse step: what it said of it at the last
             evaluation, in [-1, 1], the shape of x_t (Nichol & Dhariwal 2021, equation 15, as 2 v - 1); else None.
         code_sha256: Of the user's file that made it; None where no such code did.
         notes: What was concluded while it was loaded, in words for the user.
-        null_may_be_unsaid: Whether one of its labels may stand for "no class" without anything saying so.
+        null_may_be_unstated: Whether one of its labels may be the null class though nothing states it.
     """
 
     shape: tuple[int, int, int]
@@ -114,7 +114,7 @@ class Denoiser(nn.Module):
     learned_variance: Tensor | None = None
     code_sha256: str | None = None
     notes: Sequence[str] = ()
-    null_may_be_unsaid: bool = False
+    null_may_be_unstated: bool = False
 
     @abstractmethod
     def forward(self, x_t: Tensor, level: Level, condition: Condition) -> Tensor:
@@ -131,17 +131,17 @@ class Denoiser(nn.Module):
 
     @abstractmethod
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-        """Makes the condition for n labels, or for n prompts where the network is told those."""
+        """Makes the condition for n labels, or for n prompts where the network takes prompts."""
 
     def check_path(self, levels: Levels) -> None:
-        """Refuses a path that it can't be asked along.
+        """Refuses a path on which it can't be evaluated.
 
         Raises:
             RequestError: Naming the spacing.
         """
 
     def enter(self, x: Tensor, levels: Levels, index: int, condition: Condition) -> Tensor:
-        """What guidance makes of the sample x (n, c, h, w) before step `index` of a path is evaluated; samplers call it."""
+        """The sample x (n, c, h, w) as guidance changes it before step `index` of a path is evaluated; samplers call it."""
         return x
 
     def leave(self, x: Tensor, levels: Levels, index: int, share: Tensor | float = 0.0) -> Tensor:
@@ -199,7 +199,7 @@ class Denoiser(nn.Module):
         return ()
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """Moves the networks to where and in what precision they shall run."""
+        """Moves the networks to a device and a precision."""
         self.to(device, dtype)
 
     def components(self) -> Mapping[str, nn.Module]:
@@ -264,7 +264,7 @@ class NetworkDenoiser(Denoiser):
         super().__init__()
         if prediction not in get_args(Prediction):
             raise RequestError(
-                "prediction", prediction, "no network predicts that", f"Choose one of: {', '.join(get_args(Prediction))}."
+                "prediction", prediction, "no such prediction is known", f"Choose one of: {', '.join(get_args(Prediction))}."
             )
         self.network = network.eval().requires_grad_(False)
         self.prediction: Prediction = prediction
@@ -277,10 +277,10 @@ class NetworkDenoiser(Denoiser):
 
     def check_path(self, levels: Levels) -> None:
         if self.prediction == "eps" and levels.alpha[0] == 0:
-            remedy = "Use sampler.spacing leading or logsnr, which begin below it; or a model that predicts v."
+            remedy = "Use sampler.spacing leading or logsnr, which begin below pure noise; or a model that predicts v."
             if "logsnr" not in self.levels.spacings:
                 remedy = "Use a model that predicts v or the flow."
-            problem = "the path begins at pure noise (alpha 0), of which a network that predicts the noise says no image"
+            problem = "the path begins at pure noise (alpha 0), where predicted noise says nothing of the image"
             raise RequestError("sampler.spacing", None, problem, remedy)
 
     @property
@@ -294,7 +294,7 @@ class NetworkDenoiser(Denoiser):
         (n, c, h, w), or (n, 2 c, h, w) with what it learned of the variance behind.
         """
 
-    def told(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
+    def perturbed_call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         """`call`, with the embeddings of the labels changed as the condition's perturbation says."""
         change = condition.perturbation
         if change is None:
@@ -314,7 +314,7 @@ class NetworkDenoiser(Denoiser):
         scaled = network_input(self.prediction, x_t, level)
         time = self.levels.time(level).to(x_t.device, torch.float32).expand(len(x_t))
         parameter = next(self.network.parameters(), x_t)
-        out = self.told(scaled.to(parameter.dtype), time, condition).to(x_t.dtype)
+        out = self.perturbed_call(scaled.to(parameter.dtype), time, condition).to(x_t.dtype)
         if out.shape[1] == 2 * x_t.shape[1]:
             out, learned = out.chunk(2, dim=1)
             self.learned_variance = learned.detach()
@@ -333,7 +333,7 @@ class Around(Denoiser):
         self.denoiser = denoiser
         self.shape, self.levels, self.classes = denoiser.shape, denoiser.levels, denoiser.classes
         self.label_count, self.null_class, self.prompted = denoiser.label_count, denoiser.null_class, denoiser.prompted
-        self.notes, self.null_may_be_unsaid = denoiser.notes, denoiser.null_may_be_unsaid
+        self.notes, self.null_may_be_unstated = denoiser.notes, denoiser.null_may_be_unstated
 
     def check_path(self, levels: Levels) -> None:
         self.denoiser.check_path(levels)

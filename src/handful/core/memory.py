@@ -1,4 +1,4 @@
-"""Running out of memory: what counts as it, on any device, and the one way back: the same work in smaller parts."""
+"""Out of memory: recognised on any device, and answered by doing the same work in smaller parts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _WORDS)
 
 
-def in_smaller_parts(call: Callable[[int], Result], size: int, told: Callable[[int, int], None] | None = None) -> Result:
+def in_smaller_parts(call: Callable[[int], Result], size: int, report: Callable[[int, int], None] | None = None) -> Result:
     """`call(size)`; again with half as many for as long as memory is short.
 
-    Args:
-        call: Does the whole work, so many images at once.
-        size: How many at first, 1 or more.
-        told: Hears what was too many, and how many are tried next.
+        Args:
+            call: Does the whole work, at most this many images at once.
+            size: How many at first, 1 or more.
+    report: Called with the number of images that was too many, and the number that is tried next.
 
-    Raises:
-        Exception: What `call` raised, where it is not about memory or one at a time is too many.
+        Raises:
+            Exception: What `call` raised, where it is not about memory or one at a time is too many.
     """
     while True:
         try:
@@ -47,8 +47,8 @@ def in_smaller_parts(call: Callable[[int], Result], size: int, told: Callable[[i
             if size <= 1 or not is_out_of_memory(error):
                 raise
         # outside of `except`, where the error still holds the tensors of the failed try
-        if told is not None:
-            told(size, (size + 1) // 2)
+        if report is not None:
+            report(size, (size + 1) // 2)
         size = (size + 1) // 2
         gc.collect()
         if torch.cuda.is_available():

@@ -122,7 +122,7 @@ def noised(x0: Tensor, eps: Tensor, at: Level) -> Tensor:
 
 
 class Schedule(ABC):
-    """The levels a network was trained on, and how it is told the time.
+    """The levels a network was trained on, and the time that it takes as input.
 
     Attributes:
         spacings: Names of the ways to space levels; the first is the default. "model" is among them where `own` is there.
@@ -156,7 +156,7 @@ class Schedule(ABC):
             raise RequestError("steps", steps, "sampling takes at least one step", "Ask for 1 or more; 18 is usual.")
         if kind not in self.spacings:
             raise RequestError(
-                "spacing", kind, f"{type(self).__name__} has none of that name", f"Choose one of: {', '.join(self.spacings)}."
+                "spacing", kind, f"{type(self).__name__} has no such spacing", f"Choose one of: {', '.join(self.spacings)}."
             )
         if kind == "model" and self.own is not None:
             return Levels(*self.own(steps))
@@ -169,7 +169,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def time(self, at: Level) -> Tensor:
-        """What the network is told at this level: float64, the shape of the level."""
+        """The network's input for the time at this level: float64, the shape of the level."""
 
 
 class VP(Schedule):
@@ -177,7 +177,7 @@ class VP(Schedule):
 
     Args:
         alphas_cumprod: alpha^2 at each training step, shape (T,), falling.
-        rounded: Tell the network whole training steps, the nearest in log-SNR; otherwise they are interpolated in
+        rounded: Give the network whole training steps, the nearest in log-SNR; otherwise they are interpolated in
             log-SNR, which networks with sinusoidal time embeddings take well. The spacings leading, trailing and
             linspace land on whole steps either way.
     """
@@ -241,7 +241,7 @@ class VP(Schedule):
 
 
 class EDM(Schedule):
-    """Variance exploding with alpha = 1; Karras et al. 2022, equation 5. The network is told sigma."""
+    """Variance exploding with alpha = 1; Karras et al. 2022, equation 5. The network takes sigma as its time."""
 
     spacings = ("karras",)
 
@@ -262,7 +262,7 @@ class EDM(Schedule):
 class Flow(Schedule):
     """Rectified flow: alpha = 1 - s, sigma = s, s from 1 to 0; `shift` moves the levels towards noise.
 
-    The network is told `time_scale * s` (Stable Diffusion 3: 1000; Flux: 1).
+    The network takes `time_scale * s` as its time (Stable Diffusion 3: 1000; Flux: 1).
     """
 
     spacings = ("linspace",)

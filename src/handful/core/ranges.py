@@ -53,12 +53,12 @@ def check_images(images: Tensor, field: str = "images") -> Tensor:
     shown = f"values from {low:.3g} to {high:.3g}"
     if low < -1 - SLACK or high > 1 + SLACK:
         remedy = "Convert them: images / 127.5 - 1." if high > 2 and low >= 0 else "Bring them to [-1, 1]."
-        raise RequestError(field, shown, "images have values in [-1, 1]", remedy)
+        raise RequestError(field, shown, "images must have values in [-1, 1]", remedy)
     if low >= 0 and high > 0 and images.ndim == 4 and len(images) >= SET:
         raise RequestError(
             field,
             shown,
-            f"none of {len(images)} images has a value below 0, as images in [0, 1] have it; these must be in [-1, 1]",
-            "Convert them: images * 2 - 1. If they truly are so bright, put `with handful.core.ranges.any_range():` around it.",
+            f"none of {len(images)} images has a value below 0, so they look like images in [0, 1]; [-1, 1] is needed",
+            "Convert them: images * 2 - 1. If they are that bright, call it inside `with handful.core.ranges.any_range():`.",
         )
     return images

@@ -103,7 +103,7 @@ def ddpm(
         RequestError: If the variance is to be the learned one and the network learned none.
     """
     if variance == "learned" and not denoiser.learns_variance:
-        raise RequestError("sampler.variance", variance, "this model has not learned it", "Use small or large.")
+        raise RequestError("sampler.variance", variance, "this model has not learned its variance", "Use small or large.")
     for index, (t, s) in enumerate(levels.pairs()):
         posterior = posterior_deviation(t, s)
         for more in reversed(range(recurrence)):

@@ -30,7 +30,7 @@ from handful.models.prompts import ENCODERS
 from handful.models.source import Source, find_source
 from handful.recipe.extractors import extractors_wanted, load_for
 from handful.recipe.inverting import read_inversion
-from handful.recipe.resolve import complete, model_options, settle
+from handful.recipe.resolve import complete, model_options, resolve
 from handful.recipe.schema import Recipe
 
 UNKNOWN_EXEMPLARS = 32  # of each class, where the recipe takes all there are; it hardly matters
@@ -147,8 +147,8 @@ def outline(recipe: Recipe) -> Outlined:
     source = None if recipe.model.revision else packaged_configs(recipe.model.name)
     denoiser = skeleton(source or recipe.model.name, model_options(recipe))
     recipe = recipe if inverted else _for_any_class(recipe, denoiser)
-    settled = settle(recipe, denoiser, None, inverted)
-    recipe = settled.recipe
+    resolved = resolve(recipe, denoiser, None, inverted)
+    recipe = resolved.recipe
     guidance = recipe.guidance or ()
     denoiser.place(META, getattr(torch, recipe.model.dtype))
     if isinstance(denoiser, LatentDenoiser):
@@ -158,12 +158,12 @@ def outline(recipe: Recipe) -> Outlined:
                 getattr(vae, method)()
         # stands for the map that a run fits to its exemplars
         denoiser.linear_preview = torch.zeros(denoiser.image_shape[0], denoiser.shape[0] + 1, device=META)
-    classes = list(settled.labels.of)
+    classes = list(resolved.labels.of)
     extractors = {key: load_for(looks, classes, meta=True).to(META) for key, looks in extractors_wanted(guidance).items()}
     work = Work(
         denoiser,
         extractors,
-        walked_by(settled.levels, recipe),
+        walked_by(resolved.levels, recipe),
         min(recipe.cohort, recipe.per_class),
         recipe.chunk,
         recipe.exemplars.k or UNKNOWN_EXEMPLARS,
@@ -171,7 +171,7 @@ def outline(recipe: Recipe) -> Outlined:
         recipe.start is not None,
     )
     told, encoders = text_encoders(source or find_source(recipe.model.name), recipe.model.without)
-    return Outlined(recipe, work, settled.levels, told, encoders, notes)
+    return Outlined(recipe, work, resolved.levels, told, encoders, notes)
 
 
 @torch.no_grad()

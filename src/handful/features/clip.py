@@ -1,4 +1,4 @@
-"""CLIP as a classifier, for models that are told prompts: one prompt a class (Radford et al. 2021, arXiv 2103.00020, 3.1).
+"""CLIP as a classifier, for models that take prompts: one prompt a class (Radford et al. 2021, arXiv 2103.00020, 3.1).
 
     logits_j(x) = exp(s) cos(image(x), text_j)          s: CLIP's own learned logit_scale
 

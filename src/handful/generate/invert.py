@@ -30,9 +30,9 @@ from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, fit
 from handful.metrics.few_shot import Mean, Reconstruction, reconstruction
 from handful.models import skeleton
 from handful.models.placement import check_placement
-from handful.recipe.inverting import Told
+from handful.recipe.inverting import FittedWith
 from handful.recipe.plan import assign_labels
-from handful.recipe.resolve import model_options, null_may_be_unsaid
+from handful.recipe.resolve import model_options
 from handful.recipe.schema import Recipe, did_you_mean, recipe_from
 from handful.runs.comparison import compared
 from handful.runs.progress import Progress, Words
@@ -57,9 +57,9 @@ class InvertRequest:
         interval: The guided steps lo <= i < hi, counted from the clean end; None: 5 to 20 of 25, scaled to the steps.
         score_scale: s.
         method, epochs, lr, spread_weight, seed, perturbation: As for `fit`.
-        condition: What the model is told: a class's name or label, or a prompt. None or "null": nothing.
+        condition: The condition: a class name, a label or a prompt. None or "null": no class, no prompt.
         clamp: Keep the model's estimate inside [-1, 1]; None: where the model works on pixels.
-        chunk: At most so many images at once through the networks.
+        chunk: At most this many images at once through the networks.
 
     Raises:
         RequestError: If a number is out of its range.
@@ -87,10 +87,10 @@ class InvertRequest:
         for name, least in (("epochs", 1), ("spread_weight", 0), ("perturbation", 0), ("seed", 0)):
             given = getattr(self, name)
             if given is not None and not (math.isfinite(given) and given >= least):
-                raise RequestError(name, given, f"it is a finite number, {least} or more", f"Use {least} or more.")
+                raise RequestError(name, given, f"it must be a finite number, {least} or more", f"Use {least} or more.")
         for name in ("lr", "score_scale"):
             if not (math.isfinite(given := getattr(self, name)) and given > 0):
-                raise RequestError(name, given, "it is a finite number above 0", "Leave it out for the paper's.")
+                raise RequestError(name, given, "it must be a finite number above 0", "Leave it out for the paper's value.")
 
 
 @dataclass
@@ -103,7 +103,7 @@ class InvertJob:
         denoiser: On its device, in its precision.
         device: Where it computes.
         levels: The path.
-        told: How the model is asked.
+        fitted: How the model is called.
         targets: Images (N, c, h, w) in [-1, 1], on the CPU.
         asked: All that decides the embeddings, as plain data; it is kept in the file.
         hashes: The targets' content hashes.
@@ -117,7 +117,7 @@ class InvertJob:
     denoiser: NetworkDenoiser
     device: torch.device
     levels: Levels
-    told: Told
+    fitted: FittedWith
     targets: Tensor
     asked: dict[str, Any]
     hashes: tuple[str, ...]
@@ -155,16 +155,16 @@ class InvertJob:
         """Lines for people."""
         channels, height, width = self.denoiser.image_shape
         lo, hi = self.interval
-        asked, told = self.request, self.told
-        label = "" if told.label is None else f"label {told.label}"
+        asked, fitted = self.request, self.fitted
+        label = "" if fitted.label is None else f"label {fitted.label}"
         lines = {
             "model": f"{self.request.model['name']}, {height} x {width} x {channels}, {self.asked['dtype']} on "
             f"{describe_device(self.device)}",
             "targets": str(len(self.targets)),
-            "told": repr(told.prompt) if told.prompt else label or "nothing",
-            "path": f"{asked.steps} steps, {told.spacing}{', clamped' if told.clamp else ''}",
+            "condition": repr(fitted.prompt) if fitted.prompt else label or "none",
+            "path": f"{asked.steps} steps, {fitted.spacing}{', clamped' if fitted.clamp else ''}",
             "guided": f"steps {lo} to {hi - 1} from the clean end, in {self.segments} segments, scale {asked.score_scale:g}",
-            "fit": f"{asked.method}, {asked.epochs} epochs a segment",
+            "fit": f"{asked.method}, {asked.epochs} epochs per segment",
             "out": f"{self.out}{' (it is there already)' if self.kept else ''}",
         }
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
@@ -238,32 +238,32 @@ def prepare(request: InvertRequest, targets: str | Path, out: str | Path) -> Inv
     outline = skeleton(recipe.model.name, options)
     placement = placement_of(recipe, device)
     check_placement(outline, placement)
-    told, notes = _told(request, recipe, outline)
-    levels = outline.levels.spacing(request.steps, told.spacing)
+    fitted, notes = _fitted_with(request, recipe, outline)
+    levels = outline.levels.spacing(request.steps, fitted.spacing)
     interval = request.interval or scaled_interval(request.steps)
     segments = min(MOST_SEGMENTS, interval[1] - interval[0]) if request.segments is None else request.segments
     check_interval(interval, segments, levels)
     images, hashes, seen = read_targets(files, targets, outline.image_shape)
     notes += seen
 
-    denoiser = with_weights(outline, recipe.model.name, options, told.null_class)
+    denoiser = with_weights(outline, recipe.model.name, options, fitted.null_class)
     digest = model_digest(denoiser)
-    asked_of = [told.prompt or ""] if denoiser.prompted else [told.label or 0]
-    notes += make_ready(denoiser, [told.prompt or ""], placement, levels, asked_of)
+    asked_of = [fitted.prompt or ""] if denoiser.prompted else [fitted.label or 0]
+    notes += make_ready(denoiser, [fitted.prompt or ""], placement, levels, asked_of)
     epochs = EPOCHS[request.method] if request.epochs is None else request.epochs
-    request = replace(request, segments=segments, interval=interval, epochs=epochs, clamp=told.clamp, spacing=told.spacing)
+    request = replace(request, segments=segments, interval=interval, epochs=epochs, clamp=fitted.clamp, spacing=fitted.spacing)
     asked = {
         "model_sha256": digest,
         "targets_sha256": list(hashes),
         "dtype": recipe.model.dtype,
-        **asdict(told),
+        **asdict(fitted),
         "interval": list(interval),
         **{
             name: getattr(request, name)
             for name in ("segments", "steps", "score_scale", "method", "epochs", "lr", "spread_weight", "perturbation", "seed")
         },
     }
-    return InvertJob(request, out, denoiser, device, levels, told, images, asked, hashes, digest, _kept(out, asked), notes)
+    return InvertJob(request, out, denoiser, device, levels, fitted, images, asked, hashes, digest, _kept(out, asked), notes)
 
 
 def invert(job: InvertJob, progress: Progress | None = None) -> InvertSummary:
@@ -330,7 +330,7 @@ def _fitted(job: InvertJob, progress: Progress) -> Embeddings:
     finally:
         if begun:
             progress.end()
-    fitted = {**embeddings.fitted, **job.told.as_fitted_entry(), "asked": job.asked, "name": Path(asked.model["name"]).name}
+    fitted = {**embeddings.fitted, **job.fitted.as_fitted_entry(), "asked": job.asked, "name": Path(asked.model["name"]).name}
     return replace(embeddings, model=job.digest, fitted=fitted)
 
 
@@ -345,7 +345,7 @@ def reconstructed(job: InvertJob, embeddings: Embeddings) -> Tensor:
 
 def asked_denoiser(job: InvertJob) -> Denoiser:
     """The model as the embeddings shift its estimate."""
-    return Clamped(job.denoiser) if job.told.clamp else job.denoiser
+    return Clamped(job.denoiser) if job.fitted.clamp else job.denoiser
 
 
 @torch.no_grad()
@@ -356,38 +356,38 @@ def _encoded(job: InvertJob) -> Tensor:
 
 def _condition(job: InvertJob) -> Condition:
     n = len(job.targets)
-    if job.told.prompt is not None:
-        return job.denoiser.condition([job.told.prompt] * n)
-    return no_condition(job.denoiser, n) if job.told.label is None else job.denoiser.condition([job.told.label] * n)
+    if job.fitted.prompt is not None:
+        return job.denoiser.condition([job.fitted.prompt] * n)
+    return no_condition(job.denoiser, n) if job.fitted.label is None else job.denoiser.condition([job.fitted.label] * n)
 
 
 def scaled_interval(steps: int) -> tuple[int, int]:
-    """The paper's interval on a path of so many steps; one step at least."""
+    """The paper's interval on a path of this many steps; at least one step."""
     lo, hi, of = PAPER
     lower = lo * steps // of
     return lower, max(lower + 1, round(hi * steps / of))
 
 
-def _told(request: InvertRequest, recipe: Recipe, outline: NetworkDenoiser) -> tuple[Told, list[str]]:
-    """How the model is asked, with what was concluded of it."""
+def _fitted_with(request: InvertRequest, recipe: Recipe, outline: NetworkDenoiser) -> tuple[FittedWith, list[str]]:
+    """How the model is called, with notes on what was concluded."""
     pixels = outline.pixels
     if request.clamp and not pixels:
-        raise RequestError("clamp", True, "this model's latents have no range to be kept in", "Leave it out.")
+        raise RequestError("clamp", True, "this model works on latents, which have no fixed range", "Leave it out.")
     clamp = pixels if request.clamp is None else request.clamp
     spacing, asked = request.spacing or outline.levels.spacings[0], request.condition
     if outline.prompted:
-        return Told(prompt="" if asked in (None, NULL) else asked, clamp=clamp, spacing=spacing), []
+        return FittedWith(prompt="" if asked in (None, NULL) else asked, clamp=clamp, spacing=spacing), []
     if not outline.label_count:
         if asked not in (None, NULL):
-            raise RequestError("condition", asked, "this model is told nothing", "Leave it out.")
-        return Told(clamp=clamp, spacing=spacing), []
+            raise RequestError("condition", asked, "this model is unconditional", "Leave it out.")
+        return FittedWith(clamp=clamp, spacing=spacing), []
     labels = assign_labels(
         None,
         None,
         label_count=outline.label_count,
         names=recipe.model.classes or outline.classes,
         null_class=outline.null_class,
-        may_have_null=null_may_be_unsaid(outline),
+        may_have_null=outline.null_may_be_unstated,
     )
     null, notes = labels.null_class, [note for note in labels.notes if labels.null_class is not None]
     if asked in (None, NULL):
@@ -395,8 +395,8 @@ def _told(request: InvertRequest, recipe: Recipe, outline: NetworkDenoiser) -> t
             raise RequestError(
                 "condition",
                 asked,
-                "this model is told labels, and none that stands for no class is known",
-                "Name the class to be told (--condition), or that label (--null-class).",
+                "this model takes labels, and its null class is unknown",
+                "Name a class (--condition), or the null class's label (--null-class).",
             )
         label = null
     elif asked in labels.of:
@@ -405,7 +405,7 @@ def _told(request: InvertRequest, recipe: Recipe, outline: NetworkDenoiser) -> t
         label = int(asked)
     else:
         raise RequestError("condition", asked, "the model knows no such class", did_you_mean(asked, labels.of, "It knows"))
-    return Told(label=label, null_class=null, clamp=clamp, spacing=spacing), notes
+    return FittedWith(label=label, null_class=null, clamp=clamp, spacing=spacing), notes
 
 
 def _writable(out: Path) -> Path:

@@ -21,7 +21,7 @@ from handful.data.exemplars import Exemplars
 from handful.data.sources import ONLY_CLASS, labelled_files
 from handful.errors import HandfulError, RequestError, first_line
 from handful.features.extractor import FeatureExtractor
-from handful.guidance.classifier import classifying
+from handful.guidance.classifier import class_request
 from handful.guidance.method import PotentialRequest, TermRequest, energy_columns, named, needing, potentials
 from handful.models import load, skeleton
 from handful.models.options import ModelOptions
@@ -33,7 +33,7 @@ from handful.recipe.file import PROVENANCE, anchored
 from handful.recipe.inverting import Inverted, read_inversion
 from handful.recipe.plan import Cohort, plan_cohorts, setting_of
 from handful.recipe.prompting import all_prompts
-from handful.recipe.resolve import Settled, complete, model_options, settle
+from handful.recipe.resolve import Resolved, complete, model_options, resolve
 from handful.recipe.schema import MixRequest, Recipe, with_new_fields
 from handful.runs.claims import Timeouts
 from handful.runs.comparison import changed_versions, compared
@@ -205,11 +205,11 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     settings = []
     for number, way in enumerate(ways):
         with named(places[number]) if mix else nullcontext():
-            settings.append(settle(recipe.model_copy(update=way), outline, found, inverted))
-    settled = settings[0]
+            settings.append(resolve(recipe.model_copy(update=way), outline, found, inverted))
+    resolved = settings[0]
     placement = placement_of(recipe, device)
     check_placement(outline, placement)
-    recipe, labels = settled.recipe, settled.labels
+    recipe, labels = resolved.recipe, resolved.labels
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": str(device)})})
     notes += labels.notes
     check_class_names(labels.of, "classes")
@@ -237,27 +237,27 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     for index, term in potentials(guidance):
         with named(at[index]):
             seen = _tried(term, extractors[term.key], outline)
-            if (asked := classifying(term)) is not None:
+            if (asked := class_request(term)) is not None:
                 names, classes = extractors[term.key].classes, labels.model_classes or outline.classes
                 for name, target in targets_of(asked, names, seen.shape[1], labels.of, classes).items():
                     targets[name][index] = target
 
     denoiser = with_weights(outline, recipe.model.name, options, labels.null_class)
     provenance = provenance_of(
-        denoiser, device, settled.levels, exemplars, extractors, notes, inverted.sha256 if inverted else None
+        denoiser, device, resolved.levels, exemplars, extractors, notes, inverted.sha256 if inverted else None
     )
     if inverted is not None:
         inverted.check(denoiser, provenance["model_sha256"])
     prompts = all_prompts(recipe.model.prompts)
     told = prompts[:1] if denoiser.prompted else [next(iter(labels.of.values()), 0) or 0]
     compared = any(term.scale for _, term in needing(guidance, "null condition"))
-    if denoiser.prompted and compared and settled.levels.steps <= FEW_STEPS:
+    if denoiser.prompted and compared and resolved.levels.steps <= FEW_STEPS:
         notes.append(
-            f"guidance with a null condition at {settled.levels.steps} steps: models that were distilled for few steps "
+            f"guidance with a null condition at {resolved.levels.steps} steps: models that were distilled for few steps "
             "have theirs inside, and take no more of it; scale 0, or chamfer, leaves it as it is"
         )
     notes += too_few_left(recipe, {name: counts[name] for name in labels.of if name in counts}) if counts else []
-    notes += make_ready(denoiser, prompts, placement, settled.levels, told)
+    notes += make_ready(denoiser, prompts, placement, resolved.levels, told)
     columns = [column for each in settings for column in energy_columns(each.recipe.guidance or ()) if column]
     energies = list(dict.fromkeys(columns))
     recipe, cohorts, planned = _planned(recipe, labels.of, asked_classes, kept)
@@ -271,7 +271,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         directory,
         denoiser,
         device,
-        settled.levels,
+        resolved.levels,
         exemplars,
         extractors,
         cohorts,
@@ -295,7 +295,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
 def _mixed(
     recipe: Recipe,
     mix: Sequence[MixRequest],
-    settings: Sequence[Settled],
+    settings: Sequence[Resolved],
     targets: Mapping[str, Mapping[int, int]],
     cohorts: Sequence[Cohort],
 ) -> tuple[Recipe, list[Setting]]:

@@ -46,7 +46,7 @@ from handful.runs.manifest import DONE
 from handful.runs.metadata import drawn_json
 from handful.runs.progress import Progress
 from handful.runs.provenance import CONTENTS, describe_device
-from handful.runs.run_directory import EXEMPLARS, PLAN, RECIPE, Plan, full_disk_told
+from handful.runs.run_directory import EXEMPLARS, PLAN, RECIPE, Plan, explain_full_disk
 
 __all__ = ["Job", "RunSummary", "prepare", "run"]
 
@@ -155,7 +155,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         with ExitStack() as stack:
-            stack.enter_context(full_disk_told(self.job.directory.path))
+            stack.enter_context(explain_full_disk(self.job.directory.path))
             stack.enter_context(at_work(self.job, self.claims, lambda alone: _write_request(self.job, alone)))
             stack.enter_context(same_arithmetic(self.job.threads))
             self._stack = stack.pop_all()
@@ -398,7 +398,7 @@ def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Te
 def _condition(job: Job, cohort: Cohort, guided: Guided, seeds: Sequence[int]) -> Condition:
     if job.denoiser.prompted:
         return guided.condition([prompt_for(job.recipe.model.prompts[cohort.class_name], seed) for seed in seeds])
-    label = job.inverted.told.label if job.inverted else cohort.label or 0
+    label = job.inverted.fitted.label if job.inverted else cohort.label or 0
     return no_condition(guided, cohort.count) if label is None else guided.condition([label] * cohort.count)
 
 

@@ -43,7 +43,7 @@ class Method(NamedTuple):
 METHODS: dict[str, Method] = {
     "chamfer": Method("handful.guidance.chamfer", "ChamferRequest", "nearest exemplars; the default where there are some"),
     "energy": Method("handful.guidance.energy", "EnergyRequest", "all exemplars at once, for few of them"),
-    "auto": Method("handful.guidance.auto", "AutoRequest", "energy, as strongly as the exemplars lie off the model's images"),
+    "auto": Method("handful.guidance.auto", "AutoRequest", "energy; its strength is measured at each step"),
     "classifier": Method("handful.guidance.classifier", "ClassifierRequest", "a classifier of clean images, or CLIP"),
     "noisy-classifier": Method(
         "handful.guidance.noisy_classifier", "NoisyClassifierRequest", "a classifier trained on noisy images"

@@ -38,7 +38,7 @@ def _open_end(interval: object) -> object:
 def _rising(interval: tuple[float, float | None]) -> tuple[float, float | None]:
     low, high = interval
     if high is not None and high < low:
-        raise ValueError("it must rise: (low, high), low <= high")
+        raise ValueError("the low end comes first: (low, high), low <= high")
     return interval
 
 
@@ -102,7 +102,7 @@ class Step:
         x_t: (n, c, h, w).
         level, condition: As given.
         x0_hat: The unguided estimate, the shape of x_t.
-        chunk: At most so many images at once through the denoiser; None for all.
+        chunk: At most this many images at once through the denoiser; None for all.
     """
 
     denoiser: Denoiser
@@ -123,7 +123,7 @@ class Guidance(ABC):
     """A term of `Guided`. Scale 0 is no guidance, for every term.
 
     Class attributes:
-        shifts: Whether it moves x0_hat; one that only changes what the network is told does not, and costs nothing more.
+        shifts: Whether it moves x0_hat. A term that only changes the condition does not, and costs no evaluation.
     """
 
     name: ClassVar[str]
@@ -142,7 +142,7 @@ class Guidance(ABC):
         """Called where a path of levels starts (and off a path at every evaluation): forget what was kept of the last one."""
 
     def tell(self, condition: Condition, level: Level) -> Condition:
-        """What the network is told instead, while the term acts; most change nothing."""
+        """The condition that the network gets while the term acts; most terms leave it unchanged."""
         return condition
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Smoothing(Request):
     Attributes:
         samples: Views; 1 with nothing else set is the potential itself.
         noise: Deviation of Gaussian noise, in units of r = sigma / sqrt(alpha^2 + sigma^2), so that it ends with the noise.
-        shift: Images are moved by up to so many pixels each way.
+        shift: Images are moved by up to this many pixels in each direction.
         flip: Every second view is mirrored: for photographs, not for digits.
     """
 
@@ -212,7 +212,7 @@ class Pull(Request):
             sin(pi i / N) * max V) * scale * -g, V the variance that is sampled with (EluCD on DDPM); "before", x_t += alpha_t *
             shift before the step is evaluated (EluCD on EDM). "held" and "ancestral" look at the x0_hat that the sample is
             made of, with the shifts of terms that are no potentials (classifier-free guidance's).
-        inner: So many gradient steps on x0_hat, each of the full strength (Universal guidance, TFG); not through the
+        inner: The number of gradient steps on x0_hat, each of the full strength (Universal guidance, TFG); not through the
             denoiser, so with a gaussian or identity jacobian.
         smoothing: See `Smoothing`.
     """
@@ -236,11 +236,11 @@ class Pull(Request):
             raise RequestError(
                 "inner",
                 self.inner,
-                "inner steps move x0_hat, not what lies before the denoiser",
+                "inner steps move x0_hat; they can't go back through the denoiser",
                 "Use a gaussian or identity jacobian, the input x0_hat and the rule shift or held, or inner 1.",
             )
         if self.rule == "before" and self.input not in ("x_t", "state"):
-            raise RequestError("input", self.input, "before a step there is no estimate yet", "Use the input x_t.")
+            raise RequestError("input", self.input, "the rule before acts where there is no estimate yet", "Use the input x_t.")
         if self.rule == "ancestral" and (self.normalize != "none" or self.jacobian == "exact"):
             raise RequestError(
                 "normalize, jacobian",
@@ -274,7 +274,7 @@ class Potential(Guidance):
         return self
 
     def measured(self, level: Level) -> float | Tensor:
-        """Its strength once it has seen the images: for most what it was before."""
+        """Its strength once it has seen the images; most terms return `strength` unchanged."""
         return self.strength(level)
 
     def view(self, images: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class Potential(Guidance):
         """What `view` saw of the cohort, (n, D) -> energy: shape () for a set, (n,) for images; lowered."""
 
     def shift(self, step: Step) -> Tensor:
-        raise TypeError("potentials share one backward pass: Guided takes their shift")
+        raise TypeError("potentials share one backward pass, so only Guided computes their shift")
 
 
 class ExemplarPotential(Potential):

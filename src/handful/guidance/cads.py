@@ -1,6 +1,6 @@
 """CADS: condition-annealed diffusion sampling (Sadat et al., ICLR 2024, arXiv 2310.17347), usually beside CFG.
 
-What the network is told, y (a prompt's embeddings, or the network's own embedding of a class), is noised early on the path
+The condition y (a prompt's embeddings, or the network's own embedding of a class), is noised early on the path
 and clean at its end. With t the time left, 1 at the path's start and 0 at its last step, at each step anew:
 
     y'  = sqrt(g) y + s sqrt(1 - g) n          n standard normal;   g = 1 up to tau1, 0 from tau2 on, linear between
@@ -42,7 +42,7 @@ def annealed(y: Tensor, noise: Tensor, g: float, s: float, psi: float) -> Tensor
     """y'', above.
 
     Args:
-        y: What the network is told, (n, ...).
+        y: The condition's embedding, (n, ...).
         noise: Standard normal, its shape.
         g: Share of the signal, 0 to 1.
         s: Scale of the noise.
@@ -83,7 +83,7 @@ class CADSRequest(TermRequest):
             raise RequestError(
                 "tau1, tau2",
                 (self.tau1, self.tau2),
-                "the condition is clean up to tau1 and noise from tau2 on, so tau1 <= tau2",
+                "tau1 must not be above tau2: the condition is clean up to tau1, and pure noise from tau2 on",
                 "The defaults are 0.6 and 0.9.",
             )
         return self
@@ -93,10 +93,10 @@ class CADSRequest(TermRequest):
 
 
 class CADS(Guidance):
-    """Noise on what the network is told, for cohorts that differ more. It shifts nothing and costs no evaluation.
+    """Noise on the condition, for cohorts that differ more. It shifts nothing and costs no evaluation.
 
     Args:
-        seeds: One an image of the cohort. An image's noise is a function of its seed and the step, so a step that is
+        seeds: One per image of the cohort. An image's noise is a function of its seed and the step, so a step that is
             evaluated twice (Heun, recurrence) sees the same.
         scale: s, in units of the embedding.
         tau1, tau2, mix: See `CADSRequest`.
@@ -134,7 +134,7 @@ class CADS(Guidance):
         """The condition noised: embeddings themselves, labels by a perturbation of what the network makes of them.
 
         Raises:
-            RequestError: If the network is told nothing that could be noised, or a term has noised its labels already.
+            RequestError: If the network has no condition, or another term has noised its labels already.
         """
         g = self.signal(level)
         if g == 1 or condition.nothing:
@@ -146,8 +146,8 @@ class CADS(Guidance):
             raise RequestError(
                 "guidance",
                 self.name,
-                "this model is told nothing that could be noised",
-                "Use a model of classes or prompts, or leave it out.",
+                "this model takes neither labels nor prompts, so there is nothing to put noise on",
+                "Use a model that takes labels or prompts, or leave this guidance out.",
             )
         if not found:
             if condition.perturbation is not None:
@@ -164,7 +164,7 @@ class Annealing:
     """The noise of some images at one step, put on any embedding of theirs.
 
     Attributes:
-        seeds: One an image.
+        seeds: One per image.
         index: The step's.
         g, s, psi: As for `annealed`.
     """
@@ -180,7 +180,7 @@ class Annealing:
         return replace(self, seeds=self.seeds[part], _drawn={})
 
     def __call__(self, embedding: Tensor) -> Tensor:
-        """A network's embedding of the labels (n, ...) -> noised. Every layer's own, as DiT's, is given the same noise."""
+        """A network's embedding of the labels (n, ...) -> noised. All layers' embeddings (DiT) get the same noise."""
         return self._noised(embedding, _LABEL)
 
     def of(self, embedding: Tensor, name: str) -> Tensor:
@@ -189,7 +189,7 @@ class Annealing:
 
     def _noised(self, embedding: Tensor, which: int) -> Tensor:
         if len(embedding) != len(self.seeds):
-            raise ValueError(f"the cohort has {len(embedding)} images, and CADS the seeds of {len(self.seeds)}")
+            raise ValueError(f"the cohort has {len(embedding)} images, and CADS has {len(self.seeds)} seeds")
         shape = tuple(embedding.shape[1:])
         key = (which, *shape)
         if key not in self._drawn:

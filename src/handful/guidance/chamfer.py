@@ -90,7 +90,7 @@ class ChamferRequest(ByExemplarsRequest):
             raise RequestError(
                 "margin",
                 self.margin,
-                "a single exemplar has no neighbour to measure it by",
+                "the margin is measured between neighbours, and a single exemplar has none",
                 "Use 0, the paper's formula, or 2 or more exemplars of each class.",
             )
 

@@ -51,9 +51,9 @@ def tempered_energy(logits: Tensor, target: Target, tau1: float = 1.0, tau2: flo
 
 
 def _name_or_number(value: object) -> object:
-    """Said in one sentence, where a union would say its members' one by one."""
+    """One message, where pydantic would give one for each member of the union."""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise PydanticCustomError("name_or_number", "it is no name and no whole number")
+        raise PydanticCustomError("name_or_number", "it is neither a name nor a whole number")
     return value
 
 
@@ -61,14 +61,14 @@ Above0 = Annotated[float, Field(gt=0)]
 NAME_IT = "Name a classifier (--classifier NAME): a directory or hub name of transformers, FILE.py:FUNCTION, clip."
 
 
-class ClassifyingRequest(PotentialRequest):
-    """Guidance to a class, as a classifier tells it.
+class ClassRequest(PotentialRequest):
+    """Guidance to a class, by a classifier.
 
     Attributes:
         classifier: The network.
         classes: Which of the classifier's classes (name or number) each class to generate is; those that are not named
             here are matched by name, or, where the classifier's classes have no names, by the model's labels.
-        by_label: The classifier numbers its classes as the model its labels, whatever they are called.
+        by_label: The classifier's class numbers are the model's labels; their names are not compared.
         tau1, tau2: The inverse temperatures: -(tau1 f_y - logsumexp(tau2 f)).
     """
 
@@ -87,12 +87,12 @@ class ClassifyingRequest(PotentialRequest):
         return self
 
 
-def classifying(request: TermRequest) -> ClassifyingRequest | None:
-    """The request, where it must know which of a classifier's classes each class is."""
-    return request if isinstance(request, ClassifyingRequest) else None
+def class_request(request: TermRequest) -> ClassRequest | None:
+    """The request, if it must match the classes to a classifier's; else None."""
+    return request if isinstance(request, ClassRequest) else None
 
 
-class ClassifierRequest(ClassifyingRequest):
+class ClassifierRequest(ClassRequest):
     """Guidance by a classifier of clean images (EluCD).
 
     The gaussian jacobian is the default: with Softplus 3 more of its gain survived than of the exact one's, at half the price
@@ -173,7 +173,7 @@ class Classifier(Potential):
     ) -> None:
         super().__init__(classifier, scale, timing, pull)
         if not classifier.is_classifier:
-            raise RequestError("classifier", classifier.name, "it has no logits", "Name an image classifier.")
+            raise RequestError("classifier", classifier.name, "this network has no logits", "Name an image classifier.")
         ClassifierRequest(classifier="it", tau1=tau1, tau2=tau2, temperatures=tuple(temperatures))
         self.target, self.tau1, self.tau2, self.temperatures = target, tau1, tau2, tuple(temperatures)
         self.temperature = 1.0  # of finished images

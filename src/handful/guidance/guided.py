@@ -40,7 +40,7 @@ class Guided(Around):
     Args:
         denoiser: Any denoiser, a guided one too.
         terms: Guidance terms; their shifts add up.
-        chunk: At most so many images at once through the networks; None takes the whole cohort and halves it for as
+        chunk: At most this many images at once through the networks; None takes the whole cohort and halves it for as
             long as the device is out of memory. A guided denoiser inside takes whole cohorts: chunk it, not this.
     """
 
@@ -49,7 +49,7 @@ class Guided(Around):
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk must be 1 or more, not {chunk}")
         if chunk is not None and isinstance(denoiser, Guided):
-            raise ValueError("chunk: the guided denoiser inside couples its cohort; give the chunk to that one")
+            raise ValueError("chunk: the guided denoiser inside needs its whole cohort at once; set chunk on that one")
         self.terms, self.chunk = tuple(terms), chunk
         self._held: dict[Turn, Tensor] = {}
         self._moves: dict[int, list[tuple[Turn, Tensor]]] = {}  # by a step's index: what its end does to the sample
@@ -99,10 +99,10 @@ class Guided(Around):
             with any_range():  # estimates are no finished images
                 return call()
 
-        def told(now: int, then: int) -> None:
+        def report(now: int, then: int) -> None:
             warnings.warn(f"out of memory with {now} images at once; going on with {then}", stacklevel=5)
 
-        return in_smaller_parts(at_most, 1 if inside else whole, told)
+        return in_smaller_parts(at_most, 1 if inside else whole, report)
 
     def _parts(self, x_t: Tensor, level: Level, condition: Condition) -> tuple[Tensor, Tensor | None]:
         if not level.index:
@@ -118,8 +118,8 @@ class Guided(Around):
             raise RequestError(
                 "guidance",
                 names,
-                "no embedding of its labels is known of this model",
-                "Leave it out, or say in the denoiser's label_embeddings which modules it is.",
+                "handful does not know where this model embeds its labels",
+                "Leave this guidance out, or return those modules from the denoiser's label_embeddings.",
             )
         due = _by_turn(term for term in self._potentials(level) if term.pull.rule != "before")
         shifts = [
@@ -376,7 +376,7 @@ def _radius(level: Level) -> float:
 
 
 def _absolute_factor(pull: Pull, level: Level) -> float:
-    """What multiplies an unnormalised gradient; at alpha = 0 x_t says nothing of the image, and no potential acts."""
+    """What multiplies an unnormalised gradient; at alpha = 0 x_t holds nothing of the image, and no potential acts."""
     if pull.jacobian == "gaussian" and pull.input in ("x0_hat", "blend"):
         return _radius(level) ** 2
     return float(level.sigma**2 / level.alpha) if level.alpha > 0 else 0.0

@@ -43,15 +43,17 @@ class Guider(Guidance):
     def __init__(self, guider: Any, scale: float = 1.0, *, space: Prediction = "x0", timing: Timing | None = None) -> None:
         super().__init__(scale, timing)
         if space not in get_args(Prediction):
-            raise RequestError("space", space, "no network predicts that", f"Choose one of: {', '.join(get_args(Prediction))}.")
+            raise RequestError(
+                "space", space, "no such prediction is known", f"Choose one of: {', '.join(get_args(Prediction))}."
+            )
         refuse_unless_mixing(guider)
         for name, whole in (("start", 0.0), ("stop", 1.0)):
-            told = guider.config.get(name, whole)
-            if any(each != whole for each in (told if isinstance(told, (list, tuple)) else [told])):
+            value = guider.config.get(name, whole)
+            if any(each != whole for each in (value if isinstance(value, (list, tuple)) else [value])):
                 raise RequestError(
                     name,
-                    told,
-                    f"{type(guider).__name__} counts it in a pipeline's steps, which a term can't",
+                    value,
+                    f"{type(guider).__name__} counts in a pipeline's steps, which a term does not know",
                     f"Leave it at {whole} and pass timing=Timing(interval=(start, stop)).",
                 )
         self.guider: Any = guider
@@ -75,7 +77,7 @@ class Guider(Guidance):
         return self.strength(level) * denoised_from(self.space, torch.zeros_like(x_t), change, level)
 
     def _advanced(self, step: Step) -> Any:
-        """The guider as it stands at this level, its momentum that of the levels before."""
+        """The guider at this level; its momentum comes from the levels before."""
         index, time = step.level.index, step.denoiser.levels.time(step.level)
         if self._now is None:
             self._now = deepcopy(self.guider)
@@ -98,7 +100,7 @@ def _mixed(guider: Any, conditional: Tensor, null: Tensor | None) -> Tensor:
 
 
 def refuse_unless_mixing(guider: Any) -> None:
-    """Refuses what is no guider of diffusers, or one that does more than mix two predictions.
+    """Refuses anything but a guider of diffusers that only mixes two predictions.
 
     Raises:
         RequestError: Naming the guider's class.
@@ -110,7 +112,7 @@ def refuse_unless_mixing(guider: Any) -> None:
         raise RequestError(
             "guider",
             kind.__name__,
-            "it is no guider of diffusers",
+            "it is not a guider of diffusers",
             "Give one of diffusers.guiders, such as AdaptiveProjectedGuidance().",
         )
     needs: Any = guider._input_predictions

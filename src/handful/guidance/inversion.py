@@ -214,7 +214,7 @@ class InversionRequest(TermRequest):
         return Path(self.embeddings).expanduser()
 
     def build(self, context: Context) -> Inversion:
-        assert context.embeddings is not None, "a recipe with inversion has its embeddings read (recipe/inverting.py)"
+        assert context.embeddings is not None, "embeddings: read the file first (handful.recipe.inverting.read_inversion)"
         options = {"exchange": self.exchange, "perturbation": self.perturbation}
         return Inversion(context.embeddings, context.seeds, self.scale, **options, timing=self.timing())
 
@@ -228,7 +228,7 @@ class Inversion(Guidance):
 
     Args:
         embeddings: Of the targets.
-        seeds: One an image of the cohort, in its order.
+        seeds: One per image of the cohort, in its order.
         scale: 1 is the strength of the fit, 0 no guidance.
         exchange: See `InversionRequest`.
         own: The place of each image's own target, from which it starts; None chooses by its seed.
@@ -260,7 +260,7 @@ class Inversion(Guidance):
             raise RequestError(
                 "own",
                 own,
-                f"it names a target, 0 to {len(embeddings) - 1}, for each of {len(seeds)} images",
+                f"it must name a target (0 to {len(embeddings) - 1}) for each of {len(seeds)} images",
                 "Leave it out to have them chosen.",
             )
         self.embeddings, self.seeds, self.own = embeddings, list(seeds), own
@@ -273,7 +273,7 @@ class Inversion(Guidance):
     def shift(self, step: Step) -> Tensor:
         place = self.embeddings.step_of(step.level)
         if len(step.x_t) != len(self.seeds):
-            raise ValueError(f"the cohort has {len(step.x_t)} images, and this term the seeds of {len(self.seeds)}")
+            raise ValueError(f"the cohort has {len(step.x_t)} images, and this term has {len(self.seeds)} seeds")
         if place is None:
             return torch.zeros_like(step.x_t)
         score = self.embeddings.scale * self.embeddings.G[self.targets_at(place), self.embeddings.segment_of(place)]
@@ -311,7 +311,7 @@ def noised_start(x0: Tensor, which: Sequence[int], noise: Tensor, levels: Levels
         RequestError: If the path has no such step.
     """
     if not 1 <= hi <= levels.steps:
-        raise RequestError("interval", hi, f"a path of {levels.steps} steps does not go so far up", "Give it fewer steps.")
+        raise RequestError("interval", hi, f"the path has only {levels.steps} steps", "Give a smaller number of steps.")
     path = levels.last(hi)
     return noised(x0.to(noise)[list(which)], noise, path[0]), path
 
@@ -334,7 +334,7 @@ def reconstruct(
         seed: Of the noise, each target's its own.
         exchange, perturbation: As for `Inversion`; by default there is neither.
         condition: N conditions; None: `no_condition`.
-        chunk: At most so many images at once through the network.
+        chunk: At most this many images at once through the network.
 
     Returns:
         x0 (N, c, h, w), on the targets' device.
@@ -348,10 +348,10 @@ def reconstruct(
 
 
 def no_condition(denoiser: Denoiser, n: int) -> Condition:
-    """What tells the model nothing, n times.
+    """The condition "no class" for n images.
 
     Raises:
-        RequestError: If it must be told something.
+        RequestError: If the model takes labels and has no null class.
     """
     if denoiser.prompted:
         return denoiser.condition([""] * n)
@@ -359,8 +359,8 @@ def no_condition(denoiser: Denoiser, n: int) -> Condition:
         raise RequestError(
             "condition",
             None,
-            "this model is told labels and has none that stands for no class",
-            "Name the label with --null-class, or give a class.",
+            "this model takes labels, and has no null class",
+            "Name the null class's label with --null-class, or give a class.",
         )
     return denoiser.condition([denoiser.null_class or 0] * n)
 
@@ -376,22 +376,19 @@ def check_interval(interval: tuple[int, int], segments: int, levels: Levels) -> 
         raise RequestError(
             "interval",
             interval,
-            f"the guided steps lo <= i < hi lie within the path's 0 to {levels.steps}",
-            "Count the steps from the clean end, lo below hi; (5, 20) of 25 is the paper's.",
+            f"the interval (lo, hi) must lie within the path's steps, 0 to {levels.steps}, with lo below hi",
+            "Count the steps from the clean end; the paper's is (5, 20) of 25.",
         )
     if not 1 <= segments <= hi - lo:
         raise RequestError(
             "segments",
             segments,
-            f"{hi - lo} guided steps make 1 to {hi - lo} segments",
-            f"Use 1 for one embedding over all steps, {hi - lo} for one each.",
+            f"{hi - lo} guided steps can be cut into 1 to {hi - lo} segments",
+            f"Use 1 for one embedding over all steps, {hi - lo} for one per step.",
         )
     if not bool(levels.alpha[levels.steps - hi] > 0):
         raise RequestError(
-            "interval",
-            interval,
-            "it reaches up to pure noise, where there is no image to shift",
-            f"Let it end at {hi - 1} or below.",
+            "interval", interval, "it reaches pure noise, where there is no image to shift", f"Let it end at {hi - 1} or lower."
         )
 
 

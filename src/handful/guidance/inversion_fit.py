@@ -46,7 +46,7 @@ from handful.guidance.guided import Guided
 from handful.guidance.inversion import Embeddings, check_interval, no_condition, score_factor, segment_steps, target_keys
 
 Method = Literal["adam", "difference"]
-Told = Callable[[int, int, float], None]
+Progress = Callable[[int, int, float], None]
 
 STEPS = 25  # of the paper's path
 EPOCHS: dict[str, int] = {"adam": 120, "difference": 10}
@@ -57,7 +57,7 @@ _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's own
 
 @dataclass(frozen=True)
 class Parabola:
-    """What an epoch's draws say of the loss of a segment, without its spread: c - 2 mean(b G) + a mean(G^2)."""
+    """An epoch's estimate of a segment's loss, without its spread: c - 2 mean(b G) + a mean(G^2)."""
 
     a: float
     b: Tensor  # (N, c, h, w)
@@ -121,7 +121,7 @@ def fit(
     seed: int = 0,
     condition: Condition | None = None,
     chunk: int | None = None,
-    progress: Told | None = None,
+    progress: Progress | None = None,
     state: str | Path | None = None,
     model: str = "",
     hashes: Sequence[str] = (),
@@ -144,15 +144,15 @@ def fit(
         epochs: Of a segment; None: 10 for "difference", 120 for "adam" (the paper's).
         lr: Adam's.
         seed: Of all draws.
-        condition: What the model is told, N times; None: nothing (`no_condition`).
-        chunk: At most so many targets at once through the network, whose memory is that of a chunk. None: all of them, and
+        condition: The model's condition for N images; None: no class (`no_condition`).
+        chunk: At most this many targets at once through the network, whose memory is that of a chunk. None: all of them, and
             half as many for as long as the device is out of memory.
-        progress: Told of every epoch: segment, epoch, and at its draws the loss of the G before it.
+        progress: Called after every epoch: segment, epoch, and at its draws the loss of the G before it.
         state: A checkpoint, written at every segment's end and every few seconds; where it is there, the fit goes on from
             it. It is left there: delete it when the embeddings are saved.
         model: The digest of the model's weights, for `Embeddings.check`.
         hashes: The targets' content hashes, to be kept with the embeddings.
-        perturbation: What sampling shall use by default.
+        perturbation: What sampling uses by default.
 
     Raises:
         RequestError: If targets or settings don't fit the model or each other, or `state` is another fit's.
@@ -165,15 +165,15 @@ def fit(
     check_interval(interval, segments, levels)
     _check_targets(denoiser, targets, hashes)
     condition = condition or no_condition(denoiser, len(targets))
-    told = _told(condition)
-    if any(len(each) != len(targets) for each in told.values()):
-        lengths = sorted({len(each) for each in told.values()})
+    given = _tensors_of(condition)
+    if any(len(each) != len(targets) for each in given.values()):
+        lengths = sorted({len(each) for each in given.values()})
         raise RequestError("condition", lengths, f"there are {len(targets)} targets", "Give one condition for each.")
 
     x0 = targets.detach().float()
     how = {"method": method, "epochs": epochs, "lr": lr, "spread_weight": spread_weight, "seed": seed, "segments": segments}
     request = json.dumps([how, interval, scale, model]) + tensors_digest(
-        {"x0": x0, "alpha": levels.alpha, "sigma": levels.sigma, **told}
+        {"x0": x0, "alpha": levels.alpha, "sigma": levels.sigma, **given}
     )
     guided, keys = Guided(denoiser, (), chunk), target_keys(seed, len(x0))  # guided by nothing: for its chunks
     runs = segment_steps(interval, segments)
@@ -216,25 +216,30 @@ def _check_numbers(*, epochs: int, lr: float, scale: float, spread_weight: float
         ("seed", seed, 0),
     ):
         if not (math.isfinite(value) and value >= least):
-            raise RequestError(name, value, f"it is a finite number, {least} or more", f"Use {least} or more.")
+            raise RequestError(name, value, f"it must be a finite number, {least} or more", f"Use {least} or more.")
     for name, value in (("lr", lr), ("scale", scale)):
         if not (math.isfinite(value) and value > 0):
-            raise RequestError(name, value, "it is a finite number above 0", "Leave it out for the paper's.")
+            raise RequestError(name, value, "it must be a finite number above 0", "Leave it out for the paper's value.")
 
 
 def _check_targets(denoiser: Denoiser, targets: Tensor, hashes: Sequence[str]) -> None:
     if targets.ndim != 4 or not len(targets):
-        raise RequestError("targets", tuple(targets.shape), "they are (N, c, h, w), N >= 1", "Give one image or more.")
+        raise RequestError(
+            "targets", tuple(targets.shape), "targets have the shape (N, c, h, w), N >= 1", "Give one image or more."
+        )
     have, want = tuple(targets.shape[1:]), tuple(denoiser.shape)
     if have != want:
         shown = " x ".join(map(str, want))
         if have == tuple(denoiser.image_shape):
-            problem, remedy = f"they are images, and the model has latents of {shown}", "Encode them first (denoiser.encode)."
+            problem, remedy = (
+                f"these are images, and the model works on latents of {shown}",
+                "Encode them first (denoiser.encode).",
+            )
         elif have[0] != want[0]:
-            problem = f"they have {have[0]} channel{'s' * (have[0] != 1)}, and the model {want[0]}"
+            problem = f"they have {have[0]} channel{'s' * (have[0] != 1)}, and the model takes {want[0]}"
             remedy = f"Read them with {want[0]} channel{'s' * (want[0] != 1)}."
         else:
-            problem, remedy = f"the model has {shown}", f"Resize them to {want[1]} x {want[2]}."
+            problem, remedy = f"the model takes {shown}", f"Resize them to {want[1]} x {want[2]}."
         raise RequestError("targets", have, problem, remedy)
     if not bool(targets.isfinite().all()):
         raise RequestError("targets", have, "they hold NaN or infinite values", "Read the images again.")
@@ -242,8 +247,8 @@ def _check_targets(denoiser: Denoiser, targets: Tensor, hashes: Sequence[str]) -
         raise RequestError("hashes", len(hashes), f"there are {len(targets)} targets", "Give one hash for each.")
 
 
-def _told(condition: Condition) -> dict[str, Tensor]:
-    """All that a condition tells, by name, n each."""
+def _tensors_of(condition: Condition) -> dict[str, Tensor]:
+    """The tensors of a condition by name, n rows each."""
     return {**({} if condition.labels is None else {"labels": condition.labels}), **condition.embeddings}
 
 
@@ -273,7 +278,7 @@ def _parabola(
     keys: Sequence[int],
     place: tuple[int, int],
 ) -> Parabola:
-    """What one guided DDIM step from each of the steps drawn says of the loss."""
+    """One guided DDIM step from each of the drawn steps, as an estimate of the loss."""
     a, b, c = 0.0, torch.zeros_like(x0), 0.0
     for draw, step in enumerate(steps):
         index = levels.steps - 1 - step
@@ -316,10 +321,10 @@ def _resumed(path: str | Path | None, request: str, x0: Tensor) -> _State | None
     """
     if path is None or not Path(path).exists():
         return None
-    remedy = "Delete it to begin anew, or name another."
+    remedy = "Delete the file to start again, or name another one."
     settings, tensors = unseal(path, _KIND, _VERSION, field="state", remedy=remedy)
     if settings.pop("request") != request:
-        raise RequestError("state", Path(path), "it belongs to a fit of other targets, settings or model", remedy)
+        raise RequestError("state", Path(path), "it belongs to a fit with other targets, settings or model", remedy)
     settings["losses"] = tuple(settings["losses"])
     G = tensors.pop("G")
     return _State(G, **{name: tensor.to(x0) for name, tensor in tensors.items()}, **settings)

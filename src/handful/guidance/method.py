@@ -139,7 +139,7 @@ class TermRequest(Timing):
 
     @property
     def advice(self) -> str:
-        """A sentence on what was left open and should not be; empty for none."""
+        """A note on a setting that was left open and matters; empty for none."""
         return ""
 
     def timing(self) -> Timing:
@@ -177,7 +177,7 @@ class PotentialRequest(TermRequest, Pull):
     @property
     @abstractmethod
     def looks(self) -> Looks:
-        """What it looks with."""
+        """The network that it looks with."""
 
     @property
     def key(self) -> str:
@@ -202,7 +202,7 @@ class PotentialRequest(TermRequest, Pull):
             raise RequestError(
                 "rule",
                 self.rule,
-                f"the sampler {sampler} has no step that it could move",
+                f"the rule does not work with the sampler {sampler}",
                 f"Use the sampler {' or '.join(fitting)}, or the rule shift.",
             )
 

@@ -16,17 +16,17 @@ from handful.core.noise import Level, Schedule
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import Potential, Pull, Timing
-from handful.guidance.classifier import ClassifyingRequest, Target, tempered_energy
+from handful.guidance.classifier import ClassRequest, Target, tempered_energy
 from handful.guidance.method import EXTRACTOR, Context, Looks
 
 _OWN: dict[str, JsonValue] = {
     "missing": "Name a function that returns it (--classifier FILE.py:FUNCTION).",
-    "problem": "it is no FILE.py:FUNCTION",
+    "problem": "it is not of the form FILE.py:FUNCTION",
     "remedy": "Name a function that returns a module of noisy states and the time.",
 }
 
 
-class NoisyClassifierRequest(ClassifyingRequest):
+class NoisyClassifierRequest(ClassRequest):
     """Guidance by a classifier of noisy images.
 
     Attributes:
@@ -44,7 +44,7 @@ class NoisyClassifierRequest(ClassifyingRequest):
         return Looks(self.classifier, "classifier", logits=True, noisy=True)
 
     def build(self, context: Context) -> NoisyClassifier:
-        assert context.levels is not None, "whoever makes terms of noisy states gives the schedule"
+        assert context.levels is not None, "schedule: a classifier of noisy states needs it"
         network = context.extractors[self.key].network
         taus = {"tau1": self.tau1, "tau2": self.tau2}
         return NoisyClassifier(network, context.levels, context.target, self.scale, **taus, **self.when())
@@ -56,7 +56,7 @@ class NoisyClassifier(Potential):
     It looks at x_t / n, not at an image, so no gradient goes through the denoiser: `pull.input` must be "state".
 
     Args:
-        classifier: A module, called with (n, c, h, w) and the time (n,) that the denoiser's own network is told; gives logits.
+        classifier: A module, called with (n, c, h, w) and the denoiser's time (n,); gives logits.
             Its weights are frozen.
         levels: The denoiser's schedule, which knows that time.
         target, scale, tau1, tau2, timing, pull: As for `Classifier`.
@@ -82,7 +82,9 @@ class NoisyClassifier(Potential):
     ) -> None:
         super().__init__(FeatureExtractor(self.name, classifier, channels=None), scale, timing, pull or Pull(input="state"))
         if self.pull.input != "state":
-            raise RequestError("input", self.pull.input, "a classifier of noisy images looks at the state", "Use state.")
+            raise RequestError(
+                "input", self.pull.input, "a classifier of noisy images looks at the noisy state itself", "Use state."
+            )
         NoisyClassifierRequest(classifier="it.py:it", tau1=tau1, tau2=tau2)
         self.levels, self.target, self.tau1, self.tau2 = levels, target, tau1, tau2
         self.time = torch.zeros(())

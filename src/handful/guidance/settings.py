@@ -1,6 +1,6 @@
 """What every part of a request is: data that is checked in one place, whether it comes from Python or from a file.
 
-A fault is said in our words, by its dotted name, its value, the problem and a remedy.
+An error is worded by us: the field's dotted name, its value, the problem and a remedy.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Request(BaseModel):
 
 
 def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:
-    """pydantic's faults as one error: the first, and the others behind it.
+    """pydantic's errors as one: the first, then the others.
 
     Args:
         whole: What was validated.
@@ -79,13 +79,13 @@ def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str
     if kind == "extra_forbidden":
         return field, value, "there is no such key", did_you_mean(name, keys, "Keys here")
     if kind == "missing":
-        return field, None, "it is missing", str(own.get("missing", "State it."))
+        return field, None, "it is missing", str(own.get("missing", "Add it."))
     if kind.startswith("union_tag"):
         given = value.get("method") if isinstance(value, Mapping) else value
-        return f"{field}.method", given, "there is no such guidance", did_you_mean(str(given), METHODS, "Methods")
+        return f"{field}.method", given, "there is no such guidance method", did_you_mean(str(given), METHODS, "Methods")
     if kind in ("model_type", "model_attributes_type", "dict_type"):
         inside = ", ".join(_keys(_part(whole, loc)))
-        return field, value, "this takes several keys, not one value", f"Write keys below it{inside and f': {inside}'}."
+        return field, value, "this takes several keys, not one value", f"Write its keys below it{inside and f': {inside}'}."
     if kind == "literal_error" and about:
         choices = [str(choice) for choice in _literals(about.annotation)]
         return field, value, "there is no such choice", did_you_mean(str(value), choices, "Choices")
@@ -97,17 +97,17 @@ def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str
         ("valid string", "text"),
     ):
         problem = problem.replace(theirs, ours)
-    remedy = "Correct it."
+    remedy = "Correct this value."
     if isinstance(value, str) and ("_type" in kind or "_parsing" in kind):
         remedy = "Write a plain number, without quotes." if kind.startswith(("int", "float")) else "Write it without quotes."
     elif kind == "finite_number":
-        problem, remedy = "it is not finite", "Write null where there shall be no limit."
+        problem, remedy = "it is not finite", "Write null for no limit."
     elif kind == "string_type":
         remedy = "Put quotes around it."
     elif kind == "string_pattern_mismatch":
         problem, remedy = str(own.get("problem", problem)), str(own.get("remedy", remedy))
     elif kind.startswith(("greater_than", "less_than")):
-        remedy = "Choose a number in that range."
+        remedy = "Choose a number in this range."
     elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a list", "list": "a list"}
         remedy = f"Give {wanted[kind.partition('_')[0]]}."
@@ -131,7 +131,7 @@ def _part(whole: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel] |
 
 
 def _keys(part: type[BaseModel] | None) -> dict[str, FieldInfo]:
-    """The fields of a model by what a file calls them."""
+    """The fields of a model by their names in a file."""
     return {info.alias or name: info for name, info in part.model_fields.items()} if part else {}
 
 

@@ -86,7 +86,7 @@ class Vendi(Potential):
     ) -> None:
         super().__init__(extractor, scale, timing, pull)
         if not order > 0:
-            raise RequestError("order", order, "an order is above 0", "Use 1 for the usual Vendi score.")
+            raise RequestError("order", order, "the order must be above 0", "Use 1 for the usual Vendi score.")
         self.order = order
 
     def energy(self, features: Tensor) -> Tensor:

@@ -263,7 +263,7 @@ class _Told(Denoiser):
                 "Give a denoiser of the same resolution, or use GuidanceCallback on the plain pipeline.",
             )
         x_t, progress = sample.float(), step / max(1, steps - 1)
-        alpha, sigma = level_told(self.levels, torch.as_tensor(told["timestep"]).double().cpu().flatten()[0])
+        alpha, sigma = level_of_time(self.levels, torch.as_tensor(told["timestep"]).double().cpu().flatten()[0])
         level = Level(alpha, sigma, step, progress)
         self._x0_hat = denoised_from(self.of.prediction, x_t, prediction.float(), level)
         return x_t, level
@@ -296,7 +296,7 @@ class _Told(Denoiser):
         return self.of.preview(x0, reduce)
 
 
-def level_told(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
+def level_of_time(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) of which `levels.time` tells the network `time`; all float64 of shape ().
 
     Raises:

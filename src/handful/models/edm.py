@@ -94,7 +94,7 @@ class EDMDenoiser(NetworkDenoiser):
         dtype = torch.float32 if half else weights
         sigma = self.levels.time(level).to(x.device, dtype).expand(len(x))
         with torch.autocast(x.device.type, weights) if half and not self._casts_itself else nullcontext():
-            return self.told(x.to(dtype), sigma, condition).to(x_t.dtype)
+            return self.perturbed_call(x.to(dtype), sigma, condition).to(x_t.dtype)
 
     @property
     def label_embeddings(self) -> Sequence[nn.Module]:

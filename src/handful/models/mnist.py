@@ -47,7 +47,7 @@ class MnistDenoiser(NetworkDenoiser):
         weights = self.network.pos_embed
         t = (2 * level.alpha / (2 * level.alpha + level.sigma)).to(weights).expand(len(x_t))
         scaled = (x_t / (2 * alpha + sigma)).to(weights) + t.view(-1, 1, 1, 1) / 2
-        return 2 * self.told(scaled, t, condition).to(x_t.dtype) - 1
+        return 2 * self.perturbed_call(scaled, t, condition).to(x_t.dtype) - 1
 
 
 def skeleton(source: Source, options: ModelOptions) -> MnistDenoiser:

@@ -17,7 +17,7 @@ class ModelOptions:
     """What a user may say of a model. A family refuses by name what it can't do.
 
     Attributes:
-        null_class: The label that stands for "no class"; None takes what the model says.
+        null_class: The label for "no class"; None takes the model's.
         classes: Names of its classes by label; None takes what the model says.
         dtype: The precision to load the weights in; None: float32.
         resolution: (height, width) of the images; None takes the model's own.

@@ -52,7 +52,7 @@ class Prompts:
         """
         for prompt in dict.fromkeys(prompts):
             if not isinstance(prompt, str):
-                raise RequestError("prompt", prompt, "this model is told prompts, not labels", "Give a text for each image.")
+                raise RequestError("prompt", prompt, "this model takes prompts, not labels", "Give a text for each image.")
             if prompt in self._kept:
                 continue
             encode = self._encode
@@ -216,7 +216,7 @@ def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
             raise RequestError(
                 f"model.{field}",
                 given,
-                "this model is told prompts, not labels",
+                "this model takes prompts, not labels",
                 "Leave it out, and give a prompt for each class.",
             )
     for component in options.without:

@@ -30,7 +30,7 @@ class _Labelled:
     """How a `UNet2DModel` is told its labels; stands before a denoiser among a class's bases."""
 
     network: Any
-    null_may_be_unsaid: bool = True  # diffusers' config has no field for it; other families say whether they have one
+    null_may_be_unstated: bool = True  # diffusers' config has no field for it; other families say whether they have one
 
     def condition(self, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
         return label_condition(self, labels)  # type: ignore[arg-type]  # the denoiser that it stands before

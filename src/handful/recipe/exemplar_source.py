@@ -1,4 +1,4 @@
-"""The exemplars that a recipe gives: listed before the model is known, drawn after, from a folder or a file of features."""
+"""The exemplars of a recipe, from a folder or a file of features: listed before the model is known, drawn after."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, dict[str, int] 
     if (file := features_file(asked.path)) is not None:
         stored = ExemplarFeatures.load(file)
         if "seed" in asked.model_fields_set and asked.seed != stored.seed:
-            problem = f"the draw in '{asked.path}' was made with seed {stored.seed}, and features can't be drawn anew"
-            raise RequestError("exemplars.seed", asked.seed, problem, "Leave it out, or give the folder of images.")
+            problem = f"the draw in '{asked.path}' was made with seed {stored.seed}, which a file of features can't change"
+            raise RequestError("exemplars.seed", asked.seed, problem, "Leave the seed out, or give the folder of images.")
         recipe = recipe.model_copy(update={"exemplars": asked.model_copy(update={"seed": stored.seed})})
         counts = stored.counts
     else:
@@ -46,8 +46,8 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, dict[str, int] 
             raise RequestError(
                 "out",
                 out,
-                f"it lies in the folder of exemplars '{asked.path}', and would be taken for a class of it",
-                "Choose an --out beside it.",
+                f"it is inside the folder of exemplars '{asked.path}', and would be read as a class",
+                "Choose an --out outside that folder.",
             )
         counts = labelled_files(asked.path, field="exemplars", flat=True).counts
     for name in recipe.classes or ():
@@ -96,10 +96,7 @@ def _refuse_few(path: str, wanted: int, counts: Mapping[str, int]) -> None:
     if few:
         listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         raise RequestError(
-            "exemplars.k",
-            wanted,
-            f"there are fewer in '{path}': {listed}",
-            f"Ask for {min(counts.values())} (--k), or add images.",
+            "exemplars.k", wanted, f"'{path}' has fewer: {listed}", f"Ask for {min(counts.values())} (--k), or add images."
         )
 
 
@@ -134,7 +131,7 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
             raise RequestError("start.of", recipe.start.of, problem, "Add a folder of another class, or leave it out.")
         return drawn  # whichever classes are generated: images stay the same when classes are added
     if recipe.start is not None:
-        problem = f"'{asked.path}' holds exemplars as features alone, and images start from images"
+        problem = f"'{asked.path}' holds only features, and images can start only from images"
         raise RequestError("start", recipe.start.as_text(), problem, "Give the folder of images, or leave out start.")
     drawn = ExemplarFeatures.load(file)
     if drawn.shape != image_shape:
@@ -142,7 +139,7 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
         raise RequestError(
             "exemplars",
             asked.path,
-            f"its features are of images of {theirs}, the model's are {ours}",
+            f"its features come from images of {theirs}, and the model makes images of {ours}",
             f"Make it for this model: handful exemplars DIR --model {recipe.model.name} ...",
         )
     drawn = drawn.only(classes)

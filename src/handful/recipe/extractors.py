@@ -15,7 +15,7 @@ from handful.features.class_numbers import number_of, places_of
 from handful.features.clip import clip_classifier, clip_skeleton, is_clip
 from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
 from handful.features.softplus import softened
-from handful.guidance.classifier import ClassifyingRequest
+from handful.guidance.classifier import ClassRequest
 from handful.guidance.method import PLAIN_TEMPLATE, Looks, Requests, potentials
 from handful.models.user_code import run_user_file
 
@@ -47,14 +47,14 @@ def load_for(looks: Looks, classes: Sequence[str] = (), *, meta: bool = False) -
         else:
             for name, given in (("prompts", dict(looks.prompts)), ("template", looks.template)):
                 if given:
-                    raise RequestError(name, given, f"'{looks.name}' takes none, only CLIP does", "Leave it out.")
+                    raise RequestError(name, given, f"'{looks.name}' takes no prompts; only CLIP does", "Leave it out.")
             extractor = (extractor_skeleton if meta else load_extractor)(looks.name)
     if looks.logits and not extractor.is_classifier:
         raise RequestError(
             looks.field,
             looks.name,
-            "it has no logits",
-            "Name an image classifier; a FILE.py:FUNCTION says by classify= of its FeatureExtractor what gives them.",
+            "this network has no logits",
+            "Name an image classifier. In FILE.py:FUNCTION, pass FeatureExtractor(classify=...) a function that gives logits.",
         )
     return extractor if looks.softplus is None else softened(extractor, looks.softplus)
 
@@ -67,7 +67,7 @@ def answer(looks: Looks, extractor: FeatureExtractor, images: Tensor) -> Tensor:
 
 
 def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool = True) -> dict[str, str]:
-    """What a CLIP is told of each class to generate; in class names underscores stand for spaces.
+    """CLIP's prompt for each class to generate; underscores in class names become spaces.
 
     Args:
         looks: With the prompts and the template.
@@ -84,33 +84,29 @@ def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool =
             "template",
             template,
             "it does not say where the class name goes",
-            'Write {}, and no other braces, as in "a photo of a {}".',
+            'Write {} and no other braces, as in "a photo of a {}".',
         )
     others = [name for name in given if name not in classes]
     if refuse_others and others and not set(classes) <= set(given):
-        raise RequestError("prompts", others[0], "no such class is generated", f"Those are: {_listed(classes)}.")
+        raise RequestError("prompts", others[0], "no such class is generated", f"The classes are: {_listed(classes)}.")
     prompts = {name: given.get(name, template.replace("{}", name.replace("_", " "))) for name in classes}
     said: dict[str, str] = {}
     for name, prompt in prompts.items():
         if not prompt.strip():
-            raise RequestError(f"prompts.{name}", prompt, "it says nothing", "Say what such an image shows.")
+            raise RequestError(f"prompts.{name}", prompt, "it is empty", "Describe what an image of this class shows.")
         if prompt in said:
             raise RequestError(
                 f"prompts.{name}",
                 prompt,
-                f"'{said[prompt]}' has the same, so that CLIP can't tell them apart",
-                "Give each class a prompt of its own.",
+                f"'{said[prompt]}' has the same prompt, and CLIP can't tell the two apart",
+                "Give each class another prompt.",
             )
         said[prompt] = name
     return prompts
 
 
 def targets_of(
-    request: ClassifyingRequest,
-    names: Sequence[str],
-    count: int,
-    labels: Mapping[str, int | None],
-    model_classes: Sequence[str],
+    request: ClassRequest, names: Sequence[str], count: int, labels: Mapping[str, int | None], model_classes: Sequence[str]
 ) -> dict[str, int]:
     """Which of the classifier's classes each class to generate is.
 
@@ -122,25 +118,25 @@ def targets_of(
         model_classes: The model's class names by label; empty where they are unknown.
 
     Raises:
-        RequestError: If a class has no counterpart that is certain, or the classifier has nothing to say.
+        RequestError: If a class has no counterpart that is certain, or the classifier has no gradient.
     """
     if names and len(names) != count:
         raise RequestError(
             "classifier",
             request.classifier,
-            f"it names {len(names)} classes and gives {count} logits",
+            f"it has names of {len(names)} classes, but {count} logits",
             "Name each of its classes, or none.",
         )
     if count == 1 and request.tau1 == request.tau2:
         raise RequestError(
             "tau2",
             request.tau2,
-            "of a single class log p(y | x) is 0, whatever the image shows",
-            "Use tau2 0, the logit alone, or a classifier of more classes (CLIP's are those that are generated).",
+            "with a single class log p(y | x) is always 0, so there is no gradient",
+            "Use tau2 0 (the logit alone), or a classifier with more classes. CLIP's classes are those you generate.",
         )
     unknown = [name for name in request.classes if name not in labels]
     if unknown and not set(labels) <= set(request.classes):
-        raise RequestError("classes", unknown[0], "no such class is generated", f"Those are: {_listed(labels)}.")
+        raise RequestError("classes", unknown[0], "no such class is generated", f"The classes are: {_listed(labels)}.")
     places = places_of(names)
     found: dict[str, int] = {}
     for name, label in labels.items():
@@ -149,7 +145,7 @@ def targets_of(
             found[name] = _within(f"classes.{name}", said, count)
         elif said is None and request.by_label:
             if label is None:
-                raise RequestError("by_label", True, "this model is told no labels", "Leave it out.")
+                raise RequestError("by_label", True, "this model takes no labels", "Leave by_label out.")
             found[name] = _within(f"by_label, class '{name}'", label, count)
         elif said is not None or names:
             found[name] = number_of(name, name if said is None else said, names, places)
@@ -161,7 +157,7 @@ def targets_of(
                 "classes",
                 name,
                 problem,
-                f"Say which it is: classes: {{{name}: NUMBER}}; or by_label: true, if it numbers them as the model does.",
+                f"Write its number: classes: {{{name}: NUMBER}}. Or by_label: true, if its numbers are the model's labels.",
             )
     return found
 
@@ -174,7 +170,7 @@ def _noisy(name: str) -> FeatureExtractor:
         raise RequestError(
             "classifier",
             name,
-            "it gives no torch module of noisy states",
+            "the function does not return a torch module of noisy states",
             "Return a module that takes (x_t / n, time) and gives logits.",
         )
     extractor = FeatureExtractor(name, network, channels=None)
@@ -184,7 +180,7 @@ def _noisy(name: str) -> FeatureExtractor:
 
 @contextmanager
 def _called(name: str) -> Iterator[None]:
-    """What a recipe may call the classifier, the loading of extractors calls features."""
+    """Loading reports the field as `features`; this reports it as the recipe calls it."""
     try:
         yield
     except RequestError as error:
@@ -194,7 +190,9 @@ def _called(name: str) -> Iterator[None]:
 
 def _within(field: str, number: int, count: int) -> int:
     if not 0 <= number < count:
-        raise RequestError(field, number, f"the classifier has {count} classes", f"Give 0 to {count - 1}, by classes.")
+        raise RequestError(
+            field, number, f"the classifier has {count} classes", f"Write a number from 0 to {count - 1} under classes."
+        )
     return number
 
 

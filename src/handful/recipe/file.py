@@ -1,4 +1,4 @@
-"""Recipes as YAML files, and what the command line lays over them.
+"""Recipes as YAML files, and the command line's options, which override them.
 
 Relative paths in a recipe are relative to the recipe's own file, so that a folder with a recipe and its exemplars can be
 moved; those given on the command line are relative to the working directory, as everywhere.
@@ -31,7 +31,7 @@ _TEXTS = ("model.template", "model.class_pattern", "model.negative_prompt")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which also refuses a key given twice (YAML's own takes the last in silence)."""
+    """The safe loader, which also refuses a key given twice (YAML itself takes the last without a word)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -183,7 +183,7 @@ def overridden(
     embeddings: str | None = None,
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Lays the command line over unchecked recipe data.
+    """Overrides unchecked recipe data by the command line's options.
 
     Args:
         data: What the file said, or {}.
@@ -208,7 +208,9 @@ def overridden(
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not all(key.split(".")):
-            raise RequestError("--set", setting, "this is not KEY=VALUE", "Write for instance --set sampler.steps=20.")
+            raise RequestError(
+                "--set", setting, "this is not of the form KEY=VALUE", "Write for instance --set sampler.steps=20."
+            )
         _put(result, key.split("."), _setting(key, text, setting), setting)
     return anchored(result, Path.cwd())
 
@@ -227,7 +229,12 @@ def _setting(key: str, text: str, setting: str) -> Any:
 def _terms(present: object, methods: Sequence[str]) -> list[dict[str, Any]]:
     if "none" in methods:
         if len(methods) > 1:
-            raise RequestError("--guidance", list(methods), "none stands alone", "Leave out none, or the others.")
+            raise RequestError(
+                "--guidance",
+                list(methods),
+                "none can't be combined with other methods",
+                "Give either none or the other methods.",
+            )
         return []
     terms = [term for term in present if isinstance(term, dict)] if isinstance(present, list) else []
     had = {term.get("method"): term for term in terms}
@@ -246,8 +253,8 @@ def _term_for(data: dict[str, Any], name: str, value: object) -> dict[str, Any]:
     terms = terms if isinstance(terms, list) else []
     fitting = [term for term in terms if name in _fields(term)]
     if len(fitting) != 1:
-        problem = "there is no guidance that it could be meant for" if not fitting else "several terms have one"
-        raise RequestError(f"--{name}", value, problem, f"Name the guidance, or write --set guidance.0.{name}={value}.")
+        problem = "there is no guidance that has this setting" if not fitting else "several guidance terms have this setting"
+        raise RequestError(f"--{name}", value, problem, f"Say which term is meant: --set guidance.0.{name}={value}.")
     return fitting[0]
 
 
@@ -281,4 +288,4 @@ def _put(data: dict[str, Any], keys: list[str], value: object, setting: str) -> 
                 here[key] = here.get(key) if here.get(key) is not None else {}
                 here = here[key]
         else:
-            raise RequestError("--set", setting, f"{'.'.join(keys[:depth])} is a single value", "Leave out what follows it.")
+            raise RequestError("--set", setting, f"{'.'.join(keys[:depth])} is a single value", "Leave out the keys after it.")

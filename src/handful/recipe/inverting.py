@@ -1,4 +1,4 @@
-"""What guidance by inversion (CRDI) decides of a run: its path, its start, and what the model is told.
+"""What guidance by inversion (CRDI) decides in a run: its path, its start, and the model's condition.
 
 Embeddings hold for the model, the levels, the clamp and the condition that they were fitted with and for no others, so a
 recipe takes these from their file, and what it says to the contrary is refused.
@@ -21,15 +21,15 @@ from handful.guidance.inversion import FIT_AGAIN, Embeddings, noised_start, own_
 from handful.guidance.method import Requests, named
 from handful.recipe.schema import Recipe
 
-_TOLD = "told"  # the key of `Embeddings.fitted`
+_KEY = "told"  # the key of `Embeddings.fitted`
 
 
 @dataclass(frozen=True)
-class Told:
-    """How the model was asked at the fit, and so must be at sampling. The defaults are `fit`'s own.
+class FittedWith:
+    """How the model was called at the fit, and so must be at sampling. The defaults are those of `fit`.
 
     Attributes:
-        label, prompt: The condition of every target; both None where the model was told nothing.
+        label, prompt: The condition of every target; both None for an unconditional model.
         null_class: The label for "no class" then; None where there was none.
         clamp: Whether its estimate was kept inside [-1, 1].
         spacing: The name of the path's spacing; None for levels of the caller's own.
@@ -42,30 +42,30 @@ class Told:
     spacing: str | None = None
 
     @classmethod
-    def of(cls, embeddings: Embeddings) -> Told:
+    def of(cls, embeddings: Embeddings) -> FittedWith:
         """What `as_fitted_entry` put there; the defaults where the library's user did not."""
-        return cls(**embeddings.fitted.get(_TOLD, {}))
+        return cls(**embeddings.fitted.get(_KEY, {}))
 
     def as_fitted_entry(self) -> Mapping[str, Any]:
         """An entry for `Embeddings.fitted`."""
-        return {_TOLD: asdict(self)}
+        return {_KEY: asdict(self)}
 
 
 @dataclass(frozen=True, eq=False)
 class Inverted:
-    """What a recipe's inversion term brings.
+    """What a recipe's inversion term reads from its file.
 
     Attributes:
         index: The term's place.
         embeddings: As read.
         sha256: Of their file.
-        told: How the model is asked.
+        fitted: How the model was called at the fit.
     """
 
     index: int
     embeddings: Embeddings
     sha256: str
-    told: Told
+    fitted: FittedWith
 
     @cached_property
     def levels(self) -> Levels:
@@ -104,13 +104,13 @@ def read_inversion(guidance: Requests) -> Inverted | None:
         raise RequestError(
             f"guidance[{found[1][0]}]",
             guidance[found[1][0]].method,
-            "an image starts from the targets of one inversion alone",
-            "Leave one of them out.",
+            "an image can start only from the targets of one inversion",
+            "Keep one of these terms.",
         )
     index, path = found[0]
     with named(index):
         embeddings = Embeddings.load(path)
-        return Inverted(index, embeddings, hashlib.sha256(path.read_bytes()).hexdigest(), Told.of(embeddings))
+        return Inverted(index, embeddings, hashlib.sha256(path.read_bytes()).hexdigest(), FittedWith.of(embeddings))
 
 
 def as_fitted(recipe: Recipe, inverted: Inverted) -> Recipe:
@@ -119,13 +119,15 @@ def as_fitted(recipe: Recipe, inverted: Inverted) -> Recipe:
     Raises:
         RequestError: If the recipe states others.
     """
-    sampler, told = recipe.sampler, inverted.told
-    update = {"steps": inverted.embeddings.levels.steps, "spacing": told.spacing, "clamp": told.clamp}
+    sampler, was = recipe.sampler, inverted.fitted
+    update = {"steps": inverted.embeddings.levels.steps, "spacing": was.spacing, "clamp": was.clamp}
     for name, fitted in update.items():
         given = getattr(sampler, name)
         if name in sampler.model_fields_set and given is not None and given != fitted:
-            was = "levels of their own" if fitted is None else f"{name} {str(fitted).lower()}"
-            raise RequestError(f"sampler.{name}", given, f"the embeddings were fitted with {was}", f"Leave it out. {FIT_AGAIN}")
+            shown = "levels without a name" if fitted is None else f"{name} {str(fitted).lower()}"
+            raise RequestError(
+                f"sampler.{name}", given, f"the embeddings were fitted with {shown}", f"Leave it out. {FIT_AGAIN}"
+            )
     if "name" not in sampler.model_fields_set:
         update["name"] = "ddim"
     return recipe.model_copy(update={"sampler": sampler.model_copy(update=update)})

@@ -31,7 +31,7 @@ class Cohort:
 
     Attributes:
         class_name: Also the name of its folder.
-        label: What the model is told; None for an unconditional one.
+        label: The model's label; None for an unconditional model.
         index: Its place among the cohorts of its class.
         first, count: Its images are number first to first + count - 1 of the class.
     """
@@ -44,7 +44,7 @@ class Cohort:
 
     @property
     def key(self) -> str:
-        """Its name on disk; the index comes last and has four digits or more, so two cohorts never share one."""
+        """Its name on disk. The index comes last and has at least four digits, so no two cohorts share a name."""
         return f"{self.class_name}-{self.index:04d}"
 
     def __str__(self) -> str:
@@ -91,7 +91,7 @@ def assign_labels(
         label_count: Labels that the model takes, the null class included; 0 for an unconditional model.
         names: The model's class names by label, without the null class; empty where unknown.
         null_class: The label for "no class", where it is known.
-        may_have_null: Whether one of the labels may stand for "no class" without the model saying so.
+        may_have_null: Whether one of the labels may be the null class though the model does not state it.
         said: By class what the user says its label is: a number, a name of the model's, a synset of ImageNet.
 
     Raises:
@@ -99,7 +99,7 @@ def assign_labels(
     """
     if wanted is not None and len(set(wanted)) < len(wanted):
         twice = next(name for name in wanted if list(wanted).count(name) > 1)
-        raise RequestError("classes", twice, "it is named twice", "Name each class once.")
+        raise RequestError("classes", twice, "this class is named twice", "Name each class once.")
     missing = [name for name in wanted or () if found is not None and name not in found]
     if missing:
         raise RequestError(
@@ -128,7 +128,7 @@ def assign_labels(
     if may_have_null and null_class is None and counts == label_count - 1 and _could_be_all(names or found or (), label_count):
         null_class = label_count - 1
         notes.append(
-            f"null class: label {null_class}, the last, as the model has {label_count} labels and there are {counts} classes"
+            f"null class: label {null_class}, the last one, as the model has {label_count} labels and the data {counts} classes"
         )
     labels = [label for label in range(label_count) if label != null_class]
     if names and len(names) != len(labels):
@@ -136,7 +136,7 @@ def assign_labels(
             "model.classes",
             list(names),
             f"{len(names)} names for {len(labels)} classes",
-            "Give one name a label, in the labels' order, without the null class.",
+            "Give one name per label, in the labels' order, without the null class.",
         )
     by_name: Mapping[str, int] = dict(zip(names, labels, strict=False))
     _refuse_twice(names)
@@ -145,7 +145,9 @@ def assign_labels(
         if not names:
             names = tuple(map(str, labels))
             if null_class is None:
-                notes.append("null class: unknown, so every label is generated; state --null-class if one stands for none")
+                notes.append(
+                    "null class: unknown, so every label is generated; if one label means 'no class', name it with --null-class"
+                )
         return Labels(dict(zip(names, labels, strict=True)), null_class, tuple(names), notes)
     if by_name and all(name in by_name for name in chosen):
         return Labels({name: by_name[name] for name in chosen}, null_class, tuple(names), notes)
@@ -189,7 +191,7 @@ def assign_labels(
         list(chosen),
         problem,
         f"State the names of all {len(labels)} in the labels' order with model.classes (--class-names), and "
-        "a label that stands for none with model.null_class (--null-class); or name the folders by label.",
+        'the label for "no class" with model.null_class (--null-class). Or name the folders by label.',
     )
 
 
@@ -267,8 +269,8 @@ def _refuse_twice(names: Sequence[str]) -> None:
         raise RequestError(
             "model.classes",
             twice[0],
-            "two of the model's classes have this name",
-            "State distinct names with model.classes (--class-names).",
+            "two of the model's classes have this same name",
+            "Give distinct names with model.classes (--class-names).",
         )
 
 
@@ -334,7 +336,7 @@ class ImageNoise:
     of a seed, so that among 100,000 images one pair would be expected to share its noise.
 
     Args:
-        seeds: One an image.
+        seeds: One per image.
         shape: (c, h, w) of one image's noise.
         device: Where it is wanted. It is always drawn on the CPU, so it is the same on every device.
     """

@@ -72,16 +72,16 @@ def _rows(path: Path, column: str, field: str) -> list[tuple[str, str | int]]:
     for name, value in rows:
         right = (isinstance(value, str) and value.strip()) or (column == "label" and type(value) is int)
         if not isinstance(name, str) or not name or not right:
-            raise RequestError(field, path, f"the {column} {value!r} of class {name!r} is no {column}", remedy)
+            raise RequestError(field, path, f"the {column} {value!r} of class {name!r} is not a {column}", remedy)
     if not rows:
-        raise RequestError(field, path, f"it holds no {column}", remedy)
+        raise RequestError(field, path, f"it holds no {column}s", remedy)
     return rows
 
 
 def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str | tuple[str, ...]]:
     """A prompt for each class, or several.
 
-    In a class name underscores stand for spaces. What `asked.prompts` says of a class is taken as it is; it may say more than
+    In a class name underscores stand for spaces. A prompt in `asked.prompts` is taken unchanged; there may be more of them than
     is generated, as a run's recipe.yaml does where fewer classes are asked for.
 
     Raises:
@@ -118,7 +118,7 @@ def _filled(asked: ModelRequest, fields: list[str], pattern: re.Pattern[str] | N
                 "model.template",
                 asked.template,
                 f"it has {len(set(fields))} fields, and a class name such as '{name}' fills one",
-                "Say by model.class_pattern how the names hold them, such as '{region}--{object}'.",
+                "Describe the class names with model.class_pattern, such as '{region}--{object}'.",
             )
         values = dict.fromkeys(fields, name)
     else:
@@ -142,7 +142,7 @@ def _fields(field: str, text: str) -> list[str]:
     try:
         found = [(name, form, conversion) for _, name, form, conversion in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
-        raise RequestError(field, text, f"it can't be read ({error})", "Write {{ for a brace that is meant.") from None
+        raise RequestError(field, text, f"it can't be read ({error})", "Write {{ for a literal brace.") from None
     if any(form or conversion or (name and not name.isidentifier()) for name, form, conversion in found):
         raise RequestError(field, text, "a field is a plain name in braces", "Write {} or {name}.")
     return [name for name, _, _ in found]
@@ -151,7 +151,9 @@ def _fields(field: str, text: str) -> list[str]:
 def _pattern(text: str) -> re.Pattern[str]:
     names = _fields("model.class_pattern", text)
     if not names or "" in names or len(set(names)) < len(names):
-        raise RequestError("model.class_pattern", text, "its fields are not named, each once", "Write '{region}--{object}'.")
+        raise RequestError(
+            "model.class_pattern", text, "each field needs a name, and each name may occur once", "Write '{region}--{object}'."
+        )
     parts = [
         re.escape(plain) + ("" if name is None else f"(?P<{name}>.+?)") for plain, name, _, _ in string.Formatter().parse(text)
     ]

@@ -1,4 +1,4 @@
-"""A recipe and the model's outline settle what was left open: labels, prompts, levels, how guidance looks at images.
+"""Resolves what a recipe leaves open, by the model's outline: labels, prompts, levels, how guidance looks at images.
 
 The outline is the denoiser without its weights (`handful.models.skeleton`), so that all this is decided, or refused, before
 anything large is read; `handful cost` stops here.
@@ -27,7 +27,7 @@ from handful.recipe.schema import ModelRequest, Recipe, SamplerRequest, with_def
 
 
 @dataclass(frozen=True)
-class Settled:
+class Resolved:
     """A recipe with nothing left open but the device.
 
     Attributes:
@@ -54,13 +54,13 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
         RequestError: Naming the dotted field.
     """
     if recipe.mix is not None:
-        remedy = "Leave out mix, and state guidance and start; handful generate makes mixtures."
-        raise RequestError("mix", len(recipe.mix), "here one setting is taken at a time", remedy)
+        remedy = "Replace mix by guidance and start; handful generate makes mixtures."
+        raise RequestError("mix", len(recipe.mix), "this command takes one setting at a time, not a mixture", remedy)
     if inverted is not None:
         recipe = as_fitted(recipe, inverted)
         if recipe.start is not None:
             problem = "guidance by inversion starts images from its own targets"
-            raise RequestError("start", recipe.start.as_text(), problem, "Leave out start, or that guidance.")
+            raise RequestError("start", recipe.start.as_text(), problem, "Leave out start, or the guidance by inversion.")
     if recipe.start is not None and recipe.exemplars.path is None:
         remedy = "Give a folder with a folder of images per class (--exemplars DIR), or leave out start."
         raise RequestError("start", recipe.start.as_text(), "there are no exemplars to start from", remedy)
@@ -77,7 +77,7 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
             raise RequestError(
                 f"sampler.{name}",
                 given,
-                f"the sampler {sampler.name} has none",
+                f"the sampler {sampler.name} has no {name}",
                 f"Use the sampler {owner}, or leave {name} out.",
             )
     if sampler.recurrence > 1 and sampler.name not in STOCHASTIC:
@@ -94,14 +94,14 @@ def _unused(recipe: Recipe) -> list[str]:
     """What is asked for and has no effect, in words."""
     guidance, notes = recipe.guidance or (), []
     if recipe.exemplars.path is not None and not (needing(guidance, "exemplars") or recipe.start):
-        notes.append("exemplars: no guidance looks at them; they name the classes, and fit the preview of latents")
+        notes.append("exemplars: no guidance uses them; they only name the classes, and fit the preview of latents")
     if recipe.model.negative_prompt and not needing(guidance, "null condition"):
-        notes.append("model.negative_prompt: it has no effect, as no guidance compares with it; cfg does (--guidance cfg)")
+        notes.append("model.negative_prompt: it has no effect without cfg (--guidance cfg)")
     return notes
 
 
 def sampler_options(asked: SamplerRequest, noise: Noise) -> dict[str, Any]:
-    """What the recipe's sampler is told beyond the path, but for ddpm's variance; `noise` draws for those that take it."""
+    """The sampler's arguments besides the path, without ddpm's variance; `noise` draws for the samplers that take it."""
     options: dict[str, Any] = {"noise": noise, "recurrence": asked.recurrence} if asked.name in STOCHASTIC else {}
     return options | ({"eta": asked.eta} if asked.name == "ddim" else {})
 
@@ -114,14 +114,16 @@ def model_options(recipe: Recipe) -> ModelOptions:
     return ModelOptions(**given, dtype=getattr(torch, asked.dtype))
 
 
-def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None, inverted: Inverted | None = None) -> Settled:
+def resolve(
+    recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None, inverted: Inverted | None = None
+) -> Resolved:
     """Decides what the model decides.
 
     Args:
         recipe: From `complete`.
-        outline: The denoiser, with or without weights; it is told its null class.
+        outline: The denoiser, with or without weights; its null class is set.
         found: The classes of the exemplars; None where there are none.
-        inverted: As `complete` was given it. The model is told what it was told at the fit, whatever a class is called.
+        inverted: As passed to `complete`. The model's condition is that of the fit, for every class name.
 
     Raises:
         RequestError: Naming the dotted field that this model can't do.
@@ -132,7 +134,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         raise RequestError(
             "classes",
             None,
-            "this model is told prompts, and which classes to generate is not said",
+            "this model takes prompts, and no classes are named",
             "Name them (--classes cat,dog), or give exemplars: a folder per class.",
         )
     _refuse_unread(recipe, outline)
@@ -143,8 +145,8 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         raise RequestError(
             "model.classes",
             list(recipe.model.classes),
-            "this model is told prompts, not labels",
-            "Leave it out: every class's name becomes a prompt.",
+            "this model takes prompts, not labels",
+            "Leave it out: each class name becomes a prompt.",
         )
     labels = assign_labels(
         recipe.classes,
@@ -152,25 +154,27 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         label_count=0 if inverted else outline.label_count,
         names=outline.classes if recipe.model.classes is None else recipe.model.classes,
         null_class=outline.null_class,
-        may_have_null=null_may_be_unsaid(outline),
+        may_have_null=outline.null_may_be_unstated,
         said=recipe.model.labels,
     )
     if inverted is not None:
-        null = inverted.told.null_class if outline.null_class is None else outline.null_class
+        null = inverted.fitted.null_class if outline.null_class is None else outline.null_class
         labels = replace(labels, null_class=null, model_classes=recipe.model.classes)
     outline.null_class = labels.null_class
     guidance = list(recipe.guidance or ())
     for index, term in needing(guidance, "null condition"):
         if not outline.has_null:
             remedy = "Name its label with model.null_class (--null-class), or use chamfer, which needs none."
-            raise RequestError(f"guidance[{index}]", term.method, "this model has no null class to compare with", remedy)
+            raise RequestError(
+                f"guidance[{index}]", term.method, "this model has no null class, which this guidance needs", remedy
+            )
     for index, term in needing(guidance, "noisy condition"):
         if not outline.prompted:
             _refuse_noised_labels(recipe, index, term.method, outline)
     pixels = outline.pixels
     sampler = recipe.sampler
     if sampler.clamp and not pixels:
-        raise RequestError("sampler.clamp", True, "this model's latents have no range to be kept in", "Leave clamp out.")
+        raise RequestError("sampler.clamp", True, "this model works on latents, which have no fixed range", "Leave clamp out.")
     levels = inverted.levels if inverted else outline.levels.spacing(sampler.steps, sampler.spacing).last(recipe.steps_run)
     outline.check_path(levels)
     shown = has_images(recipe)
@@ -188,7 +192,10 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
     tiny = recipe.model.preview_decoder
     if tiny and reduces and isinstance(outline, LatentDenoiser) and all(map(outline.is_linear, reduces)):
         raise RequestError(
-            "model.preview_decoder", tiny, f"at reduce {reduces[0]} a linear map does for it", "Leave it out, or use reduce 1."
+            "model.preview_decoder",
+            tiny,
+            f"at reduce {reduces[0]} a linear map replaces the decoder",
+            "Leave it out, or use reduce 1.",
         )
     model = {
         "null_class": labels.null_class,
@@ -201,7 +208,7 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
         "variance": _variance(recipe, outline),
         "clamp": pixels if sampler.clamp is None else sampler.clamp,
     }
-    settled = recipe.model_copy(
+    resolved = recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update=model),
             "classes": tuple(labels.of),
@@ -209,53 +216,50 @@ def settle(recipe: Recipe, outline: NetworkDenoiser, found: Sequence[str] | None
             "sampler": sampler.model_copy(update=decided),
         }
     )
-    return Settled(settled, labels, levels)
-
-
-def null_may_be_unsaid(outline: NetworkDenoiser) -> bool:
-    """Whether one of the labels may stand for "no class" without the model saying so."""
-    return outline.null_may_be_unsaid
+    return Resolved(resolved, labels, levels)
 
 
 def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[str, Any]:
     if inverted is None:
         return prompts_of(labels.of, recipe.model)
-    prompt = inverted.told.prompt or ""
+    prompt = inverted.fitted.prompt or ""
     for name, given in recipe.model.prompts.items():
         if given != prompt:
             raise RequestError(
                 "model.prompts",
                 {name: given},
-                f"the embeddings were fitted with the prompt {prompt!r}, and guide that one alone",
+                f"the embeddings were fitted with the prompt {prompt!r}, and work only with it",
                 "Leave prompts out, or fit again with --condition.",
             )
     return dict.fromkeys(labels.of, prompt)
 
 
 def _refuse_unread(recipe: Recipe, outline: Denoiser) -> None:
-    """Refuses prompts for a model that is told labels, so that nothing asked for is passed over in silence."""
+    """Refuses prompts for a model that takes labels, so that no setting is silently ignored."""
     if outline.prompted:
         return
     for name in ("template", "class_pattern", "prompts"):
         if (given := getattr(recipe.model, name)) != ModelRequest.model_fields[name].get_default(call_default_factory=True):
-            raise RequestError(f"model.{name}", given, "this model is told labels or nothing, not prompts", "Leave it out.")
+            raise RequestError(f"model.{name}", given, "this model takes no prompts", "Leave it out.")
 
 
 def _refuse_noised_labels(recipe: Recipe, index: int, method: str, outline: Denoiser) -> None:
     """Refuses noise on the condition where noise can't be put on what the network makes of its labels."""
     if not outline.label_embeddings:
-        problem = "no embedding of its labels is known of this model" if outline.label_count else "this model is told nothing"
+        problem = (
+            "handful does not know where this model embeds its labels" if outline.label_count else "this model is unconditional"
+        )
         raise RequestError(
             f"guidance[{index}]",
             method,
             f"{problem}, so there is nothing to put noise on",
-            "Use another guidance, or a model of classes or prompts that diffusers knows.",
+            "Use another guidance, or a diffusers model that takes labels or prompts.",
         )
     if recipe.model.compile:
         raise RequestError(
             "model.compile",
             True,
-            f"{method} changes the network's embedding of labels while it runs, which the compiled network would pass over",
+            f"{method} changes the network's embedding of labels while it runs, which a compiled network would ignore",
             "Leave compile out.",
         )
 
@@ -265,7 +269,7 @@ def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
     if asked.name != "ddpm":
         return None
     if asked.variance == "learned" and not outline.learns_variance:
-        raise RequestError("sampler.variance", "learned", "this model has not learned it", "Use small or large.")
+        raise RequestError("sampler.variance", "learned", "this model has not learned its variance", "Use small or large.")
     return asked.variance or ("learned" if outline.learns_variance else "small")
 
 
@@ -276,7 +280,7 @@ def _with_reduce(term: PotentialRequest, index: int, outline: Denoiser, exemplar
         raise RequestError(
             f"guidance[{index}].reduce",
             reduce,
-            "the linear map that does for the decoder there is fitted to exemplars' images",
+            "the linear map that replaces the decoder there is fitted to exemplars, and there are no images of them",
             "Give a folder of some (--exemplars DIR), or use reduce 1.",
         )
     averaged = outline.averaged(reduce) if isinstance(outline, LatentDenoiser) else reduce

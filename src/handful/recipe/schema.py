@@ -89,7 +89,7 @@ DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
 
 _NAME_IT = "Name a model of the zoo, such as digits, or a model's directory (--model)."
 _IMAGE: dict[str, JsonValue] = {
-    "problem": "there is no such kind of image",
+    "problem": "there is no such image format",
     "remedy": "Choose png, jpeg:QUALITY (1 to 100), webp:QUALITY or webp-lossless.",
 }
 _DEVICE: dict[str, JsonValue] = {"problem": "there is no such device", "remedy": "Choose auto, cpu, cuda, cuda:N or mps."}
@@ -103,7 +103,7 @@ class LoraRequest(Request):
 
     Attributes:
         path: FILE.safetensors, or the directory that a training wrote it to.
-        weight: How much of it.
+        weight: Its strength; 1 adds it as trained.
     """
 
     path: Annotated[str, Field(min_length=1)]
@@ -111,20 +111,20 @@ class LoraRequest(Request):
 
 
 class ModelRequest(Request):
-    """Which pretrained model, what it is told, and how it is run.
+    """Which pretrained model, its condition, and how it runs.
 
     Attributes:
         name: A name of the zoo (`digits`), a directory, a hub name, a single file, or `FILE.py:FUNCTION`.
-        null_class: The label that stands for "no class"; None takes what the model says.
-        classes: Names of the model's classes, by label; None takes what the model says.
-        labels: By class its label: a number, the model's name of it, or a synset of ImageNet (n02123045); or a file of these.
+        null_class: The label for "no class"; None takes the model's.
+        classes: Names of the model's classes, by label; None takes the model's.
+        labels: The model's label of a class: a number, the model's name of it, or an ImageNet synset (n02123045); or a file.
         resolution: [height, width] of the images; None takes the model's own.
-        template: How a class name becomes a prompt, for models that are told prompts: `a photo of a {}`, or with fields
+        template: How a class name becomes a prompt, for models that take prompts: `a photo of a {}`, or with fields
             that class_pattern finds in the name, `{object} in {region}`.
         class_pattern: How a class name holds the template's fields, such as `{region}--{object}`.
         prompts: Prompts of single classes, over the template; a list of several is drawn from, for each image by its seed.
-        negative_prompt: What stands for "no prompt", which cfg compares with.
-        embedded_guidance: What a guidance-distilled model (Flux) is told as its scale.
+        negative_prompt: The prompt that cfg steers away from; empty for none.
+        embedded_guidance: The scale that a guidance-distilled model (Flux) takes as input.
         without: Components of a pipeline not to load, such as text_encoder_3.
         preview_decoder: A tiny autoencoder that guidance decodes with where `reduce` is below the latents' factor.
         lora: Additions to the networks, by file and weight.
@@ -175,8 +175,8 @@ class ExemplarsRequest(Request):
 
     Attributes:
         path: A folder with a folder of images per class; None guides without exemplars.
-        k: How many of each class are drawn; None takes all.
-        seed: Of the draw.
+        k: How many exemplars of each class are drawn; None takes all.
+        seed: The seed of the draw.
     """
 
     path: Annotated[str, Field(min_length=1)] | None = None
@@ -186,11 +186,13 @@ class ExemplarsRequest(Request):
     @model_validator(mode="before")
     @classmethod
     def _renamed(cls, data: Any) -> Any:
-        """Until the next release `per_class` means k here."""
+        """Until the next release `per_class` is accepted for k."""
         if not isinstance(data, Mapping) or "per_class" not in data:
             return data
         if data.get("k") is not None:
-            raise RequestError("per_class", data["per_class"], "k says this already", "Leave per_class out: k is its new name.")
+            raise RequestError(
+                "per_class", data["per_class"], "it is the former name of k, and k is given too", "Leave per_class out."
+            )
         warnings.warn("exemplars.per_class is now called exemplars.k", FutureWarning, stacklevel=2)
         return {("k" if key == "per_class" else key): value for key, value in data.items() if key != "k"}
 
@@ -201,7 +203,7 @@ class ExemplarsRequest(Request):
 
 
 class StartRequest(Request):
-    """Where images start from, in the place of noise: noised exemplars (SDEdit: Meng et al. 2022, arXiv 2108.01073).
+    """Where images start from, instead of noise: noised exemplars (SDEdit: Meng et al. 2022, arXiv 2108.01073).
 
     Attributes:
         from: The exemplars, as images; the images of a class are spread evenly over them.
@@ -219,7 +221,7 @@ class StartRequest(Request):
         return f"from {self.source}{' of other classes' if self.of == 'others' else ''}, depth {self.depth:g}"
 
     def steps_of(self, steps: int) -> int:
-        """How many of so many steps are run; one at least."""
+        """How many of the sampler's steps are run; at least one."""
         return max(1, round(self.depth * steps))
 
 
@@ -227,8 +229,8 @@ class MixRequest(Request):
     """One setting of a mixture: whole cohorts of each class are made by it.
 
     Attributes:
-        share: Of the cohorts, against the other settings' shares.
-        guidance, start: As in a recipe; nothing said is no guidance, and noise.
+        share: Its part of the cohorts, relative to the other settings' shares.
+        guidance, start: As in a recipe; by default no guidance, and noise.
     """
 
     share: Annotated[float, Field(gt=0)]
@@ -242,10 +244,10 @@ class SamplerRequest(Request):
     Attributes:
         name: See `handful.core.samplers`.
         steps: Denoiser steps.
-        spacing: How the levels are spaced; None takes the schedule's own default.
-        eta: Share of the ancestral noise, ddim only.
+        spacing: How the levels are spaced; None takes the schedule's default.
+        eta: Share of the ancestral noise, 0 to 1, ddim only.
         variance: Of the reverse steps, ddpm only: small, large or learned; None: learned where the model learned it.
-        recurrence: So many times each step is made, ddim and ddpm only.
+        recurrence: How many times each step is made, ddim and ddpm only.
         clamp: Keep every denoised estimate inside the images' range [-1, 1]; None: where the model works on pixels.
     """
 
@@ -276,19 +278,19 @@ class Recipe(Request):
     """A data set to generate.
 
     Attributes:
-        format: Of the recipe itself, for later versions.
+        format: The version of the recipe's format.
         model: Which pretrained model.
         exemplars: Which real images guide.
         classes: Names of the classes to generate; None: those of the exemplars, else all that the model knows.
         per_class: Images to generate of each class; or by class, such as {cat: 500, dog: 200}, which names the classes too.
-        counts: Of single classes, over per_class; where a mapping for per_class is kept.
+        counts: Images of single classes, instead of per_class; a mapping for per_class is stored here.
         cohort: How many images are guided together; a class's last cohort may be smaller.
-        seed: Of all noise.
+        seed: The seed of all noise.
         sampler: How noise becomes images.
         start: Where images start from; None: noise.
         guidance: The terms; their shifts add up. None: chamfer where there are exemplars, else no guidance.
-        mix: Two or more settings, each with its share of every class's cohorts, in the place of guidance and start.
-        chunk: At most so many images at once through the networks; None: the whole cohort, halved when memory is short.
+        mix: Two or more settings, each with its share of every class's cohorts, instead of guidance and start.
+        chunk: At most this many images at once through the networks; None: the whole cohort, halved when memory is short.
         output: How the images are written.
     """
 
@@ -326,7 +328,9 @@ class Recipe(Request):
     def _one_or_mixed(self) -> Self:
         for name in ("guidance", "start") if self.mix else ():
             if getattr(self, name):
-                raise RequestError("mix", len(self.mix or ()), f"{name} is stated beside it", f"State {name} inside mix alone.")
+                raise RequestError(
+                    "mix", len(self.mix or ()), f"{name} is given outside mix too", f"Give {name} only inside mix."
+                )
         return self
 
     @property
@@ -349,7 +353,7 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
     """Checks plain data, such as YAML gives, and makes a recipe of it. No type is guessed: `steps: "18"` is refused.
 
     Raises:
-        RequestError: Naming the dotted field, its value and what to do; several faults are told together.
+        RequestError: Naming the dotted field, its value and what to do; several errors are reported together.
     """
     if isinstance(counts := data.get("per_class"), Mapping):  # by class: it names the classes too
         data = {**data, "counts": counts, "classes": data.get("classes") or list(counts)}
@@ -363,13 +367,13 @@ def recipe_from(data: Mapping[str, Any]) -> Recipe:
         raise RequestError(
             "recipe",
             dict(data),
-            f"it holds a value that no field takes ({error})",
+            f"it holds a value of a type that no field takes ({error})",
             "Put quotes around dates and other special values.",
         ) from None
 
 
 def with_new_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored recipe data as this version writes it: keys of before renamed, fields that came since at their defaults."""
+    """Stored recipe data as this version writes it: keys of before renamed, newer fields at their defaults."""
     try:
         return recipe_from(data).as_dict()
     except RequestError:  # of a version that knew other fields: it is compared unchanged

@@ -201,7 +201,7 @@ def _sha256(content: bytes) -> str:
 
 
 @contextmanager
-def full_disk_told(path: Path) -> Iterator[None]:
+def explain_full_disk(path: Path) -> Iterator[None]:
     """Turns the operating system's "no space left" into a RunError with the remedy; other errors pass."""
     try:
         yield

@@ -108,7 +108,7 @@ def sweep_from(data: Mapping[str, Any], base: str | Path | None = None) -> Sweep
         base: What relative paths are relative to; None: the working directory.
 
     Raises:
-        RequestError: Naming the dotted field, its value and what to do; several faults are told together.
+        RequestError: Naming the dotted field, its value and what to do; several errors are reported together.
     """
     plain = _anchored(dict(data), Path.cwd() if base is None else Path(base).expanduser().absolute())
     try:
@@ -119,7 +119,7 @@ def sweep_from(data: Mapping[str, Any], base: str | Path | None = None) -> Sweep
         raise RequestError(
             "sweep",
             plain,
-            f"it holds a value that no field takes ({error})",
+            f"it holds a value of a type that no field takes ({error})",
             "Put quotes around dates and other special values.",
         ) from None
     _check_recipe(request.recipe)

@@ -18,7 +18,7 @@ from handful.generate import generate
 from handful.judge.image_sets import FileImages, common_size
 from handful.judge.measure import Referee, Training, train_on
 from handful.runs.progress import Progress
-from handful.runs.run_directory import full_disk_told
+from handful.runs.run_directory import explain_full_disk
 from handful.sweep.checked import SweepJob
 from handful.sweep.choice import Choice, choose
 from handful.sweep.columns import TEST
@@ -102,7 +102,7 @@ def run_sweep(
     progress = progress or Progress()
     directory, request = job.directory, job.request
     result = SweepResult(directory.path, request, [], len(job.sets), notes=list(job.notes))
-    with full_disk_told(directory.path), directory.locked():
+    with explain_full_disk(directory.path), directory.locked():
         if directory.stored() != job.stored:
             raise RequestError(
                 "out", directory.path, "another process has begun or gone on there meanwhile", "Repeat the same command."
