@@ -247,7 +247,7 @@ def test_a_quiet_run_of_a_pipeline_leaves_nothing_on_stderr(disk, tmp_path):
 
 SD, SD3 = "sd-without-weights", "sd3-without-weights"
 REFUSED = {
-    "no classes for a text model": ((SD, "--guidance", "none"), "classes: this model is told prompts"),
+    "no classes for a text model": ((SD, "--guidance", "none"), "classes: this model takes prompts"),
     "a null label for a text model": ((SD, "--classes", "a", "--null-class", 3), "model.null_class: 3: .*told prompts"),
     "names of labels for a text model": ((SD, "--classes", "a", "--class-names", "a,b"), "model.classes: .*told prompts"),
     "an unknown class": (("unet-classes", "--classes", "ant,bear"), "classes: 'bear': the model knows no such class"),

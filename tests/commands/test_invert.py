@@ -145,7 +145,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(targets: Path, tmp_path: Pat
     assert handful(*arguments) == 0
     said = capsys.readouterr().out
     assert "guided     steps 5 to 19 from the clean end, in 15 segments, scale 2" in said
-    assert "fit        difference, 10 epochs a segment" in said
+    assert "fit        difference, 10 epochs per segment" in said
     assert handful(*arguments, "--json", "--method", "adam") == 0
     plan = json.loads(capsys.readouterr().out)
     assert (plan["targets"], plan["epochs"], plan["interval"], plan["label"]) == (10, 120, [5, 20], 10)
@@ -252,8 +252,8 @@ def test_a_model_of_labels_without_null_class_must_be_told_one(
 @pytest.mark.parametrize(
     ("options", "field", "said"),
     [
-        (("--segments", 16), "segments", "15 guided steps make 1 to 15 segments"),
-        (("--interval", "20,5"), "interval", "(5, 20) of 25 is the paper's"),
+        (("--segments", 16), "segments", "15 guided steps can be cut into 1 to 15 segments"),
+        (("--interval", "20,5"), "interval", "the paper's is (5, 20) of 25"),
         (("--interval", "5"), "--interval", "not two whole numbers"),
         (("--method", "newton"), "method", "Ways: adam, difference"),
         (("--lr", "-1"), "lr", "above 0"),

@@ -199,7 +199,7 @@ def test_shares_are_kept_as_a_class_grows():
 
 def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path):
     for changes, said in (
-        ({"guidance": [ENERGY]}, "mix: 2: guidance is stated beside it"),
+        ({"guidance": [ENERGY]}, "mix: 2: guidance is given outside mix too"),
         ({"cohort": 6}, "has 1 cohort, too few"),
         ({"exemplars": {}}, "mix[0].start"),
         ({"mix": [MIX[0], {"share": 1, "guidance": [{"method": "energy", "every": 9}]}]}, "mix[1].guidance[0].every: 9"),
