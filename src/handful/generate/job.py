@@ -253,8 +253,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     compared = any(term.scale for _, term in needing(guidance, "null condition"))
     if denoiser.prompted and compared and resolved.levels.steps <= FEW_STEPS:
         notes.append(
-            f"guidance with a null condition at {resolved.levels.steps} steps: models that were distilled for few steps "
-            "have theirs inside, and take no more of it; scale 0, or chamfer, leaves it as it is"
+            f"classifier-free guidance at {resolved.levels.steps} steps: a model that was distilled for few steps has this "
+            "guidance built in. If yours is one, use scale 0 or chamfer"
         )
     notes += too_few_left(recipe, {name: counts[name] for name in labels.of if name in counts}) if counts else []
     notes += make_ready(denoiser, prompts, placement, resolved.levels, told)
