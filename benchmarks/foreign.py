@@ -1,10 +1,11 @@
 """Somebody else's model, your handful: how many real images is a synthetic set worth?
 
     python benchmarks/foreign.py run --data uci --k 2 4 --draws 100 101 102 --out /tmp/foreign.jsonl     (it goes on there)
-    python benchmarks/foreign.py table /tmp/foreign.jsonl --plot docs/foreign.png
+    python benchmarks/foreign.py table /tmp/foreign.jsonl --plot docs/foreign.png    (foreign-uci.png)
 
 The zoo's `mnist` draws, exemplars of another data set guide: UCI digits (of scikit-learn), or USPS (of ../shared). A small
-classifier learns from the exemplars alone, and from a synthetic set beside them (a quarter of each batch exemplars), all
+classifier learns from the exemplars alone, and from a synthetic set beside them (half of each batch exemplars, more from
+k = 7 on), all
 augmented alike, and is tested on real images that nothing else saw. Each draw has other exemplars, other noise and another
 classifier. Methods were found on draws 0 to 9; tables are of draws 100 and up.
 """
