@@ -248,8 +248,8 @@ def test_a_quiet_run_of_a_pipeline_leaves_nothing_on_stderr(disk, tmp_path):
 SD, SD3 = "sd-without-weights", "sd3-without-weights"
 REFUSED = {
     "no classes for a text model": ((SD, "--guidance", "none"), "classes: this model takes prompts"),
-    "a null label for a text model": ((SD, "--classes", "a", "--null-class", 3), "model.null_class: 3: .*told prompts"),
-    "names of labels for a text model": ((SD, "--classes", "a", "--class-names", "a,b"), "model.classes: .*told prompts"),
+    "a null label for a text model": ((SD, "--classes", "a", "--null-class", 3), "model.null_class: 3: .*takes prompts"),
+    "names of labels for a text model": ((SD, "--classes", "a", "--class-names", "a,b"), "model.classes: .*takes prompts"),
     "an unknown class": (("unet-classes", "--classes", "ant,bear"), "classes: 'bear': the model knows no such class"),
     "a prompt for a label model": (("unet-classes", "--set", "model.negative_prompt=x"), "model.negative_prompt: .*no use"),
     "sides off the latents' grid": ((SD, "--classes", "a", "--set", "model.resolution=[60,64]"), r"model.resolution: .*Use 64"),

@@ -273,7 +273,7 @@ def test_one_class_is_guided_by_its_logit_alone(stable_diffusion: Path, clip: Pa
 def test_prompts_for_a_classifier_that_is_told_none_are_refused(stable_diffusion: Path, tmp_path: Path):
     save_vision_model(tmp_path / "net", "ResNetForImageClassification")
     for name, given in (("prompts", {"cat": "x"}), ("template", "a {}")):
-        with pytest.raises(RequestError, match=rf"^guidance\[0\]\.{name}: .*takes none, only CLIP does"):
+        with pytest.raises(RequestError, match=rf"^guidance\[0\]\.{name}: .*takes no prompts; only CLIP does"):
             prepare(recipe(stable_diffusion, {"classifier": str(tmp_path / "net"), name: given}), tmp_path / "out")
 
 

@@ -225,7 +225,7 @@ def test_what_the_embeddings_cannot_is_refused_by_name(
 
 
 def test_two_inversions_are_refused(sge: Path, tmp_path: Path):
-    with pytest.raises(RequestError, match="targets of one inversion alone") as refused:
+    with pytest.raises(RequestError, match="only from the targets of one inversion") as refused:
         handful.generate(asked(sge, "digits", None, {"method": "inversion", "embeddings": str(sge)}), tmp_path / "out")
     assert refused.value.field == "guidance[1]"
 
@@ -277,7 +277,7 @@ def test_prompted_models_are_told_the_prompt_of_the_fit_whatever_the_class(
     handful.generate(asked(file, model, per_class=1, classes=["dogs"]), tmp_path / "out")
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["model"]["prompts"] == {"dogs": prompt}
     data = asked(file, model).as_dict() | {"model": {"name": model, "prompts": {"images": "x"}}, "sampler": {}}
-    with pytest.raises(RequestError, match="guide that one alone") as refused:
+    with pytest.raises(RequestError, match="work only with it") as refused:
         handful.generate(recipe_from(data), tmp_path / "other")
     assert refused.value.field == "model.prompts"
     assert cost_of(asked(file, model)).guided == [("inversion", 6)]

@@ -157,7 +157,7 @@ def test_shards_hold_the_same_images_and_the_real_loaders_read_them(model: str, 
     handful.generate(tiny_recipe(model, per_class=2, classes=["1"], output={"format": "parquet"}), tmp_path / "grows")
     with pytest.raises(RequestError, match=r"shards name their classes \(1\), so none can be added.*another --out"):
         handful.generate(tiny_recipe(model, per_class=2, classes=["0", "1"], output={"format": "parquet"}), tmp_path / "grows")
-    with pytest.raises(RequestError, match=r"output.image.*jpeg:0.*no such kind"):
+    with pytest.raises(RequestError, match=r"output.image.*jpeg:0.*no such image format"):
         tiny_recipe(model, output={"image": "jpeg:0"})
 
 

@@ -119,7 +119,7 @@ def test_prompts_in_one_batch_equal_each_alone(family):
 @families
 @pytest.mark.parametrize("labels", [[0, 1], torch.tensor([0, 1])])
 def test_labels_are_refused(family, labels):
-    with pytest.raises(RequestError, match=r"^prompt: .*told prompts, not labels"):
+    with pytest.raises(RequestError, match=r"^prompt: .*takes prompts, not labels"):
         from_pipeline(MAKERS[family]()).condition(labels)
 
 
@@ -224,8 +224,8 @@ def test_chunks_of_a_cohort_give_the_same_sample(family):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ({"classes": ["a", "b"]}, r"^model\.classes: .*told prompts, not labels"),
-        ({"null_class": 3}, r"^model\.null_class: 3: .*told prompts, not labels"),
+        ({"classes": ["a", "b"]}, r"^model\.classes: .*takes prompts, not labels"),
+        ({"null_class": 3}, r"^model\.null_class: 3: .*takes prompts, not labels"),
         ({"resolution": (64, 72)}, r"^model\.resolution: \[64, 72\]: 72 is not a multiple of 16.*Use"),
         ({"resolution": (0, 64)}, r"^model\.resolution: \[0, 64\]"),
         ({"without": ("vae",)}, r"^model\.without: 'vae'"),

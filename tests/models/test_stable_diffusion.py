@@ -249,7 +249,7 @@ def test_chunks_of_a_cohort_give_the_same_sample():
 
 @pytest.mark.parametrize("labels", [[0, 1], torch.tensor([0, 1])])
 def test_labels_are_refused(labels):
-    with pytest.raises(RequestError, match=r"^prompt: .*told prompts, not labels"):
+    with pytest.raises(RequestError, match=r"^prompt: .*takes prompts, not labels"):
         from_pipeline(tiny_stable_diffusion()).condition(labels)
 
 
@@ -395,8 +395,8 @@ def test_a_pipeline_without_text_encoder_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        ({"classes": ["cat", "dog"]}, r"^model\.classes: .*told prompts, not labels"),
-        ({"null_class": 0}, r"^model\.null_class: 0: .*told prompts, not labels"),
+        ({"classes": ["cat", "dog"]}, r"^model\.classes: .*takes prompts, not labels"),
+        ({"null_class": 0}, r"^model\.null_class: 0: .*takes prompts, not labels"),
         ({"without": ("vae",)}, r"^model\.without: 'vae': .*can't do without"),
         ({"without": ("safety_checker", "text_encoder_3")}, r"^model\.without: 'text_encoder_3'"),
         ({"resolution": (64, 60)}, r"^model\.resolution: \[64, 60\]: 60 is not a multiple of 8"),
