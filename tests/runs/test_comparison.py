@@ -77,5 +77,5 @@ def test_the_former_name_of_the_number_of_exemplars_is_taken_with_a_note():
     with pytest.warns(FutureWarning, match="now called exemplars.k"):
         old = recipe_from({"model": {"name": "digits"}, "exemplars": {"path": "x", "per_class": 3}})
     assert old == recipe_from({"model": {"name": "digits"}, "exemplars": {"path": "x", "k": 3}})
-    with pytest.raises(RequestError, match=r"exemplars.per_class: 3: k it is the former name of k"):
+    with pytest.raises(RequestError, match=r"exemplars.per_class: 3: it is the former name of k"):
         recipe_from({"model": {"name": "digits"}, "exemplars": {"path": "x", "per_class": 3, "k": 2}})
