@@ -166,7 +166,7 @@ def test_prompts_come_from_the_template_or_are_given():
         ({"template": "a {} in {region}"}, "template", "no other braces"),
         ({"template": "a {} {"}, "template", "no other braces"),
         ({"prompts": {"fox": "a fox"}}, "prompts", "cat, dog"),
-        ({"prompts": {"cat": "  "}}, "prompts.cat", "nothing"),
+        ({"prompts": {"cat": "  "}}, "prompts.cat", "empty"),
         ({"prompts": {"cat": "an animal", "dog": "an animal"}}, "prompts.dog", "'cat' has the same"),
     ],
 )
