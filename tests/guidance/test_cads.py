@@ -336,7 +336,7 @@ def test_impossible_settings_are_refused_by_name(field: str, words: dict[str, fl
 
 def test_diffusers_pipelines_refuse_it_as_they_tell_their_network_themselves():
     pipeline = tiny_sdxl()
-    with pytest.raises(RequestError, match="terms: 'cads': it changes what the network is told"):
+    with pytest.raises(RequestError, match="terms: 'cads': it changes the network's condition"):
         GuidanceCallback(pipeline, [cads()], "a cat")
-    with pytest.raises(RequestError, match="terms: 'cads': it changes what the network is told"):
+    with pytest.raises(RequestError, match="terms: 'cads': it changes the network's condition"):
         HandfulGuider(from_pipeline(pipeline), [cads()])

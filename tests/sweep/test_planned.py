@@ -82,7 +82,7 @@ def test_settings_that_contradict_each_other_name_their_method(digits):
 def test_exemplars_and_their_number_must_be_said(digits):
     data = digits_data(digits)
     del data["k"]
-    with pytest.raises(RequestError, match=r"how many exemplars guide methods\.chamfer"):
+    with pytest.raises(RequestError, match=r"methods\.chamfer is guided by exemplars, and their number is missing"):
         planned_sets(completed(sweep_from(data)))
     data["recipe"]["exemplars"]["per_class"] = 6
     assert {each.setting.k for each in planned_sets(completed(sweep_from(data)))} == {0, 6}

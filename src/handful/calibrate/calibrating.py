@@ -239,8 +239,8 @@ def calibrate(job: CalibrateJob, progress: Progress | None = None, trying: Progr
 
     Args:
         job: From `prepare`.
-        progress: Told of the images measured.
-        trying: Told of the sets tried.
+        progress: Is notified of the images measured.
+        trying: Is notified of the sets tried.
 
     Raises:
         RequestError: If another process works in the directory, or another calibration has begun there meanwhile.

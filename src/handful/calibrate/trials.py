@@ -308,11 +308,11 @@ def by_trials(trials: Trials) -> Choice:
     told = ", ".join(f"{name} {value:.3f}" for name, value in of.items() if value is not None)
     notes.append(f"{column} on images and noise that nothing was chosen by: {told}")
     if not better(column, of[_CHOSEN], of[NONE]):
-        notes.append("there it is no better than no guidance: this classifier, on so few steps, is no help to this model")
+        notes.append("on these it is no better than no guidance: this classifier does not help this model on so few steps")
     elif of[_PLAIN] is None:
         notes.append("the plain classifier won: no other pre-conditioning was better")
     elif not better(column, of[_CHOSEN], of[_PLAIN]):
-        notes.append("there the plain classifier is as good: the pre-conditioning gains nothing that lasts")
+        notes.append("on these the plain classifier is as good: the pre-conditioning brings no lasting gain")
     cost = trials.confirmed_mean(_CHOSEN, "cost_ratio")
     notes.append(
         f"sampling time in times the unguided: {trials.way.predicted:.2f} from single steps"

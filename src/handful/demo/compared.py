@@ -129,7 +129,7 @@ def check_size(seeds: int, per_class: int) -> None:
         RequestError: Naming the field.
     """
     if seeds < 1:
-        raise RequestError("seeds", seeds, "the demo needs at least one", "Give 1 or more; 3 tell the spread.")
+        raise RequestError("seeds", seeds, "the demo needs at least one seed", "Give 1 or more; 3 show the spread.")
     if per_class < FEWEST:
         raise RequestError("per_class", per_class, "too few to measure precision and coverage of", f"Give {FEWEST} or more.")
 

@@ -45,7 +45,7 @@ def generate(
     Args:
         recipe: What is asked for, or its YAML file.
         out: The run directory; new, empty, or with a run of this recipe.
-        progress: Told of every step (`handful.runs.progress`); None tells nobody.
+        progress: Is notified of every step (`handful.runs.progress`); None: nobody is.
         order, cache: See `handful.generate.run.run`.
         allow_version_change: See `handful.generate.job.prepare`.
 

@@ -106,7 +106,7 @@ def run(
 
     Args:
         job: From `prepare`.
-        progress: Told of every step; None tells nobody.
+        progress: Is notified of every step; None: nobody is.
         order: Places of the cohorts in the plan, in the order to make them; None: as planned. It changes no byte.
         cache: Where exemplar features are kept; None: `handful.data.exemplars.default_cache()`.
 

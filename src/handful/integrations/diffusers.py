@@ -333,7 +333,7 @@ def _refuse_terms(terms: Sequence[Guidance]) -> None:
             raise RequestError(
                 "terms",
                 term.name,
-                "it changes what the network is told, which the pipeline does",
+                "it changes the network's condition, which the pipeline sets itself",
                 "Leave it out, or use handful's own samplers.",
             )
 

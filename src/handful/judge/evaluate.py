@@ -76,7 +76,7 @@ def evaluate(
         clip: A CLIP, for CLIPScore: each image to the prompt of its class (the run's own, or "a photo of a CLASS").
         seed: Of the bootstrap draws that tell a gain from chance.
         cache: Where features are kept; None: `handful.data.exemplars.default_cache()`.
-        progress: Told of every image.
+        progress: Is notified of every image.
         workers: Processes that take the features; each has its share of the threads.
         features, k: Former names of `judge` and `neighbours`.
 

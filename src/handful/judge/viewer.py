@@ -41,7 +41,7 @@ class Keeping:
 
     Attributes:
         cache: The folder, such as `handful.data.exemplars.default_cache()`; None keeps nothing.
-        progress: Told of every image.
+        progress: Is notified of every image.
         processes: Those that look beside this one, ready with `eye` of the same judge; None: this one does all.
     """
 

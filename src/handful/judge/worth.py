@@ -203,7 +203,7 @@ def worth(
             are matched to the generated classes: ImageNet's synsets and numbers, or one's own pairs.
         seeds, steps: So many classifiers of each kind; so many steps each.
         seed: Of the first one.
-        progress: Told of every classifier.
+        progress: Is notified of every classifier.
         workers: Processes that compute features of large images, each with its share of the threads; training has one.
 
     Raises:

@@ -72,7 +72,7 @@ def sweep(
     Args:
         request: What is asked for, plain data as in its YAML file, or that file.
         out: The sweep's directory; new, empty, or with a sweep that this one goes on with.
-        progress: Told of every set (`handful.runs.progress`); None tells nobody.
+        progress: Is notified of every set (`handful.runs.progress`); None: nobody is.
         only: Names of methods to work on; None: all.
         order, cache: See `handful.sweep.work.run_sweep`.
         allow_version_change: See `handful.sweep.checked.prepare_sweep`.

@@ -189,7 +189,10 @@ def _folders(request: SweepRequest, classes: Sequence[str] | None, out: Path) ->
     for name, root in (("real", request.real), ("recipe.exemplars.path", pool), ("utility.test", test)):
         if root is not None and Path(root).resolve() in (out.resolve(), *out.resolve().parents):
             raise RequestError(
-                "out", out, f"it lies in {name} '{root}', and would be taken for a class of it", "Choose an --out beside it."
+                "out",
+                out,
+                f"it is inside {name} '{root}', where it would count as one more class",
+                "Choose an --out outside that folder.",
             )
     real = look_into(request.real, classes, "real")
     return (

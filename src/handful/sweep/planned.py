@@ -132,7 +132,9 @@ def _numbers(request: SweepRequest, name: str) -> tuple[int, ...]:
             "Give a folder with a folder of images per class.",
         )
     if request.k is None:
-        raise RequestError("k", None, f"how many exemplars guide methods.{name} is not said", "State k, such as k: [32].")
+        raise RequestError(
+            "k", None, f"methods.{name} is guided by exemplars, and their number is missing", "State k, such as k: [32]."
+        )
     if name == request.baseline and len(request.k) > 1:
         raise RequestError(
             "baseline", name, "it has several k, so it is not one setting", f"State methods.{name}.k, or name another method."

@@ -95,7 +95,7 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
             "real",
             single[0],
             "this class has one image, which can't both choose and report",
-            "Give 2 or more real images of each class; 50 tell something.",
+            "Give 2 or more real images of each class; 50 or more give useful numbers.",
         )
     halves: dict[str, dict[str, list[int]]] = {VALIDATION: {}, TEST: {}}
     for name, of_class in real.files.items():

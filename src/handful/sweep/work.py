@@ -87,7 +87,7 @@ def run_sweep(
 
     Args:
         job: From `prepare_sweep`.
-        progress: Told of every set; None tells nobody.
+        progress: Is notified of every set; None: nobody is.
         order: Places of the pending sets, in the order to make them; None: as planned. It changes no row but its seconds.
         cache: Where exemplar features are kept; see `handful.generate`.
         outputs: Whether the chosen recipe and the pictures are written too; a sweep that is about to grow needs none yet.
