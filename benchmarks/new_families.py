@@ -1,4 +1,4 @@
-"""What Chamfer guidance costs in families of today, at their published sizes, counted without weights by `handful cost`'s count.
+"""What Chamfer guidance costs in families of today, at their published sizes, counted as `handful cost` does.
 
     python benchmarks/new_families.py
 
@@ -20,11 +20,11 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from support.pipelines_flow import t5_tokenizer  # noqa: E402
+from support.pipelines_flow import t5_tokenizer
 
-from handful import from_pipeline  # noqa: E402
-from handful.cost.estimate import cost_of  # noqa: E402
-from handful.recipe.schema import recipe_from  # noqa: E402
+from handful import from_pipeline
+from handful.cost.estimate import cost_of
+from handful.recipe.schema import recipe_from
 
 DPM = diffusers.DPMSolverMultistepScheduler
 
