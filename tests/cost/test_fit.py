@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from support.pipelines import tiny_stable_diffusion
 from typer.testing import CliRunner
 
 from handful.cli import app
-from handful.core.noise import Level
 from handful.cost.estimate import cost_of
 from handful.cost.fit import GAPS, OWN, Settings, Way, chosen, fitted, outline, parse_bytes, ways_of
 from handful.errors import RequestError
-from handful.features.extractor import pixels
-from handful.guidance import Guided
-from handful.guidance.base import Pull
-from handful.guidance.chamfer import Chamfer
-from handful.models import load
 from handful.recipe.schema import Recipe, recipe_from
 
 EXACT = {"method": "chamfer", "features": "pixels", "every": 1, "jacobian": "exact", "reduce": 1}
@@ -120,39 +113,48 @@ def test_generate_says_what_was_chosen_and_why(tmp_path: Path):
     assert "nothing fits" in str(refused.exception)
 
 
+MEASURE = """
+import ctypes, sys
+from pathlib import Path
+import torch
+from handful.core.noise import Level
+from handful.features.extractor import pixels
+from handful.guidance import Guided
+from handful.guidance.base import Pull
+from handful.guidance.chamfer import Chamfer
+from handful.models import load
+
+def kilobytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+ctypes.CDLL("libc.so.6").mallopt(-3, 65536)  # M_MMAP_THRESHOLD: a block of its own for each tensor
+torch.set_num_threads(1)
+term = Chamfer(pixels(), torch.randn(4, 3 * 32 * 32), 0.2, pull=Pull(jacobian="exact", reduce=1))
+guided = Guided(load(sys.argv[1]), [term], int(sys.argv[2]) or None)
+half = torch.tensor(0.5, dtype=torch.float64).sqrt()
+for n in (1, 16):  # first alone: what is compiled and imported is there then
+    Path("/proc/self/clear_refs").write_text("5")
+    before = kilobytes("VmRSS")
+    with torch.no_grad():
+        guided(torch.randn(n, 3, 32, 32), Level(half, half), guided.condition([0] * n))
+print(1024 * (kilobytes("VmHWM") - before))
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_the_prediction_is_within_a_fifth_of_the_kernel_s_high_water_mark(chunk: int | None, tmp_path: Path):
-    """benchmarks/memory.py measures whole runs; this one guided estimate, in a fork whose malloc keeps no gaps."""
+    """benchmarks/memory.py measures whole runs; this one guided estimate, in its own process, whose malloc keeps no gaps."""
     net = UNet2DModel(sample_size=32, block_out_channels=(64, 128), norm_num_groups=8, **BLOCKS)
     net.save_pretrained(tmp_path / "unet")
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
     recipe = asked(str(tmp_path), EXACT, cohort=16, chunk=chunk, device="cpu").model_copy(update={"classes": None})
-    predicted = cost_of(recipe).recipe.peak_bytes
-    denoiser = load(tmp_path)
-    weights = sum(p.numel() * p.element_size() for p in denoiser.parameters())
-
-    half = torch.tensor(0.5, dtype=torch.float64).sqrt()
-
-    def run() -> None:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 65536)  # M_MMAP_THRESHOLD: a block of its own for each tensor
-        torch.set_num_threads(1)
-        term = Chamfer(pixels(), torch.randn(4, 3 * 32 * 32), 0.2, pull=Pull(jacobian="exact", reduce=1))
-        guided = Guided(denoiser, [term], chunk)
-        for n in (1, 16):  # first alone: what is compiled and imported is there then
-            libc.malloc_trim(0)  # pages that tests before this one freed are taken anew, and so they count
-            Path("/proc/self/clear_refs").write_text("5")
-            before = _kilobytes("VmRSS")
-            with torch.no_grad():
-                guided(torch.randn(n, 3, 32, 32), Level(half, half), guided.condition([0] * n))
-        queue.put(1024 * (_kilobytes("VmHWM") - before))
-
-    queue = multiprocessing.get_context("fork").SimpleQueue()
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-    assert predicted - weights == pytest.approx(queue.get(), rel=0.2)
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), str(chunk or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert cost_of(recipe).recipe.peak_bytes - weights == pytest.approx(int(done.stdout), rel=0.2)
 
 
 BLOCKS: dict[str, Any] = {
@@ -160,8 +162,3 @@ BLOCKS: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "UpBlock2D"),
 }
-
-
-def _kilobytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
