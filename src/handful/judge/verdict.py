@@ -79,7 +79,10 @@ def _gained(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
     said = [f"{words} in {', '.join(kinds[kind])}" for kind, (_, words) in _GAINS.items() if kind in kinds]
     first, kind = metrics.get("f1") or {}, kind_of(metrics.get("f1") or {})
     if kind != "-":
-        beside = f"F1 is {first['value']:.3f}, that of {name} {first['baseline']:.3f}: {_GAINS[kind][0]}. The gain is "
+        beside = f"F1 is {first['value']:.3f}, that of {name} {first['baseline']:.3f}: {_GAINS[kind][0]}."
+        if kinds == {kind: [headings()["f1"]]}:
+            return beside
+        beside += " The gain is "
     else:
         beside = f"The gain over {name} is "
     return beside + "; ".join(said or ["not known"]) + "."
