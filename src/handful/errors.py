@@ -70,5 +70,10 @@ def did_you_mean(given: str, known: Iterable[str], kind: str) -> str:
     """A remedy for an unknown name: the nearest known one, and the list of them (20 at most)."""
     known = list(known)
     near = get_close_matches(given, known, n=1)
-    listed = ", ".join(known[:20]) + (f" and {len(known) - 20} more" if len(known) > 20 else "")
-    return (f"Did you mean '{near[0]}'? " if near else "") + f"{kind}: {listed or 'none'}."
+    return (f"Did you mean '{near[0]}'? " if near else "") + f"{kind}: {some_of(known, 20) or 'none'}."
+
+
+def some_of(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message: the first ones, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -102,8 +102,7 @@ def ways_of(parts: list[Settings], recipe: Recipe, on_cpu: bool) -> Iterator[Way
         chunks += [size for size in (2**power for power in reversed(range(20))) if size < cohort]
     either = [False, True] if latents else [False]
     offloads = [asked.offload]
-    exact = any(term.jacobian == "exact" for part in parts for _, term in potentials(part.outlined.recipe.guidance or ()))
-    if asked.offload == "none" and latents and not on_cpu and not exact:
+    if asked.offload == "none" and latents and not on_cpu and not _has_exact(parts):
         offloads += ["model", "sequential"] if parts[0].outlined.work.denoiser.can_offload else []
     for offload in offloads:
         for tiling in [True] if asked.vae_tiling else either:
@@ -112,13 +111,18 @@ def ways_of(parts: list[Settings], recipe: Recipe, on_cpu: bool) -> Iterator[Way
                     yield Way(chunk, slicing, tiling, offload)
 
 
+def _has_exact(parts: list[Settings]) -> bool:
+    """Whether guidance goes back through the network, which offload does not allow."""
+    return any(term.jacobian == "exact" for part in parts for _, term in potentials(part.guidance))
+
+
 def _remedy(recipe: Recipe, parts: list[Settings], least: float) -> str:
     ways = []
     if recipe.model.dtype == "float32":
         ways.append("--dtype bfloat16, which takes about half (other images)")
     if recipe.model.offload == "none" and isinstance(parts[0].outlined.work.denoiser, LatentDenoiser):
-        exact = any(term.jacobian == "exact" for part in parts for _, term in potentials(part.outlined.recipe.guidance or ()))
-        ways += ["an offload, for which guidance needs --set guidance.0.jacobian=gaussian (other images)"] if exact else []
+        exact = "an offload, for which guidance needs --set guidance.0.jacobian=gaussian (other images)"
+        ways += [exact] if _has_exact(parts) else []
     if "text_encoder_3" in parts[0].outlined.encoders:
         ways.append("--set 'model.without=[text_encoder_3]' (other images)")
     return f"Give {least / 1e9:.3g} GB or more" + (f"; or use {', or '.join(ways)}" if ways else "") + "."

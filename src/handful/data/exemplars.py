@@ -27,7 +27,7 @@ from handful.core.memory import in_smaller_parts
 from handful.core.ranges import any_range, check_images
 from handful.data.images import read_all, read_image
 from handful.data.sources import labelled_files
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, some_of
 from handful.files.atomic import printable, write_atomically
 from handful.files.cache import default_cache as default_cache
 from handful.files.locks import held
@@ -288,7 +288,7 @@ def _pixel_hash(image: Tensor) -> str:
 def _refuse_unknown(root: str | Path, found: list[str], known: Sequence[str] | None) -> None:
     unknown = [name for name in found if known is not None and name not in known]
     if unknown and known is not None:
-        listed = ", ".join(map(repr, unknown[:5])) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
+        listed = some_of(map(repr, unknown))
         close = difflib.get_close_matches(unknown[0], known, n=1)
         hint = f"Did you mean '{close[0]}'?" if close else f"The {len(known)} known ones begin with '{known[0]}'."
         problem = f"the model does not know class {listed}"

@@ -11,7 +11,7 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, some_of
 from handful.files.atomic import printable
 from handful.files.atomic import write_atomically as write_atomically
 
@@ -349,14 +349,14 @@ def image_folder(root: str | Path, *, classes: Sequence[str] | None = None, fiel
             classes = sorted(folders, key=natural_order)
         missing = [name for name in classes if name not in folders]
         if missing:
-            remedy = f"The folder holds {_some(sorted(folders, key=natural_order))}."
-            raise RequestError(field, root, f"there is no folder for class {_some(missing)}", remedy)
+            remedy = f"The folder holds {some_of(map(repr, sorted(folders, key=natural_order)))}."
+            raise RequestError(field, root, f"there is no folder for class {some_of(map(repr, missing))}", remedy)
         files = {name: list_images(folders[name]) for name in classes}
         empty = [name for name in classes if not files[name]]
         if empty:
             inner = [path for path in folders[empty[0]].iterdir() if _is_class(path, root)]
             remedy = f"If its folders are the classes, give '{inner[0].parent}'." if inner else per_class
-            raise RequestError(field, root, f"there is no image in class {_some(empty)}", remedy)
+            raise RequestError(field, root, f"there is no image in class {some_of(map(repr, empty))}", remedy)
     except PermissionError as error:
         raise RequestError(field, error.filename or root, "you may not read this", "Change its permissions.") from None
     return files
@@ -367,11 +367,6 @@ def _is_class(path: Path, root: Path) -> bool:
         return False
     top = root.resolve()
     return not (path.is_symlink() and path.resolve() in (top, *top.parents))
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    quoted = [repr(name) for name in names]
-    return ", ".join(quoted[:most]) + (f" and {len(quoted) - most} more" if len(quoted) > most else "")
 
 
 @dataclass(frozen=True, eq=False)

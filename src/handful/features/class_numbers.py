@@ -6,7 +6,7 @@ import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from handful.errors import RequestError
+from handful.errors import RequestError, some_of
 
 Places = Mapping[str, Sequence[int]]
 
@@ -67,13 +67,15 @@ def class_numbers(
     places, found = places_of(names), {}
     for label, meant in (said or {}).items():
         if label not in labels:
-            raise RequestError("judge_class", label, "no class of the images has this name", f"These are: {_some(labels)}.")
+            raise RequestError(
+                "judge_class", label, "no class of the images has this name", f"These are: {some_of(labels, 8)}."
+            )
         number = int(meant) if str(meant).isdecimal() and str(meant) not in names else None
         if number is None:
             try:
                 number = number_of(label, str(meant), names, places)
             except RequestError as error:
-                remedy = f"Give one of: {_some(names)}." if names else f"Give a number, 0 to {count - 1}."
+                remedy = f"Give one of: {some_of(names, 8)}." if names else f"Give a number, 0 to {count - 1}."
                 raise RequestError("judge_class", f"{label}={meant}", error.problem, remedy) from None
         if number >= count:
             raise RequestError("judge_class", f"{label}={meant}", f"the judge has {count} classes", f"Give 0 to {count - 1}.")
@@ -98,16 +100,12 @@ def class_numbers(
         if len({*meant.values(), *found.values()}) == len(others) + len(set(found.values())):
             by_name, unknown = meant, []
     if unknown:
-        has = f"its classes are {_some(names)}" if names else f"it states no names for its {count} classes"
-        why = f"the judge has no class that is called {_some(unknown)}, and {has}; say which it is: --judge-class {unknown[0]}="
-        return None, why + (names[0] if names else "NUMBER")
+        has = f"its classes are {some_of(names, 8)}" if names else f"it states no names for its {count} classes"
+        remedy = f"say which it is: --judge-class {unknown[0]}={names[0] if names else 'NUMBER'}"
+        return None, f"the judge has no class that is called {some_of(unknown, 8)}, and {has}; {remedy}"
     return {label: (found | by_name)[label] for label in dict.fromkeys(labels)}, ""
 
 
 def plain(name: str) -> str:
     """A name without what may differ where the same is meant: case, underscores, accents that macOS splits off."""
     return unicodedata.normalize("NFC", name).strip().casefold().replace("_", " ")
-
-
-def _some(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from handful.errors import some_of
 from handful.generate.job import Job, megabytes
 from handful.recipe.schema import Recipe
 
@@ -30,7 +31,7 @@ def plan_as_text(job: Job) -> str:
     plan, recipe = plan_as_dict(job), job.recipe
     channels, height, width = job.image_shape
     names = list(plan["classes"])
-    listed = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    listed = some_of(names, 10)
     counts = job.exemplars.counts if job.exemplars else {}
     each = (
         f"{min(counts.values())} to {max(counts.values())}"

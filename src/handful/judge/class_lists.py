@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 from handful.data.archives import read_table
 from handful.data.sources import LabelledFiles
-from handful.errors import RequestError, first_line
+from handful.errors import RequestError, first_line, some_of
 from handful.features.class_numbers import plain
+from handful.recipe.plan import is_synset
 
 
 class Entry(NamedTuple):
@@ -57,14 +58,10 @@ def read_class_list(path: str | Path, field: str = "ood_classes") -> list[Entry]
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise RequestError(field, path, f"it can't be read ({first_line(error)})", _REMEDY) from None
     lines = [line.strip().partition(" ") for line in text.splitlines() if line.strip()]
-    if not lines or not all(_is_synset(synset) and names for synset, _, names in lines):
-        wrong = next((number for number, (synset, _, names) in enumerate(lines, 1) if not _is_synset(synset) or not names), 1)
+    if not lines or not all(is_synset(synset) and names for synset, _, names in lines):
+        wrong = next((number for number, (synset, _, names) in enumerate(lines, 1) if not is_synset(synset) or not names), 1)
         raise RequestError(field, path, f"line {wrong} is no synset and a name", _REMEDY)
     return [_entry([str(number), synset, names.strip()]) for number, (synset, _, names) in enumerate(lines)]
-
-
-def _is_synset(text: str) -> bool:
-    return len(text) == 9 and text[0] == "n" and text[1:].isdecimal()
 
 
 def _entry(names: Sequence[str]) -> Entry:
@@ -112,9 +109,11 @@ def of_classes(
     """
     found = meanings(files.classes, classes, entries)
     if not found:
-        numbers = all(folder.isdecimal() or _is_synset(folder) for folder in files.classes)
+        numbers = all(folder.isdecimal() or is_synset(folder) for folder in files.classes)
         remedy = "Give ImageNet's list of classes with --ood-classes FILE" if numbers else "Name its folders as the classes"
-        problem = f"none of its {len(files.classes)} folders ({_some(files.classes)}) is a generated class ({_some(classes)})"
+        problem = (
+            f"none of its {len(files.classes)} folders ({some_of(files.classes)}) is a generated class ({some_of(classes)})"
+        )
         raise RequestError("ood", str(files.root), problem, f"{remedy}, or say which folder is which: --ood-classes FILE.csv.")
     kept = files.only([place for place, label in enumerate(files.labels) if label in found])
     labels = [found[label] for label in kept.labels]
@@ -122,16 +121,12 @@ def of_classes(
     if strangers := [folder for folder in files.classes if folder not in found]:
         notes.append(
             f"{name}: {len(strangers)} of its {len(files.classes)} folders are not clearly a generated class and are left out:"
-            f" {_some(strangers)}"
+            f" {some_of(strangers)}"
         )
     if missing := [each for each in classes if each not in set(labels)]:
-        notes.append(f"{name}: it has no image of {len(missing)} of the {len(classes)} generated classes: {_some(missing)}")
+        notes.append(f"{name}: it has no image of {len(missing)} of the {len(classes)} generated classes: {some_of(missing)}")
     renamed: Mapping[str, str] = {folder: meant for folder, meant in found.items() if folder != meant}
     if renamed:
-        pairs = _some([f"{folder} is {meant}" for folder, meant in renamed.items()], 3)
+        pairs = some_of([f"{folder} is {meant}" for folder, meant in renamed.items()], 3)
         notes.append(f"{name}: {len(renamed)} folders have another name than their class: {pairs}")
     return replace(kept, labels=labels, classes=[each for each in classes if each in set(labels)]), notes
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -8,7 +8,7 @@ from pathlib import Path
 from handful.data.exemplars import FEWEST_TO_TEST, PER_CLASS_LEFT, Exemplars
 from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
 from handful.data.sources import labelled_files, split_source
-from handful.errors import RequestError
+from handful.errors import RequestError, some_of
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.method import PLAIN_TEMPLATE, Requests, named, potentials
 from handful.recipe.schema import Recipe, did_you_mean
@@ -94,9 +94,11 @@ def with_their_prompts(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def _refuse_few(path: str, wanted: int, counts: Mapping[str, int]) -> None:
     few = [f"'{name}' has {count}" for name, count in counts.items() if count < wanted]
     if few:
-        listed = ", ".join(few[:5]) + (f" and {len(few) - 5} more" if len(few) > 5 else "")
         raise RequestError(
-            "exemplars.k", wanted, f"'{path}' has fewer: {listed}", f"Ask for {min(counts.values())} (--k), or add images."
+            "exemplars.k",
+            wanted,
+            f"'{path}' has fewer: {some_of(few)}",
+            f"Ask for {min(counts.values())} (--k), or add images.",
         )
 
 

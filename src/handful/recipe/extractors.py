@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from handful.errors import RequestError
+from handful.errors import RequestError, some_of
 from handful.features.class_numbers import number_of, places_of
 from handful.features.clip import clip_classifier, clip_skeleton, is_clip
 from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
@@ -88,7 +88,7 @@ def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool =
         )
     others = [name for name in given if name not in classes]
     if refuse_others and others and not set(classes) <= set(given):
-        raise RequestError("prompts", others[0], "no such class is generated", f"The classes are: {_listed(classes)}.")
+        raise RequestError("prompts", others[0], "no such class is generated", f"The classes are: {some_of(classes, 10)}.")
     prompts = {name: given.get(name, template.replace("{}", name.replace("_", " "))) for name in classes}
     said: dict[str, str] = {}
     for name, prompt in prompts.items():
@@ -136,7 +136,7 @@ def targets_of(
         )
     unknown = [name for name in request.classes if name not in labels]
     if unknown and not set(labels) <= set(request.classes):
-        raise RequestError("classes", unknown[0], "no such class is generated", f"The classes are: {_listed(labels)}.")
+        raise RequestError("classes", unknown[0], "no such class is generated", f"The classes are: {some_of(labels, 10)}.")
     places = places_of(names)
     found: dict[str, int] = {}
     for name, label in labels.items():
@@ -194,8 +194,3 @@ def _within(field: str, number: int, count: int) -> int:
             field, number, f"the classifier has {count} classes", f"Write a number from 0 to {count - 1} under classes."
         )
     return number
-
-
-def _listed(names: Sequence[str] | Mapping[str, int | None]) -> str:
-    shown = list(names)[:10]
-    return ", ".join(shown) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

@@ -209,12 +209,17 @@ def _as_said(name: str, meant: int | str, names: Sequence[str], labels: Sequence
         return int(text)
     if (found := _by_synonym([text], names, labels)) is not None:
         return found[text][1]
-    if re.fullmatch(r"n\d{8}", text) and len(labels) == len(synsets()):
+    if is_synset(text) and len(labels) == len(synsets()):
         if text not in synsets():
             raise refused("it is none of ImageNet's 1000 synsets", "Give the label itself, 0 to 999.")
         return labels[synsets()[text]]
     remedy = did_you_mean(text, names, "It knows") if names else "Give the label's number."
     raise refused(f"the model knows no such class; {known}", remedy)
+
+
+def is_synset(text: str) -> bool:
+    """Whether it is written as WordNet's synsets are: n02123045."""
+    return re.fullmatch(r"n\d{8}", text) is not None
 
 
 @cache

@@ -182,8 +182,8 @@ def cost_tables(found: Cost) -> list[Table]:
         *(f"{method}: acts at {steps} of {found.plain.evaluations:g} evaluations" for method, steps in found.guided),
         "A multiply-add is 2 FLOPs; matrix products, convolutions and attention are counted, the rest is not. Weights are",
         "frozen, so going back is a gradient towards the input. Peak memory is an estimate for the whole cohort at once: the",
-        "weights and the tensors alive, without the allocator's gaps, kernels' workspace and the text encoders. Where it is",
-        "too much, state a chunk: guidance by an exact jacobian then repeats forward passes.",
+        "weights and the tensors alive, without the allocator's gaps and kernels' workspace. Where it is too much, state a",
+        "chunk (guidance by an exact jacobian then repeats forward passes), or let --fit 24GB choose.",
     ]
     parts = Table("the recipe by part", ["", "TFLOPs/image", "share"])
     for part, flops in found.recipe.parts.items():

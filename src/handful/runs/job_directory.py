@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from handful.errors import RequestError
+from handful.errors import RequestError, some_of
 from handful.files.atomic import publish
 from handful.files.locks import held
 from handful.recipe.file import PROVENANCE, parse_yaml
@@ -69,8 +69,7 @@ class OwnedDirectory:
             return data
         foreign = [name for name in present if name != OURS]
         if foreign:
-            listed = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
-            problem = f"it holds something that is no {self._job} of handful: {listed}"
+            problem = f"it holds something that is no {self._job} of handful: {some_of(foreign)}"
             raise RequestError("out", self.path, problem, _ELSEWHERE)
         return None
 

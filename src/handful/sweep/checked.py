@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from handful.data.shared_exemplars import features_file
-from handful.errors import RequestError
+from handful.errors import RequestError, some_of
 from handful.features.extractor import FeatureExtractor
 from handful.features.registry import load_extractor
 from handful.files.digests import marks
@@ -215,12 +215,8 @@ def _check_pool(pool: Folder, sets: Sequence[PlannedSet]) -> None:
     most = max(each.setting.k for each in sets)
     few = [f"'{name}' has {len(files)}" for name, files in pool.files.items() if len(files) < most]
     if few:
-        more = f" and {len(few) - 5} more" if len(few) > 5 else ""
         raise RequestError(
-            "k",
-            most,
-            f"there are fewer exemplars in '{pool.root}': {', '.join(few[:5])}{more}",
-            "Ask for fewer, or add images.",
+            "k", most, f"there are fewer exemplars in '{pool.root}': {some_of(few)}", "Ask for fewer, or add images."
         )
 
 
