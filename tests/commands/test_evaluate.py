@@ -217,3 +217,18 @@ def test_former_option_names_go_on_working_with_a_note(folders, capsys):
     assert json.loads(said.out)["k"] == 3
     assert "--features is called --judge now" in said.err
     assert handful("evaluate", made, "--real", real, "--features", "pixels", "--judge", "pixels") == 2
+
+
+def test_two_flat_folders_are_compared_as_one_set_each_and_no_accuracy_is_claimed(
+    folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, folder in zip(("made", "real"), folders, strict=True):
+        (tmp_path / name).mkdir()
+        for file in folder.rglob("*.png"):
+            (tmp_path / name / f"{file.parent.name}-{file.name}").write_bytes(file.read_bytes())
+    assert handful("evaluate", tmp_path / "made", "--real", tmp_path / "real", "--judge", "digits-judge") == 0
+    said = capsys.readouterr()
+    assert "no accuracy: the images lie in no class folders" in " ".join(said.err.split())
+    rows = [line.split("  ")[0] for line in said.out.splitlines()]
+    assert "pooled" in rows
+    assert not {"mean over classes", "images"} & set(rows), "the same numbers once more"

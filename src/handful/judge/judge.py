@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from handful.data.sources import ONLY_CLASS
 from handful.errors import Note, RequestError
 from handful.features.class_numbers import class_numbers
 from handful.features.extractor import FeatureExtractor
@@ -194,6 +195,8 @@ class Judge:
         key = (count, *known)
         if key not in self._numbers:
             self._numbers[key], why = class_numbers(known, self.classes, count, self._said)
+            if why and known == [ONLY_CLASS] and not self._said:
+                why = "the images lie in no class folders, so nothing says what they should show"
             if why:
                 self.notes.append(f"no accuracy: {why}")
                 warnings.warn(self.notes[-1], Note, stacklevel=2)

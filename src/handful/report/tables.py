@@ -60,8 +60,13 @@ def columns_of(found: Evaluation) -> dict[str, str]:
 
 
 def evaluation_table(found: Evaluation) -> Table:
-    """Pooled, after each transform, mean over classes, each class; beneath pooled and mean what real images get."""
+    """Pooled, after each transform, mean over classes, each class; beneath pooled and mean what real images get.
+
+    Of a single class, pooled says all."""
     summary, columns = found.summary, columns_of(found)
+    several = len(summary.per_class) > 1
+    wholes = [("pooled", summary.pooled)] + [("mean over classes", summary.mean_over_classes)] * several
+    classes = [*summary.per_class.items()] * several
     table = Table(
         f"judge {found.judge}, k = {summary.k}, {summary.dimensions} features", ["", "real", "generated", *columns.values()]
     )
@@ -70,7 +75,7 @@ def evaluation_table(found: Evaluation) -> Table:
         cells = [_number(scores.values.get(metric)) for metric in columns]
         table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
 
-    for name, group in (("pooled", summary.pooled), ("mean over classes", summary.mean_over_classes)):
+    for name, group in wholes:
         add(name, group.generated)
         if group is summary.pooled and found.transformed:
             sizes = [str(group.generated.n_real), str(group.generated.n_generated)]
@@ -79,10 +84,9 @@ def evaluation_table(found: Evaluation) -> Table:
             table.rows.append(["  after them, mean", *["-"] * 2, *(_number(found.robust(metric)) for metric in columns)])
         if group.ceiling is not None:
             add("  real against real", group.ceiling)
-    for name, group in summary.per_class.items():
+    for name, group in classes:
         add(name, group.generated)
-    groups = {"pooled": summary.pooled, "mean over classes": summary.mean_over_classes, **summary.per_class}
-    table.notes += [f"{name}: {group.generated.note}" for name, group in groups.items() if group.generated.note]
+    table.notes += [f"{name}: {group.generated.note}" for name, group in (*wholes, *classes) if group.generated.note]
     if summary.pooled.ceiling is not None:
         table.notes.append(
             "real against real: one half of the real images in the place of the generated ones, so of fewer images. It is the"
