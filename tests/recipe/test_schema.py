@@ -167,6 +167,25 @@ def test_options_override_the_recipe_and_keep_what_they_do_not_mention():
     assert data["guidance"][0] == {"method": "chamfer", "scale": 0.1, "every": 3}, "the original must not change"
 
 
+def test_counts_by_class_change_the_classes_they_name_and_one_number_changes_all():
+    def asked(data: dict[str, object], value: object) -> tuple[list[str] | None, dict[str, int]]:
+        recipe = recipe_from(overridden(DIGITS | data, {"per_class": value}))
+        classes = list(recipe.classes) if recipe.classes else None
+        return classes, {name: recipe.images_of(name) for name in "012"}
+
+    stored = {"classes": ["0", "1", "2"], "per_class": 8}
+    assert asked(stored, {"1": 20}) == (["0", "1", "2"], {"0": 8, "1": 20, "2": 8})
+    grown = stored | {"per_class": 64, "counts": {"0": 8, "1": 20, "2": 8}}
+    assert asked(grown, {"2": 9})[1] == {"0": 8, "1": 20, "2": 9}
+    assert asked(grown, 30)[1] == {"0": 30, "1": 30, "2": 30}
+    assert asked({"per_class": {"0": 5, "1": 6}}, {"1": 7}) == (["0", "1"], {"0": 5, "1": 7, "2": 64})
+    assert asked({}, {"1": 20})[0] == ["1"]
+    with pytest.raises(RequestError, match="per_class: 'otter=5': otter is not among the classes"):
+        asked(stored, {"otter": 5})
+    with pytest.raises(RequestError, match="otter is not among the classes"):
+        recipe_from(DIGITS | {"classes": ["0"], "per_class": {"0": 1, "otter": 5}})
+
+
 def test_a_list_for_a_prompt_is_several_prompts_and_no_text():
     data = overridden(DIGITS, {}, settings=["model.prompts.cat=[a, b]"])
     assert recipe_from(data).model.prompts["cat"] == ("a", "b")

@@ -21,7 +21,7 @@ from handful.errors import RequestError, did_you_mean
 from handful.guidance import METHODS, request_of
 from handful.guidance.method import EXTRACTOR, FILE
 from handful.recipe.prompting import read_labels
-from handful.recipe.schema import Recipe, recipe_from
+from handful.recipe.schema import Recipe, classes_counted, recipe_from
 from handful.zoo import EXEMPLARS, ZOO
 
 PROVENANCE = "provenance"  # what a run directory's recipe.yaml says beyond the request; not part of a request
@@ -260,6 +260,8 @@ def _term_for(data: dict[str, Any], name: str, value: object) -> dict[str, Any]:
 
 def _put(data: dict[str, Any], keys: list[str], value: object, setting: str) -> None:
     """Sets a nested value, making the mappings on the way; a list is entered by number, or by a term's method."""
+    if keys == ["per_class"]:
+        return _put_counts(data, value)
     here: Any = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
@@ -289,3 +291,15 @@ def _put(data: dict[str, Any], keys: list[str], value: object, setting: str) -> 
                 here = here[key]
         else:
             raise RequestError("--set", setting, f"{'.'.join(keys[:depth])} is a single value", "Leave out the keys after it.")
+
+
+def _put_counts(data: dict[str, Any], value: object) -> None:
+    """Images of each class: one number replaces all counts; a mapping only those of the classes that it names."""
+    present = data.pop("counts", None) or {}
+    if isinstance(data.get("per_class"), dict):
+        present = data.pop("per_class")
+    if isinstance(value, dict):
+        data["counts"] = {**present, **value}
+        data["classes"] = classes_counted(value, data.get("classes") or list(data["counts"]))
+    else:
+        data["per_class"] = value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union
 
@@ -349,14 +349,27 @@ class Recipe(Request):
         return self.model_dump(mode="json")
 
 
+def classes_counted(counts: Mapping[str, Any], classes: Sequence[str] | None) -> Sequence[str]:
+    """The classes of counts by class: those that are stated, or else those that are counted.
+
+    Raises:
+        RequestError: If a class is counted that is not among the stated ones.
+    """
+    for name in counts if classes else ():
+        if name not in (classes or ()):
+            problem = f"{name} is not among the classes to generate"
+            raise RequestError("per_class", f"{name}={counts[name]}", problem, f"Add {name} to classes, or leave it out.")
+    return classes or list(counts)
+
+
 def recipe_from(data: Mapping[str, Any]) -> Recipe:
     """Checks plain data, such as YAML gives, and makes a recipe of it. No type is guessed: `steps: "18"` is refused.
 
     Raises:
         RequestError: Naming the dotted field, its value and what to do; several errors are reported together.
     """
-    if isinstance(counts := data.get("per_class"), Mapping):  # by class: it names the classes too
-        data = {**data, "counts": counts, "classes": data.get("classes") or list(counts)}
+    if isinstance(counts := data.get("per_class"), Mapping):
+        data = {**data, "counts": counts, "classes": classes_counted(counts, data.get("classes"))}
         del data["per_class"]
     try:
         # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
