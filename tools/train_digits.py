@@ -1,13 +1,14 @@
-"""Trains the packaged digits: a diffusion model that has collapsed onto typical digits, and two classifiers.
+"""Trains the packaged digits: a diffusion model that has collapsed onto typical digits, and three classifiers.
 
     python tools/train_digits.py                        everything, into src/handful/zoo/digits
     python tools/train_digits.py --only judge --out /tmp/digits --steps 100
 
 The diffusion model (v-prediction, VP cosine, min-SNR-5 weights of Hang et al. 2023, arXiv 2303.09556, 10 % null class,
 moving average of the weights) sees only the 40 % most typical training digits of each class: it stands for big models
-that generate the typical image again and again. Both classifiers see the whole training split. The guide and the judge
-differ in seed, architecture, size, augmentation and loss, so that images that merely please the guide do not please the
-judge. The same machine and number of threads give the same bytes.
+that generate the typical image again and again. Guide and judge see the whole training split. They differ in seed,
+architecture, size, augmentation and loss, so that images that merely please the guide do not please the judge. `uci-judge`
+is the judge again, for digits at MNIST's size: it learns from the 900 digits that the demo draws exemplars from, and has
+seen none of its 897 test digits. The same machine and number of threads give the same bytes.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from torch import Generator, Tensor, nn
 
 from handful.zoo.digits import CLASSES, DigitsSplit, load_digits_split, typical
 from handful.zoo.digits_classifier import DigitsClassifier
+from handful.zoo.mnist import as_digits, load_uci_split
 
 NULL_CLASS = len(CLASSES)
 NULL_SHARE = 0.1
@@ -34,7 +36,8 @@ TYPICAL_SHARE = 0.4
 TRAINING_LEVELS = 1000
 DEFAULT_OUT = Path(__file__).resolve().parents[1] / "src" / "handful" / "zoo" / "digits"
 # The diffusion model stops early: after 2,000 steps it copies (unet/README.md says by how much).
-DEFAULT_STEPS = {"diffusion": 900, "guide": 800, "judge": 800}
+DEFAULT_STEPS = {"diffusion": 900, "guide": 800, "judge": 800, "uci-judge": 800}
+JUDGE = {"width": 40, "architecture": "residual", "feature_size": 96}
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -177,8 +180,12 @@ def train_classifier(
     augment: Callable[[Tensor, Generator], Tensor],
     label_smoothing: float,
     batch: int = 128,
+    half: bool = False,
 ) -> None:
-    """Trains one classifier on the whole training split and writes it with its accuracy on the held-out digits."""
+    """Trains one classifier on the whole training split and writes it with its accuracy on the held-out digits.
+
+    `half` keeps its weights as float16: half the size, and the accuracy is measured with what is written.
+    """
     torch.manual_seed(seed)
     random = Generator().manual_seed(seed)
     classifier = DigitsClassifier(**network_config).train()
@@ -191,11 +198,13 @@ def train_classifier(
 
     optimize(classifier, loss_of_step, steps, peak_rate=3e-3, weight_decay=0.05)
     classifier.eval()
+    if half:
+        classifier.half().float()
     with torch.no_grad():
         predicted = classifier(split.test_images).argmax(1)
     accuracy = (predicted == split.test_labels).double().mean().item()
     print(f"{folder.name}: {accuracy:.4f} of the held-out digits are named rightly")
-    write_weights(folder / "model.safetensors", classifier)
+    write_weights(folder / "model.safetensors", classifier.half() if half else classifier)
     write_json(folder / "config.json", {"network": network_config, "held_out_accuracy": round(accuracy, 4)})
 
 
@@ -205,17 +214,23 @@ def train_guide(split: DigitsSplit, out: Path, seed: int, steps: int) -> None:
 
 
 def train_judge(split: DigitsSplit, out: Path, seed: int, steps: int) -> None:
-    network = {"width": 40, "architecture": "residual", "feature_size": 96}
-    train_classifier(split, out / "judge", seed + 2, steps, network, warp_and_blur, label_smoothing=0.05)
+    train_classifier(split, out / "judge", seed + 2, steps, JUDGE, warp_and_blur, label_smoothing=0.05)
 
 
-PARTS = {"diffusion": train_diffusion, "guide": train_guide, "judge": train_judge}
+def train_uci_judge(split: DigitsSplit, out: Path, seed: int, steps: int) -> None:
+    """The judge for the demo's own split, whose digits it sees as it will see them: at MNIST's size, and back at 8 x 8."""
+    own = load_uci_split()
+    own = own._replace(train_images=as_digits(own.train_images), test_images=as_digits(own.test_images))
+    train_classifier(own, out / "uci-judge", seed + 3, steps, JUDGE, warp_and_blur, label_smoothing=0.05, half=True)
+
+
+PARTS = {"diffusion": train_diffusion, "guide": train_guide, "judge": train_judge, "uci-judge": train_uci_judge}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder to write (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the parts take seed, seed + 1 and seed + 2 (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="the parts take seed to seed + 3 (default: 0)")
     parser.add_argument("--steps", type=int, help=f"training steps of every part (default: {DEFAULT_STEPS})")
     parser.add_argument("--only", choices=PARTS, help="train this part alone; its bytes do not depend on the others")
     parser.add_argument("--threads", type=int, default=1, help="of torch; another number may give other bytes (default: 1)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import pytest
@@ -15,6 +16,8 @@ from handful.errors import RequestError
 from handful.models import load, skeleton
 from handful.zoo import zoo_path
 from handful.zoo.mnist import load_uci_split
+
+PUBLISHED = "0e53f061eb1df36dcea29afeae69c91d928a850ac0e16fd5f6f2cfc87bdbcc58"
 
 
 def published(weights: dict[str, torch.Tensor], x_t: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -58,6 +61,19 @@ def test_the_network_is_the_published_one(denoiser, gradient):
     torch.testing.assert_close(
         in_double(x_t.double(), t.double(), labels), published(weights, x_t, t, labels), rtol=0, atol=1e-6
     )
+
+
+def test_every_published_weight_counts_in_the_comparison():
+    """By far more than the tolerance: so the agreement above is of the whole network, and no chance."""
+    file = zoo_path("mnist") / "model.safetensors"
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == PUBLISHED, "the weights are the published ones, unchanged"
+    weights = load_file(file)
+    draw = torch.Generator().manual_seed(0)
+    asked = torch.rand(2, 1, 28, 28, generator=draw), torch.tensor([0.3, 0.9]), torch.tensor([3, 10])
+    as_published = published(weights, *asked)
+    for name, value in weights.items():
+        changed = published({**weights, name: 1.01 * value}, *asked)
+        assert (changed - as_published).abs().max() > 1e-4, name
 
 
 def test_the_flow_is_the_networks_own_in_other_units(denoiser):

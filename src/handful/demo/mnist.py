@@ -59,9 +59,9 @@ NOTES = (
     "exemplars, synthetic, both: accuracy on 897 real test digits of a small classifier trained on the k exemplars of each",
     "class alone, on the synthetic set alone (for the smallest k), and on both (k / (k + 6) of each batch exemplars),",
     "augmented alike. Two trainings on one set differ by about .01.  sdedit+others: half of the images start from noised",
-    "exemplars of their own class, half from those of other classes.  precision, coverage: by a classifier of real UCI digits,",
-    "which has seen 200 of the 897 test digits (the accuracies are not its own); rob.: after mild transforms of real and",
-    "generated images alike.  copied: share nearer to an exemplar than 99 % of real test digits are.  seconds: of sampling.",
+    "exemplars of their own class, half from those of other classes.  precision, coverage: by uci-judge, a classifier of",
+    "the 900 other UCI digits; rob.: after mild transforms of real and generated images alike.  copied: share nearer to an",
+    "exemplar than 99 % of real test digits are.  seconds: of sampling.",
     "contact_sheet.png: the exemplars of k = 2, and below them three noises, each made by "
     + ", ".join(list(METHODS)[:-1])
     + ".",

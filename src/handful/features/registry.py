@@ -51,7 +51,7 @@ def load_extractor(name: str) -> FeatureExtractor:
     """Loads an extractor by name.
 
     Args:
-        name: `digits-guide`, `digits-judge`, `uci-judge` (the same judge, of digits at MNIST's size), `cifar10-guide`,
+        name: `digits-guide`, `digits-judge`, `uci-judge` (a judge of digits at MNIST's size), `cifar10-guide`,
             `cifar10-judge`, `cifar10-simclr` (packaged), `pixels`, `dinov2` (ViT-B/14; `dinov2-small`, `-large`, `-giant`),
             `clip` (ViT-L/14), `efficientnet-lite0` (ImageNet's weights of the extra `photos`), a directory or hub name for
             transformers, `fdd` and `fid` (or `fdd:DIR`, `fid:FILE`) for published metrics (`handful.features.presets`),
@@ -123,7 +123,7 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
         from handful.zoo.digits import load_digits_classifier
         from handful.zoo.mnist import as_digits
 
-        judge = load_digits_classifier("judge")
+        judge = load_digits_classifier("uci-judge")
         return FeatureExtractor(
             name,
             judge,

@@ -21,7 +21,7 @@ from handful.zoo.digits_classifier import DigitsClassifier
 CLASSES = tuple(str(digit) for digit in range(10))
 SPLIT_SEED = 0
 TRAIN_PER_CLASS = 110
-CLASSIFIERS = ("guide", "judge")
+CLASSIFIERS = ("guide", "judge", "uci-judge")
 
 
 class DigitsSplit(NamedTuple):
@@ -89,11 +89,12 @@ def typical(images: Tensor, labels: Tensor, share: float = 0.4) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def load_digits_classifier(name: Literal["guide", "judge"]) -> DigitsClassifier:
+def load_digits_classifier(name: Literal["guide", "judge", "uci-judge"]) -> DigitsClassifier:
     """A packaged classifier, in evaluation mode and with its weights frozen.
 
     Args:
-        name: `guide` to steer with, `judge` to measure with. Do not measure with the one that steered.
+        name: `guide` to steer with, `judge` to measure with, `uci-judge` to measure by `handful.zoo.mnist`'s split (its 8 x 8
+            digits are those of `handful.zoo.mnist.as_digits`). Do not measure with the one that steered.
 
     Returns:
         The classifier: logits, and `features(images)` for the penultimate layer.
