@@ -26,7 +26,12 @@ def test_the_packaged_classifiers_give_penultimate_features_and_logits(name):
     assert float(hits) > 0.95
     features = extractor(split.test_images[:5])
     assert isinstance(extractor.network, DigitsClassifier)
-    torch.testing.assert_close(extractor.network.head(features), extractor.logits(split.test_images[:5]))
+    logits, runs = extractor.logits(split.test_images[:5]), []
+    torch.testing.assert_close(extractor.network.head(features), logits)
+    extractor.network.trunk.register_forward_hook(lambda *_: runs.append(1))
+    both = extractor.features_and_logits(split.test_images[:5])
+    assert len(runs) == 1, "the network runs once for both"
+    assert all(torch.equal(found, wanted) for found, wanted in zip(both, (features, logits), strict=True))
     # colour images of another size are what this network can see all the same
     enlarged = interpolate(split.test_images[:200].repeat(1, 3, 1, 1), (32, 32), mode="bicubic")
     hits = (extractor.logits(enlarged).argmax(1) == split.test_labels[:200]).double().mean()

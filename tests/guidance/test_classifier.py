@@ -266,7 +266,7 @@ def test_the_ddpm_preset_is_the_papers_loop(boost: float, chunk: int | None):
 def test_the_ddpm_preset_on_the_digits_model_is_the_papers_loop():
     """Float32; the network is called here as diffusers' own, and its v turned into x0 by hand."""
     denoiser, guide = load("digits"), load_extractor("digits-guide")
-    assert guide._classify is not None
+    assert guide.is_classifier
     levels, labels = denoiser.levels.spacing(20), torch.tensor([3, 3, 7, 7])
     noises = [normal(4, 1, 8, 8, seed=20 + i).float() for i in range(20)]
     network: Any = denoiser.network

@@ -27,6 +27,7 @@ class FeatureExtractor(nn.Module):
         mean, std: Of the network's training images in [0, 1], one number a channel; None feeds [-1, 1] as it is.
         features: Called instead of the network itself, where its own answer is not the features.
         classify: The network's logits (n, classes) from the same input, where it is a classifier.
+        head: In the place of `classify`: the logits from the features, so that a judge that wants both runs the network once.
         classes: What a classifier calls its classes, by label; empty where that is not known.
         squeeze: As a judge it is given files as torchvision's `Resize(size)` brings them to its size: whole, in bytes.
 
@@ -45,6 +46,7 @@ class FeatureExtractor(nn.Module):
         std: tuple[float, ...] | None = None,
         features: Callable[[Tensor], Tensor] | None = None,
         classify: Callable[[Tensor], Tensor] | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
         classes: Sequence[str] = (),
         squeeze: bool = False,
     ) -> None:
@@ -57,7 +59,7 @@ class FeatureExtractor(nn.Module):
         self.network = network.eval()
         for parameter in network.parameters():  # not the module's own requires_grad_, which TorchScript lacks
             parameter.requires_grad_(False)
-        self._features, self._classify = features or network, classify
+        self._features, self._classify, self._head = features or network, classify, head
         self.mean, self.std, self.squeeze = mean, std, squeeze
         self.digest = self._digest()
 
@@ -93,11 +95,12 @@ class FeatureExtractor(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) in [-1, 1] -> features (n, D)."""
-        return self._answer(self._features, images).flatten(1)
+        fed, dtype = self._fed(images)
+        return self._features(fed).to(dtype).flatten(1)
 
     @property
     def is_classifier(self) -> bool:
-        return self._classify is not None
+        return self._classify is not None or self._head is not None
 
     def logits(self, images: Tensor) -> Tensor:
         """Images (n, c, h, w) in [-1, 1] -> logits (n, classes).
@@ -105,17 +108,32 @@ class FeatureExtractor(nn.Module):
         Raises:
             RequestError: If this extractor is not a classifier.
         """
-        if self._classify is None:
-            raise RequestError(
-                "features", self.name, "this extractor has no class logits", "Use a classifier, such as digits-judge."
-            )
-        return self._answer(self._classify, images)
+        fed, dtype = self._fed(images)
+        if self._classify is not None:
+            return self._classify(fed).to(dtype)
+        if self._head is not None:
+            return self._head(self._features(fed)).to(dtype)
+        raise RequestError(
+            "features", self.name, "this extractor has no class logits", "Use a classifier, such as digits-judge."
+        )
 
-    def _answer(self, ask: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-        """Asks the network in its own precision; the answer is in the prepared images'."""
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` and `logits` answer, by one run of the network where its logits are a `head` of its features.
+
+        Raises:
+            RequestError: If this extractor is not a classifier.
+        """
+        if self._head is None:
+            return self(images), self.logits(images)
+        fed, dtype = self._fed(images)
+        features = self._features(fed)
+        return features.to(dtype).flatten(1), self._head(features).to(dtype)
+
+    def _fed(self, images: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Prepared images in the network's own precision, and the one to answer in."""
         prepared = self.prepare(images)
-        dtype = next((one.dtype for one in self.network.parameters() if one.is_floating_point()), prepared.dtype)
-        return ask(prepared.to(dtype)).to(prepared.dtype)
+        own = next((one.dtype for one in self.network.parameters() if one.is_floating_point()), prepared.dtype)
+        return prepared.to(own), prepared.dtype
 
     def _digest(self) -> str:
         if any(one.is_meta for one in self.network.parameters()):

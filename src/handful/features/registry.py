@@ -118,19 +118,14 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
         from handful.zoo.digits import load_digits_classifier
 
         network = load_digits_classifier("guide" if name == "digits-guide" else "judge")
-        return FeatureExtractor(name, network, channels=1, size=(8, 8), features=network.features, classify=network)
+        return FeatureExtractor(name, network, channels=1, size=(8, 8), features=network.features, head=network.head)
     if name == "uci-judge":
         from handful.zoo.digits import load_digits_classifier
         from handful.zoo.mnist import as_digits
 
         judge = load_digits_classifier("uci-judge")
         return FeatureExtractor(
-            name,
-            judge,
-            channels=1,
-            size=(28, 28),
-            features=lambda images: judge.features(as_digits(images)),
-            classify=lambda images: judge(as_digits(images)),
+            name, judge, channels=1, size=(28, 28), features=lambda images: judge.features(as_digits(images)), head=judge.head
         )
     if name.startswith("cifar10-") and name in PACKAGED:
         from handful.zoo import cifar10
@@ -143,7 +138,7 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
             mean=network.mean,
             std=network.std,
             features=network.features,
-            classify=network,
+            head=network.linear,
             classes=cifar10.CLASSES,
         )
     if path.endswith(".py"):

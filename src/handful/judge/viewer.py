@@ -202,16 +202,16 @@ def _of(extractor: FeatureExtractor, images: Tensor, names: Sequence[str] | None
     if size and images.shape[-2:] != torch.Size(size):
         for each in ((images.shape[2], size[1]), size):  # clipped after each direction, as Pillow's bytes are
             images = interpolate(images, each, mode="bicubic", antialias=True).clamp(-1, 1)
-    features = extractor(images).float().cpu()
+    found, logits = extractor.features_and_logits(images) if answers else (extractor(images), None)
+    features = found.float().cpu()
     finite = features.isfinite().all(1)
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         name = names[row] if names else f"image {row}"
         problem = f"the features that {extractor.name} gives of it are not finite"
         raise RequestError("image", name, problem, "Remove that image, or take another judge.")
-    if not answers:
+    if logits is None:
         return {"features": features.contiguous()}
-    logits = extractor.logits(images)
     largest = logits.argmax(1).cpu()
     return {"features": features.contiguous(), "largest": largest, "count": torch.tensor([logits.shape[1]])}
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from handful.errors import RequestError
 from handful.metrics.perceptual import as_image_pair
 from handful.report.feature_map import MOST, bounded_perplexity, draw_map, feature_map
-from handful.runs.contact_sheet import draw_tile, label_font, tile_size
+from handful.runs.contact_sheet import draw_tiles, label_font, tile_size
 
 _GAP, _MARGIN, _EDGE = 2, 12, 4
 _SMALLEST_MAP, _LARGEST_MAP = 340, 560  # pixels
@@ -116,7 +116,7 @@ def _images(lines: list[tuple[str, Tensor, tuple[int, int, int]]]) -> Image.Imag
         draw.rectangle((gutter, top, gutter + _EDGE - 1, top + height - 1), colour)
         end = gutter + _EDGE + _GAP + len(images) * (width + _GAP) - 1
         draw.rectangle((gutter + _EDGE, top - _GAP, end, top + height + _GAP - 1), _BETWEEN)
-        for place, image in enumerate(images):
-            panel.paste(draw_tile(image, (height, width)), (gutter + _EDGE + _GAP + place * (width + _GAP), top))
+        for place, image in enumerate(draw_tiles(images, (height, width))):
+            panel.paste(image, (gutter + _EDGE + _GAP + place * (width + _GAP), top))
         top += height + _GAP
     return panel

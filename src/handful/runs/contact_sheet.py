@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -104,21 +105,22 @@ def _block(
     top = _TEXT + 5
     for images, colour in lines:
         draw.rectangle((0, top, edge - 1, top + height - 1), colour)
-        for place, image in enumerate(images):
-            block.paste(draw_tile(image, tile), (edge + _GAP + place * (width + _GAP), top))
+        for place, image in enumerate(draw_tiles(images, tile)):
+            block.paste(image, (edge + _GAP + place * (width + _GAP), top))
         top += height + (_GAP if colour == _GENERATED else 3 * _GAP)
     return block
 
 
-def draw_tile(image: Tensor, tile: tuple[int, int]) -> Image.Image:
-    """One image (c, h, w) in [-1, 1] at the (height, width) of a tile, in colour."""
-    larger = tile[0] >= image.shape[-2] and tile[1] >= image.shape[-1]
-    batch = image[None].float().clamp(-1, 1)
+def draw_tiles(images: Tensor, tile: tuple[int, int]) -> list[Image.Image]:
+    """Images (n, c, h, w) in [-1, 1] at the (height, width) of a tile, in colour."""
+    larger = tile[0] >= images.shape[-2] and tile[1] >= images.shape[-1]
+    batch = images.float().clamp(-1, 1)
     sized = interpolate(batch, tile) if larger else interpolate(batch, tile, mode="bicubic", antialias=True)
-    sized = sized[0].expand(3, -1, -1)
-    return Image.fromarray(to_uint8(sized).permute(1, 2, 0).contiguous().cpu().numpy())
+    pixels = to_uint8(sized.expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(each) for each in pixels]
 
 
+@cache
 def label_font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The font of all labels."""
     return ImageFont.load_default(_TEXT)  # Pillow's own; the bitmap one, of fixed size, where it was built without FreeType
