@@ -124,6 +124,18 @@ def test_the_readme_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.Mo
         assert found["images"].shape == (16, 1, 8, 8)
 
 
+def test_the_python_page_runs_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """But for its last block, which needs a pipeline of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    digits(tmp_path / "photos", 12)
+    digits(tmp_path / "photos-held-out", 12)
+    run("handful generate --model digits --exemplars photos --k 4 --per-class 8 --steps 4 --out out", capsys)
+    page = ROOT / "docs" / "python.md"
+    for block in blocks(page)[:-1]:
+        exec(compile(block, str(page), "exec"), {})
+    assert (tmp_path / "out-python" / "recipe.yaml").is_file()
+
+
 @pytest.mark.slow
 def test_the_notebook_runs_and_holds_no_outputs(tmp_path: Path):
     import nbformat
