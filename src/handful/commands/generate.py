@@ -22,7 +22,6 @@ from handful.commands.shared import (
     TrustPickle,
     label_pairs,
     listed,
-    loading,
     lora_option,
 )
 from handful.errors import RequestError
@@ -166,7 +165,6 @@ def generate(
     The same command goes on where an interrupted run stopped, and ends with the same files. Started several times, here or
     on other machines that see the same folder, it shares the work.
     """
-    loading(model or str(recipe or ""), quiet)
     from handful.recipe.file import overridden, read_mapping
     from handful.recipe.prompting import read_prompts
     from handful.recipe.schema import did_you_mean, recipe_from

@@ -33,12 +33,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stder
 Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine that compute features.", metavar="N")]
 
 
-def loading(what: str, quiet: bool = False) -> None:
-    """A command's first word, before the libraries that take seconds are imported; outside a terminal nobody waits for it."""
-    if not quiet and sys.stderr.isatty():
-        print(f"loading torch{f' and {what}' if what else ''} ...", file=sys.stderr)
-
-
 def lora_option(text: str) -> dict[str, str | float]:
     """`FILE:0.8` -> its path and weight; a file's own name may hold colons."""
     path, _, weight = text.rpartition(":")

@@ -147,7 +147,9 @@ class PlainUNet(nn.Module):
         first, time = widths[0], 4 * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
         self.time_embedding = _Time(first, time)
-        self.class_embedding = nn.Embedding(config.num_class_embeds, time) if config.num_class_embeds else None
+        classes = config.num_class_embeds
+        # Not drawn at random: on the meta device that alone imports torch._dynamo, a second.
+        self.class_embedding = nn.Embedding.from_pretrained(torch.zeros(classes, time), freeze=False) if classes else None
         self.down_blocks = nn.ModuleList()
         for place, (kind, out) in enumerate(zip(config.down_block_types, widths, strict=True)):
             steps = [(widths[max(0, place - 1)], out), *[(out, out)] * (layers - 1)]

@@ -22,7 +22,8 @@ class MnistViT(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(1, WIDTH, PATCH, PATCH)
         self.pos_embed = nn.Parameter(torch.zeros(1, (SIDE // PATCH) ** 2, WIDTH))
-        self.y_encoder = nn.Embedding(11, 2 * WIDTH)
+        # Not drawn at random: on the meta device that alone imports torch._dynamo, a second.
+        self.y_encoder = nn.Embedding.from_pretrained(torch.zeros(11, 2 * WIDTH), freeze=False)
         layers = [nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True) for _ in range(4)]
         self.transformer = nn.ModuleList(layers)
         self.unpatch = nn.ConvTranspose2d(WIDTH, 1, PATCH, PATCH)
