@@ -22,12 +22,13 @@ class MnistViT(nn.Module):
         super().__init__()
         self.patch_embed = nn.Conv2d(1, WIDTH, PATCH, PATCH)
         self.pos_embed = nn.Parameter(torch.zeros(1, (SIDE // PATCH) ** 2, WIDTH))
-        # Not drawn at random: on the meta device that alone imports torch._dynamo, a second.
+        # Neither random weights nor arange on the meta device: they alone import torch._dynamo, a second.
         self.y_encoder = nn.Embedding.from_pretrained(torch.zeros(11, 2 * WIDTH), freeze=False)
         layers = [nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.0, "gelu", batch_first=True) for _ in range(4)]
         self.transformer = nn.ModuleList(layers)
         self.unpatch = nn.ConvTranspose2d(WIDTH, 1, PATCH, PATCH)
-        self.register_buffer("frequencies", (-math.log(10000) * torch.arange(WIDTH) / (WIDTH - 1)).exp(), persistent=False)
+        frequencies = (-math.log(10000) * torch.arange(WIDTH, device="cpu") / (WIDTH - 1)).exp()
+        self.register_buffer("frequencies", frequencies.to(torch.get_default_device()), persistent=False)
 
     def tokens(self, x_t: Tensor) -> Tensor:
         """The image's tokens before any layer: (n, 1, 28, 28) in [0, 1] -> (n, 16, 64)."""
