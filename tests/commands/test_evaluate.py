@@ -185,6 +185,16 @@ def test_too_few_images_for_k_are_refused_naming_the_remedy(folders, capsys):
     assert "lower --neighbours" in capsys.readouterr().err
 
 
+def test_classes_too_small_for_k_are_named_once_and_why_their_mean_is_missing(folders, capsys):
+    made, real = folders
+    options = ("--judge", "pixels", "--neighbours", 13, "--no-audit", "--no-ceiling")
+    assert handful("evaluate", made, "--real", real, *options) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("12 real and 12 generated images: precision, recall, density and coverage at k = 13 need 14 of each") == 1
+    assert "each class: 12 real" in said
+    assert "k = 11 would work, so the mean over classes is -" in said
+
+
 @pytest.mark.parametrize("arguments", [("--seeds", 0), ("--per-class", 2)])
 def test_a_demo_without_sense_exits_with_2(arguments, tmp_path, capsys):
     assert handful("demo", "--out", tmp_path / "out", *arguments) == 2
@@ -227,7 +237,7 @@ def test_two_flat_folders_are_compared_as_one_set_each_and_no_accuracy_is_claime
         (tmp_path / name).mkdir()
         for file in folder.rglob("*.png"):
             (tmp_path / name / f"{file.parent.name}-{file.name}").write_bytes(file.read_bytes())
-    with pytest.warns(Note, match="no accuracy: the images lie in no class folders"):
+    with pytest.warns(Note, match="no accuracy: the images are not in folders of a class"):
         assert handful("evaluate", tmp_path / "made", "--real", tmp_path / "real", "--judge", "digits-judge") == 0
     rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert "pooled" in rows

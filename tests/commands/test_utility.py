@@ -52,9 +52,9 @@ def test_what_is_asked_reaches_the_work_and_what_is_found_the_reader(monkeypatch
     shown = CliRunner().invoke(app, options)
     assert shown.exit_code == 0
     lines = shown.stdout.splitlines()
-    assert " ".join(lines[1].split()) == "trained on images share of exemplars test worst class far worst class"
-    assert " ".join(lines[4].split()) == "exemplars + synthetic 10 0.25 0.600 ±0.141 b: 0.30 0.400 ±0.000 a: 0.40"
-    assert "No help was found beyond the spread" in " ".join(lines[-3:])
+    assert " ".join(lines[1].split()) == "trained on images exemplars in a batch test worst class far worst class"
+    assert " ".join(lines[4].split()) == "exemplars + synthetic 10 25 % 0.600 ±0.141 b: 0.30 0.400 ±0.000 a: 0.40"
+    assert "The synthetic images do not help beyond the spread" in " ".join(lines[-3:])
     assert {name: str(path) for name, path in asked["ood"].items()} == {"far": "f"}
     assert {name: str(path) for name, path in asked["baselines"].items()} == {"plain": "p"}
     assert (str(asked["test"]), asked["seeds"], asked["steps"]) == ("t", 2, 10)

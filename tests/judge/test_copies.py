@@ -39,6 +39,7 @@ def test_a_copy_is_found_in_its_own_class_alone(tmp_path):
     made = {"a": torch.cat([images(3, 0)[:1], images(3, 1)[:1]]), "b": torch.cat([images(3, 0)[:1], images(3, 1)[:1]])}
     flags = check(read(write(tmp_path / "made", made)))
     assert flags.tolist() == [True, False, False, True]
+    assert check.identical(read(tmp_path / "made")) == 2
     assert check.shared == 0
 
 

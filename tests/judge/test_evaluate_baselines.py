@@ -60,10 +60,12 @@ def test_without_the_audit_gains_are_plain(tmp_path, folders, halves):
 def test_a_baselines_gains_do_not_depend_on_the_other_baselines(tmp_path, folders, halves):
     made, real = folders
     others = {name: write(tmp_path / name, *some(halves, start, start + 10)) for name, start in (("a", 3), ("b", 8))}
-    with pytest.warns(UserWarning, match="the baseline [ab] has 100 images, the set 250"):
+    with pytest.warns(UserWarning, match="the baseline [ab] has 100 images, the set 250") as told:
         both = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines=others)
     with pytest.warns(UserWarning, match="the baseline [ab] has 100 images"):
         alone = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines={"b": others["b"]})
+    shared = {str(each.message).partition(":")[0] for each in told if "in the set itself" in str(each.message)}
+    assert shared == {f"100 of the baseline {name} are in the set itself too, byte for byte" for name in "ab"}
     assert list(both.gains) == ["a", "b"]
     assert both.gains["b"] == alone.gains["b"]
 

@@ -17,14 +17,20 @@ def found(real: dict[str, float] | None = None, **values: Any) -> dict[str, Any]
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"precision": 0.94, "coverage": 0.90, "judge_accuracy": 0.88}, "Good: they look like the real ones (precision 0.94"),
+        (
+            {"precision": 0.94, "coverage": 0.90, "judge_accuracy": 0.88},
+            "Good: they look like the real ones (precision 0.940; real images 0.960), and they show",
+        ),
         (
             {"precision": 0.94, "coverage": 0.60},
-            "Fair: they look like the real ones (precision 0.94, of real images 0.96); they l",
+            "Fair: they lack some of the variety (coverage 0.600; real images 0.950). What is good: they look like the",
         ),
         ({"precision": 0.04, "coverage": 0.01}, "Bad: most do not look like the real ones"),
-        ({"precision": 0.94, "coverage": 0.90, "judge_accuracy": 0.22}, "Bad: they look like"),
-        ({"precision": 0.94, "coverage": 0.90, "copied": 0.3}, "Fair: they look like"),
+        ({"precision": 0.94, "coverage": 0.90, "judge_accuracy": 0.22}, "Bad: most do not show their class (accuracy 0.220"),
+        (
+            {"precision": 0.94, "coverage": 0.90, "copied": 0.305},
+            "Fair: 30.5 % of them may be copies of exemplars (real images about 1 %). What is good",
+        ),
     ],
 )
 def test_the_worst_metric_beside_real_images_decides(values, said):
@@ -33,12 +39,12 @@ def test_the_worst_metric_beside_real_images_decides(values, said):
 
 def test_a_judge_that_fails_on_real_images_says_nothing_of_the_generated_ones():
     first, second = verdict(found({"precision": 0.9, "judge_accuracy": 0.2}, precision=0.9, judge_accuracy=0.1))
-    assert first == "Good: they look like the real ones (precision 0.90, of real images 0.90)."
+    assert first == "Good: they look like the real ones (precision 0.900; real images 0.900)."
     assert second.startswith("This judge names only 20 % of the real images")
 
 
 def test_copies_are_a_sentence_of_their_own_and_nothing_measured_says_nothing():
-    assert verdict(found(copied=0.3))[0].startswith("Possible copies: 30 %")
+    assert verdict(found(copied=0.3))[1].startswith("A possible copy is nearer to an exemplar")
     assert verdict({}) == []
 
 

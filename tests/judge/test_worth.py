@@ -85,7 +85,7 @@ def verdict(gain: float, margin: float) -> str:
 def test_the_sentence_says_help_harm_or_neither():
     assert verdict(0.05, 0.02) == "The synthetic images help"
     assert verdict(-0.05, 0.02) == "The synthetic images harm"
-    assert verdict(0.01, 0.02) == verdict(-0.01, 0.02) == "No help was found beyond the spread"
+    assert verdict(0.01, 0.02) == verdict(-0.01, 0.02) == "The synthetic images do not help beyond the spread"
 
 
 @pytest.fixture(scope="module")

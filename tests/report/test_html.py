@@ -72,16 +72,17 @@ def test_the_page_is_whole_and_names_no_address_outside_itself(html):
 
 
 def test_it_says_what_was_asked_what_was_found_and_what_it_cost(html):
-    text = re.sub(r"<[^>]+>", " ", html)
+    text = " ".join(re.sub(r"<[^>]+>", " ", html).split())
     for said in (
         "36 images of 3 classes from the model digits, guided by chamfer at scale 0.2, with 4 exemplars per class",
         "F1 is 0.788, that of plain 0.688: a real gain",
-        "Possible copies: 12 % of the images are nearer to an exemplar",
+        "Fair: they lack some of the variety (coverage 0.700; real images 0.920), and 12.5 % of them may be copies",
+        "coverage share of the real images that have a generated one beside them",
         "12.5 % of all images count as copies",
         "a classifier is right on",
         "operations per image",
         "real against real",
-        "handful generate recipe.yaml --out again",
+        "/recipe.yaml --out again",
     ):
         assert said in text, said
 
@@ -124,10 +125,24 @@ def test_without_a_baseline_the_verdict_gives_quality_and_coverage_beside_real_i
     found["result"] |= {"gains": {}, "copied": None}
     keep(there, "evaluation", "z", found)
     html = report([there]).read_text()
-    assert "precision 0.90, of real images 0.95" in html
-    assert "coverage 0.70, of real images 0.92" in html
+    assert "precision 0.900; real images 0.950" in html
+    assert "coverage 0.700; real images 0.920" in html
     assert "/recipe.yaml --guidance none --out plain" in html
     assert '<th scope="row">copied' not in html  # what was not measured has no row
+
+
+def test_what_counts_as_a_copy_is_marked_and_comes_first(run, tmp_path):
+    there = copied(run, tmp_path / "run")
+    far = sorted(gather(there).rows, key=lambda row: row["nearest_exemplar_distance"])[-1]["file"]
+    found = evaluation()
+    found["result"]["copies"] = [far]
+    keep(there, "evaluation", "z", found)
+    data = data_of(report([there]).read_text())
+    marked = [image[4] for image in data["images"] if image[8]]
+    assert marked == [far]
+    assert data["images"][data["copies"][0]][4] == far
+    distances = [data["images"][place][6] for place in data["copies"][1:]]
+    assert distances == sorted(distances)
 
 
 def copied(run: Path, to: Path) -> Path:

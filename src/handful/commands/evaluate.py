@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +90,7 @@ def evaluate(
         require_writable(save_json)
     from handful.judge.evaluate import evaluate as judged
     from handful.report.tables import evaluation_table, gains_tables, group_tables, print_table, wrapped
+    from handful.runs.kept import run_root
     from handful.runs.progress import Words, progress_for
 
     found = judged(
@@ -114,6 +117,8 @@ def evaluate(
             print("\n" * bool(number), end="")
             print_table(table)
         print("", *wrapped(found.verdict), sep="\n")
+        if not quiet and run_root(synthetic) is not None:
+            print(f"next: handful report {shlex.quote(str(synthetic))} (one page to look at)", file=sys.stderr)
     if save_json is not None:  # after the result is printed: a full disk takes nothing
         from handful.files.atomic import write_atomically
 

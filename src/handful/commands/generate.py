@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ from handful.commands.shared import (
 )
 from handful.errors import RequestError
 from handful.guidance import METHODS
+from handful.zoo import JUDGES
 
 if TYPE_CHECKING:
     from handful.generate.job import Job
@@ -261,17 +263,34 @@ def generate(
     if json_wanted:
         print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
     elif not quiet:
-        elsewhere = f", {summary.cohorts_elsewhere} made by other processes" if summary.cohorts_elsewhere else ""
+        counts = {
+            "were there": summary.cohorts_resumed,
+            "failed": summary.cohorts_failed,
+            "made by other processes": summary.cohorts_elsewhere,
+        }
+        others = "".join(f", {count} {words}" for words, count in counts.items() if count)
         rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
         print(
-            f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made, {summary.cohorts_resumed} "
-            f"were there, {summary.cohorts_failed} failed{elsewhere}; {summary.seconds:.1f} s of sampling{rate})"
+            f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made{others}; "
+            f"{summary.seconds:.1f} s of sampling{rate})"
         )
+        if not failed:
+            print(f"next: {_next(job, out)}", file=sys.stderr)
     if failed:
         for failure in summary.failures:
             print(f"error: {failure}", file=sys.stderr)
         print(f"error: {failed}; the same command tries them again", file=sys.stderr)
         raise typer.Exit(1)
+
+
+def _next(job: Job, out: Path) -> str:
+    """The command that judges what was made."""
+    from handful.recipe.exemplar_source import has_images
+
+    guides = {getattr(term, "features", None) for term in job.recipe.guidance or ()}
+    judge = JUDGES.get(job.recipe.model.name, "clip" if "dinov2" in guides else "dinov2")
+    real = "" if has_images(job.recipe) else " --real DIR"
+    return f"handful evaluate {shlex.quote(str(out))} --judge {judge}{real}"
 
 
 def _counts(text: str | None) -> int | dict[str, int] | None:

@@ -85,6 +85,10 @@ class CopyCheck:
             flags[labels == name] = nearer(distances[labels == name], of_real)
         return flags
 
+    def identical(self, images: Images | LabelledImages) -> int:
+        """How many images are an exemplar of their class, pixel for pixel."""
+        return int((self._distances(as_images(images)) == 0).sum())
+
     def _distances(self, images: Images) -> np.ndarray:
         """Of each image to the nearest exemplar of its class, (n,)."""
         return np.concatenate([self._of_part(images, part) for part in images.parts()])

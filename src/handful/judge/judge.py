@@ -196,7 +196,7 @@ class Judge:
         if key not in self._numbers:
             self._numbers[key], why = class_numbers(known, self.classes, count, self._said)
             if why and known == [ONLY_CLASS] and not self._said:
-                why = "the images lie in no class folders, so nothing says what they should show"
+                why = "the images are not in folders of a class, so nothing says what they should show"
             if why:
                 self.notes.append(f"no accuracy: {why}")
                 warnings.warn(self.notes[-1], Note, stacklevel=2)

@@ -37,24 +37,31 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     """
     ceiling = (found.get("pooled") or {}).get("ceiling") or {}
     weak = (ceiling.get("judge_accuracy") or 1.0) < BAD
-    copied, said, shares = found.get("copied") or 0.0, [], []
+    copied, worst = found.get("copied") or 0.0, 0
+    good, reasons = list[str](), list[str]()
     for metric, words in _WORDS.items():
         value, real = found.get(metric), ceiling.get(metric)
         if value is not None and not (metric == "judge_accuracy" and (real is None or weak)):
-            shares.append(value / (real or 1.0))
-            beside = "" if real is None else f", of real images {real:.2f}"
-            said.append(f"{words[(shares[-1] < GOOD) + (shares[-1] < BAD)]} ({headings()[metric]} {value:.2f}{beside})")
-    sentences = []
-    if said:
-        mark = "Bad" if min(shares) < BAD else "Good" if min(shares) >= GOOD and copied < COPIES else "Fair"
-        sentences.append(f"{mark}: {'; '.join(said)}.")
+            share = value / (real or 1.0)
+            place = (share < GOOD) + (share < BAD)
+            beside = "" if real is None else f"; real images {real:.3f}"
+            (reasons if place else good).append(f"{words[place]} ({headings()[metric]} {value:.3f}{beside})")
+            worst = max(worst, place)
+    judged = bool(good or reasons)
+    if copied >= COPIES:
+        reasons.append(f"{100 * copied:.1f} % of them may be copies of exemplars (real images about 1 %)")
+        worst = max(worst, 1)
+    sentences = [f"{('Good', 'Fair', 'Bad')[worst]}: {', and '.join(reasons or good)}."] if judged or reasons else []
+    if good and reasons:
+        sentences[0] += f" What is good: {', and '.join(good)}."
     if weak:
         share = 100 * ceiling["judge_accuracy"]
         sentences.append(f"This judge names only {share:.0f} % of the real images as their class: take another judge.")
     if copied >= COPIES:
         sentences.append(
-            f"Possible copies: {100 * copied:.0f} % of the images are nearer to an exemplar than 99 % of the real images are."
-            " Look at them (handful report). A margin keeps images apart from them: --set guidance.chamfer.margin=0.75."
+            "A possible copy is nearer to an exemplar, pixel by pixel, than 99 % of the real images are: look at them in the"
+            " report. A larger margin of the guidance keeps images apart from exemplars, such as --set"
+            " guidance.chamfer.margin=0.75."
         )
     return sentences + [_gained(name, each["metrics"]) for name, each in (found.get("gains") or {}).items()]
 

@@ -126,16 +126,16 @@ class Worth:
         """Whether the synthetic images help, in plain words."""
         by_name = {row.name: row.tests[TEST].mean for row in self.rows}
         first, *others = self.differences
-        reached = f"a classifier is right on {by_name[BOTH]:.1%} of the test images, with the exemplars alone on"
         text = (
-            f"with these {reached} {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread {100 * first.margin:.1f})"
+            f"trained on them and the exemplars, a classifier is right on {by_name[BOTH]:.1%} of the test images; trained on"
+            f" the exemplars alone, on {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread {100 * first.margin:.1f})"
         )
         if first.gain > first.margin:
             verdict = "The synthetic images help"
         elif first.gain < -first.margin:
             verdict = "The synthetic images harm"
         else:
-            verdict = "No help was found beyond the spread"
+            verdict = "The synthetic images do not help beyond the spread"
         rivals = [each for each in others if each.over.startswith("exemplars + ")]
         beside = ""
         if rivals:
@@ -370,7 +370,7 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
             weights = torch.cat([torch.full((n,), s / n) for n, s in zip(sizes, (share, 1 - share), strict=True)])
         images, truth = (torch.cat([part[place] for part in parts]) for place in (0, 1))
         network = learner.train(images, truth, count, choice, steps=steps, seed=seed, weights=weights)
-        progress.advance(1, " + ".join(names))
+        progress.advance(1, _called(names))
         return network
 
     choice, shares = learner.choices[-1], dict.fromkeys(mixed, 0.5)
@@ -392,8 +392,7 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
             notes.append("with one exemplar in a class nothing can be chosen: half of each batch are exemplars")
         ways: list[tuple[str, list[str], float | None]] = [(EXEMPLARS, [EXEMPLARS], None)]
         for name in mixed:
-            together = f"exemplars + {name.removesuffix(' alone')}"
-            ways += [(name, [name], None), (together, [EXEMPLARS, name], shares[name])]
+            ways += [(name, [name], None), (_called([EXEMPLARS, name]), [EXEMPLARS, name], shares[name])]
         rows, hits = [], dict[str, Tensor]()
         for called, names, share in ways:
             networks = [train(names, share, choice, seed + each, steps, None) for each in range(seeds)]
@@ -419,6 +418,11 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
     if seeds == 1:
         notes.append("one seed: the spread is of the test images alone; give --seeds 3")
     return Worth(learner.name, choice, rows, differences, steps, seeds, notes)
+
+
+def _called(names: Sequence[str]) -> str:
+    """`synthetic alone`, `exemplars + synthetic`."""
+    return names[0] if len(names) == 1 else " + ".join(name.removesuffix(" alone") for name in names)
 
 
 def _numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:

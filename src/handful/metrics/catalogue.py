@@ -84,17 +84,21 @@ def _redrawn_frechet(sets: Sets, counts: np.ndarray) -> np.ndarray:
 
 # fmt: off
 METRICS: tuple[Metric, ...] = (
-    _near("precision", "precision"),
-    _near("recall", "recall", redrawn=False),
-    _near("density", "density", brief=False),
-    _near("coverage", "coverage"),
+    _near("precision", "precision", "share of the generated images that look like real ones"),
+    _near("recall", "recall", "share of the real images among the generated ones; typical images, close together, get less",
+          redrawn=False),
+    _near("density", "density", "how many real images lie around each generated one; above 1 where images are typical",
+          brief=False),
+    _near("coverage", "coverage", "share of the real images that have a generated one beside them: the variety"),
     _near("f1", "F1", "harmonic mean of precision and coverage (of the images, not of a classifier)"),
-    Metric("frechet", "Frechet", _frechet, lower_is_better=True, redraw=_redrawn_frechet),
-    Metric("vendi", "Vendi", lambda sets: vendi(sets.generated), audited=False, brief=False),
+    Metric("frechet", "Frechet", _frechet, "distance of the two sets' means and covariances, 0 at best; less with more images",
+           lower_is_better=True, redraw=_redrawn_frechet),
+    Metric("vendi", "Vendi", lambda sets: vendi(sets.generated), "how many entirely different images the set is worth",
+           audited=False, brief=False),
     Metric("vendi_real", "Vendi of real", lambda sets: vendi(sets.real.features), audited=False, compared=False),
     per_image("judge_accuracy", "accuracy", "share of the generated images that the judge names as asked"),
     per_image("copied", "copied", "share of the generated images that are nearer to an exemplar of their class than 99 % of the"
-              " real images are (in pixels)", lower_is_better=True, audited=False),
+              " real images are (in pixels); 0.01 is expected", lower_is_better=True, audited=False),
     per_image("clip_score", "CLIPScore", "100 times the cosine of image and prompt in CLIP, not below 0", audited=False,
               usual=False),
     Metric("kernel_distance", "KD", lambda sets: kernel_distance(sets.real.features, sets.generated),

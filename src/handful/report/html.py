@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -21,11 +22,11 @@ from handful.data.images import write_atomically
 from handful.errors import HandfulError, RequestError, first_line
 from handful.judge.verdict import kind_of, verdict
 from handful.judge.worth import TEST
-from handful.metrics.catalogue import headings, lower_is_better
+from handful.metrics.catalogue import METRICS, headings, lower_is_better
 from handful.report.charts import Dot, scatter
 from handful.report.gallery import gallery
 from handful.report.gather import Shown, compared_with, gather
-from handful.report.tables import Table
+from handful.report.tables import REAL_AGAINST_REAL, Table, memory
 from handful.report.worth_table import worth_table
 from handful.runs.card import refresh
 
@@ -77,6 +78,9 @@ def page(runs: Sequence[Shown]) -> str:
         data=data,
         verdicts=_verdicts(first),
         metrics=_metrics(first),
+        meanings=[
+            (each.heading, each.meaning) for each in METRICS if each.meaning and (first.found or {}).get(each.name) is not None
+        ],
         gains=_gains(first),
         comparison=_comparison(runs) if len(runs) > 1 else None,
         classes=classes,
@@ -84,6 +88,7 @@ def page(runs: Sequence[Shown]) -> str:
         chart=_chart(runs, costs),
         cost=_costs(runs, costs),
         facts=_facts(first),
+        middle=_middle(first),
         recipe=yaml.safe_dump(first.recipe, sort_keys=False, allow_unicode=True),
         has_distances=bool(data["copies"]),
         copied=(first.found or {}).get("copied"),
@@ -100,10 +105,10 @@ def _parts() -> dict[str, str]:
 
 def _verdicts(run: Shown) -> list[str]:
     """What was found, in sentences; what was not measured yet is said with its command."""
-    sentences = [run.worth.sentence] if run.worth is not None else []
+    utility = [run.worth.sentence] if run.worth is not None else []
     if run.found is None:
-        return sentences
-    sentences += verdict(run.found)
+        return utility
+    sentences = [*verdict(run.found), *utility]
     if not run.found.get("gains") and run.recipe.get("guidance"):
         sentences.append(
             f"Does guidance help? Make a set without it: handful generate {run.path}/recipe.yaml --guidance none --out plain. "
@@ -119,7 +124,7 @@ def _metrics(run: Shown) -> Table | None:
         return None
     asked = run.evaluations[-1].get("asked") or {}
     intervals: Mapping[str, Any] = found.get("intervals") or {}
-    title = f"All classes together, judged by {found['judge']}, neighbour {found.get('k', asked.get('neighbours', '?'))}"
+    title = f"All classes together, judged by {found['judge']}, k = {found.get('k', asked.get('neighbours', '?'))}"
     table = Table(title, ["metric", "generated", "90 % interval", "after transforms", "real against real"])
     ceiling = (found["pooled"].get("ceiling")) or {}
     for metric, heading in headings().items():
@@ -139,9 +144,8 @@ def _metrics(run: Shown) -> Table | None:
         f"{sizes['n_generated']:,} generated and {sizes['n_real']:,} real images. The real images: {asked.get('real', '?')}."
     )
     table.notes.append(
-        "Real against real: one half of the real images in the place of the generated ones. It is the most to hope for. After "
-        "transforms: real and generated images are both changed a little, such as by JPEG; do not compare it with the column "
-        "before it. F1 is the harmonic mean of precision and coverage."
+        f"{REAL_AGAINST_REAL}. After transforms: real and generated images are both changed a little, such as by JPEG; do not"
+        " compare it with the column before it."
     )
     table.notes += [str(note) for note in (sizes.get("note"), *(found.get("notes") or [])) if note]
     return table
@@ -231,12 +235,12 @@ def _costs(runs: Sequence[Shown], costs: Sequence[Any]) -> Table | None:
     known = [(run, cost) for run, cost in zip(runs, costs, strict=True) if cost is not None]
     if not known:
         return None
-    headings = ["run", "operations per image", "beside plain sampling", "beside classifier-free guidance", "peak memory"]
+    headings = ["run", "operations per image", "of plain sampling", "of classifier-free guidance", "peak memory"]
     table = Table("What sampling costs", headings)
     for run, cost in known:
         flops = cost.recipe.flops_per_image
         ratios = [f"{flops / other.flops_per_image:.2f} times" for other in (cost.plain, cost.cfg)]
-        table.rows.append([run.name, operations(flops), *ratios, f"{cost.recipe.peak_bytes / 1e9:.3g} GB"])
+        table.rows.append([run.name, operations(flops), *ratios, memory(cost.recipe.peak_bytes)])
     table.notes.append(
         "Counted from the recipe, not measured: a multiplication and an addition are 2 operations (FLOPs). Peak memory is an "
         "estimate for a whole cohort."
@@ -261,6 +265,12 @@ def _chart(runs: Sequence[Shown], costs: Sequence[Any]) -> str | None:
     if ceiling.get("precision") is not None and ceiling.get("coverage") is not None:
         dots.append(Dot("real against real", ceiling["precision"], ceiling["coverage"], None, hollow=True))
     return scatter(dots, "precision", "coverage") if dots else None
+
+
+def _middle(run: Shown) -> float | None:
+    """Half of the images are nearer to an exemplar than this."""
+    known = [row["nearest_exemplar_distance"] for row in run.rows if row.get("nearest_exemplar_distance") is not None]
+    return median(known) if known else None
 
 
 def _facts(run: Shown) -> list[tuple[str, str]]:

@@ -13,9 +13,9 @@
     return element;
   };
   const picture = (place, alt) => make("img", { src: data.pictures[place], alt, loading: "lazy" });
-  const className = (place) => (place < 0 ? "another class" : data.classes[place]);
+  const className = (place) => (place < 0 ? "another class" : data.classes[place].replace(/^(?=\d+$)/, "class "));
   const runName = (run) => data.runs[run][0];
-  const distance = (value) => (value === null ? "" : `, distance ${value.toPrecision(4)} to its nearest exemplar`);
+  const distance = (value) => (value === null ? "" : `, distance ${value.toPrecision(3)} to its nearest exemplar`);
   const label = ([cls, run, index, , , , far, , copy]) =>
     `${className(cls)}, image ${index} of ${runName(run)}${distance(far)}${copy ? ", counts as a copy" : ""}`;
 
@@ -25,7 +25,7 @@
     const [cls, run, index, pic, file, near, far, nearPicture, copy] = data.images[walk[at]];
     byId("details-title").textContent = `${className(cls)}, image ${index}`;
     byId("details-image").src = data.pictures[pic];
-    byId("details-image").alt = `Generated image ${index} of class ${className(cls)}`;
+    byId("details-image").alt = `Generated image ${index} of ${className(cls)}`;
     byId("details-near").hidden = nearPicture < 0;
     if (nearPicture >= 0) {
       byId("details-exemplar").src = data.pictures[nearPicture];
@@ -33,7 +33,7 @@
     }
     const facts = [["run", runName(run)], ["file", file]];
     facts.push(["nearest exemplar", near === null ? "no exemplar guided this image" : near]);
-    if (far !== null) facts.push(["distance", far.toPrecision(6)]);
+    if (far !== null) facts.push(["distance", far.toPrecision(3)]);
     if (copy) facts.push(["counts as", "a copy"]);
     byId("details-facts").replaceChildren(...facts.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]));
     byId("previous").disabled = at === 0;
@@ -63,7 +63,7 @@
   const section = (cls) => {
     const parts = [make("h3", {}, className(cls))];
     if (data.exemplars[cls].length) {
-      parts.push(strip("exemplars", data.exemplars[cls].map(([name, place]) => make("span", { class: "exemplar" }, picture(place, `Exemplar ${name} of class ${className(cls)}`)))));
+      parts.push(strip("exemplars", data.exemplars[cls].map(([name, place]) => make("span", { class: "exemplar" }, picture(place, `Exemplar ${name} of ${className(cls)}`)))));
     }
     data.runs.forEach(([name, same], run) => {
       const own = data.strips[cls][run];
@@ -75,7 +75,7 @@
       });
       parts.push(strip(same ? name : `${name} (other noise)`, tiles));
     });
-    return make("section", { "aria-label": `Class ${className(cls)}` }, ...parts);
+    return make("section", { "aria-label": className(cls) }, ...parts);
   };
 
   let shown = 0;
@@ -102,7 +102,7 @@
       const image = data.images[place];
       const two = make("span", { class: "two" }, picture(image[3], ""));
       if (image[7] >= 0) two.append(picture(image[7], ""));
-      const pair = make("button", { type: "button", class: "pair", "aria-label": label(image) }, two, `${className(image[0])}: ${image[6].toPrecision(4)}${image[8] ? ", copy" : ""}`);
+      const pair = make("button", { type: "button", class: "pair", "aria-label": label(image) }, two, `${className(image[0])}: ${image[6] && image[6].toPrecision(3)}${image[8] ? ", copy" : ""}`);
       pair.addEventListener("click", () => open(data.copies, place));
       return pair;
     }));

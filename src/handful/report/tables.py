@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
+from handful.errors import some_of
 from handful.judge.gains import DRAWS, LEVEL, RULE
 from handful.judge.verdict import kind_of
 from handful.metrics import catalogue
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from handful.metrics.summary import Scores
 
 WIDTH = 118  # of notes
+REAL_AGAINST_REAL = (
+    "real against real: one half of the real images, judged against the other half as if it were generated. Coverage, recall"
+    " and accuracy can hardly be higher; precision and density can, where images are more typical than real ones. Its Frechet"
+    " distance and Vendi are of half as many images, and do not compare"
+)
 
 # The parts of a `Cost` in words.
 COST_PARTS = {
@@ -86,18 +92,26 @@ def evaluation_table(found: Evaluation) -> Table:
             add("  real against real", group.ceiling)
     for name, group in classes:
         add(name, group.generated)
-    table.notes += [f"{name}: {group.generated.note}" for name, group in (*wholes, *classes) if group.generated.note]
+    noted: dict[str, list[str]] = {}
+    for name, group in classes:
+        if group.generated.note:
+            noted.setdefault(group.generated.note, []).append(name)
+    table.notes += [f"{name}: {group.generated.note}" for name, group in wholes if group.generated.note]
+    for note, names in noted.items():
+        who = "each class" if len(names) == len(classes) else some_of(names)
+        table.notes.append(f"{who}: {note}{', so the mean over classes is -' * (who == 'each class')}")
     if summary.pooled.ceiling is not None:
-        table.notes.append(
-            "real against real: one half of the real images in the place of the generated ones, so of fewer images. It is the"
-            " most to hope for"
-        )
+        table.notes.append(REAL_AGAINST_REAL)
     if found.transformed:
         table.notes.append(
             "after jpeg, resample, noise, lowpass: real and generated images are both changed so. Compare such a row with that"
             " row of another set, not with the row above: its Frechet distance can be smaller though nothing is better"
         )
-    table.notes += [f"{each.heading}: {each.meaning}" for each in catalogue.METRICS if each.name in columns and each.meaning]
+    table.notes += [
+        f"{each.heading}: {each.meaning}{' (lower is better)' * each.lower_is_better}"
+        for each in catalogue.METRICS
+        if each.name in columns and each.meaning
+    ]
     table.notes = wrapped(table.notes)
     return table
 
@@ -179,7 +193,7 @@ def cost_tables(found: Cost) -> list[Table]:
                 *ratios,
                 f"{way.evaluations:g}",
                 f"{way.parameters / 1e6:,.1f} M",
-                f"{way.peak_bytes / 1e9:,.3g} GB",
+                memory(way.peak_bytes),
             ]
         )
     ways.notes = [
@@ -195,6 +209,11 @@ def cost_tables(found: Cost) -> list[Table]:
     once = Table("once a class, not in the above", ["", "TFLOPs"])
     once.rows = [[name.replace("_", " "), f"{flops / 1e12:.4g}"] for name, flops in found.once_per_class.items()]
     return [ways, parts, *([once] if once.rows else [])]
+
+
+def memory(size: float) -> str:
+    """`9.17 MB`, `24 GB`."""
+    return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
 def _number(value: float | None) -> str:

@@ -13,15 +13,17 @@ def worth_table(found: Worth) -> Table:
     tests = list(found.rows[0].tests)
     table = Table(
         f"trained: {found.network}; {found.seeds} of each, {found.steps} steps",
-        ["trained on", "images", "share of exemplars", *(head for name in tests for head in (name, "worst class"))],
+        ["trained on", "images", "exemplars in a batch", *(head for name in tests for head in (name, "worst class"))],
     )
     for row in found.rows:
         cells = [cell for name in tests for cell in (accuracy_text(row.tests[name]), worst_text(row.tests[name]))]
-        table.rows.append([row.name, str(row.images), "-" if row.share is None else f"{row.share:g}", *cells])
+        table.rows.append(
+            [row.name, str(row.images), "-" if row.share is None else f"{row.share:.0%}".replace("%", " %"), *cells]
+        )
     notes = [
         "Each number is an accuracy"
         + (f", ± its standard deviation over {found.seeds} trainings" if found.seeds > 1 else "")
-        + f". Changes made to the training images: {found.augmentation}. These, and the share of exemplars in each batch, were"
+        + f". Changes made to the training images: {found.augmentation}. These, and the share of exemplars in a batch, were"
         " chosen by training on one half of the exemplars and testing on the other half.",
         *found.notes,
         found.sentence,

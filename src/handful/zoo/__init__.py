@@ -11,6 +11,9 @@ from handful.errors import RequestError
 ZOO = ("digits", "cifar10", "mnist")
 """The names of the packaged models."""
 
+JUDGES = {"digits": "digits-judge", "cifar10": "cifar10-judge", "mnist": "uci-judge"}
+"""Who judges a packaged model's images."""
+
 EXEMPLARS = {"cifar10-exemplars": ("cifar10", "exemplars.safetensors")}
 """Packaged exemplars, as features alone: what a recipe calls them -> model and file."""
 
