@@ -128,7 +128,8 @@ class Worth:
         first, *others = self.differences
         text = (
             f"trained on them and the exemplars, a classifier is right on {by_name[BOTH]:.1%} of the test images; trained on"
-            f" the exemplars alone, on {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread {100 * first.margin:.1f})"
+            f" the exemplars alone, on {by_name[EXEMPLARS]:.1%} ({100 * first.gain:+.1f} points, spread"
+            f" {100 * first.margin:.1f})"
         )
         if first.gain > first.margin:
             verdict = "The synthetic images help"
