@@ -141,8 +141,8 @@ def evaluate(
                 _tell_of_shared(role, images, seen[role].features[AS_IS], reference, sitting.real, tell)
             if role not in ("real", "synthetic"):
                 _tell_of_shared(role, images, seen[role].features[AS_IS], made, seen["synthetic"].features[AS_IS], tell)
-        for role, images in sets.items() if check is not None else ():
-            if role != "real" and (count := check.identical(images)):
+        for role, images in sets.items():
+            if check is not None and role != "real" and (count := check.identical(images)):
                 whose = "generated images" if role == "synthetic" else f"images of the {role}"
                 tell(f"{count} of the {len(images)} {whose} are an exemplar, pixel for pixel")
         keeping.progress.note("comparing features")
