@@ -6,8 +6,10 @@ Every set is an ordinary run directory that `handful generate` could have writte
 from __future__ import annotations
 
 import json
+import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -16,16 +18,20 @@ from typing import Any
 import torch
 
 from handful import __version__
-from handful.data.images import LabelledImages, encode_png, read_folder
+from handful.data.exemplars import Exemplars
+from handful.data.images import LabelledImages, encode_png, read_folder, write_png
 from handful.errors import RequestError, RunError
 from handful.files.atomic import write_atomically
 from handful.generate import generate
+from handful.generate.invert import InvertRequest, invert, prepare
 from handful.recipe.schema import recipe_from
 from handful.report.tables import Table
+from handful.runs.processes import Processes
 
 Row = dict[str, Any]
 FEWEST = 8  # images of a class: fewer are too few for precision and coverage
 Say = Callable[[str], None]
+SECONDS = "seconds.json"  # beside results.json: how long each set's sampling took, so that a resumed demo knows it
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Entry:
         scale: Of classifier-free guidance; 0 where the method's default acts.
         says: What the recipe says of it, as YAML has it.
         guided: Whether exemplars guide it; else one set serves every k.
+        fitted: Embeddings are fitted to each class's exemplars first (CRDI), which then guide: a run directory for each class.
     """
 
     method: str
@@ -45,6 +52,7 @@ class Entry:
     scale: float = 0.0
     says: Mapping[str, Any] = field(default_factory=lambda: {"guidance": []})
     guided: bool = True
+    fitted: bool = False
 
     @property
     def name(self) -> str:
@@ -55,6 +63,10 @@ class Entry:
         return (self if self.guided else replace(self, k=0, guided=True)).name.replace("=", "").replace(" ", "-")
 
 
+Measure = Callable[[Entry, int, LabelledImages], Row]
+"""(entry, seed, its images) -> what its row says beside method, k, scale, seed, seconds and images."""
+
+
 @dataclass(frozen=True)
 class Demo:
     """What is compared, and how.
@@ -63,28 +75,41 @@ class Demo:
         name: Of the model in the zoo.
         entries: In the table's order.
         recipe: What all recipes share, as YAML has it.
-        measure: (entry, seed, its images) -> what its row says beside method, k, scale and seed.
+        measure: See `Measure`.
         shown: Columns that the line of progress shows.
         exemplars: Of the recipes: a folder to draw from anew for each seed, or packaged exemplars, which are always the same.
         shape: (c, h, w) of the images.
+        ready: A function and its arguments that make `measure` in a process of its own: where there is another processor, it
+            measures a set while this one makes the next. Empty: this process does all.
     """
 
     name: str
     entries: Sequence[Entry]
     recipe: Row
-    measure: Callable[[Entry, int, LabelledImages], Row]
+    measure: Measure
     shown: Sequence[str]
     exemplars: str
     shape: tuple[int, int, int]
+    ready: tuple[Any, ...] = ()
 
     def run(self, out: Path, rows: list[Row], seeds: int, say: Say) -> list[Row]:
         """Makes and measures what `rows` lacks; `results.json` is written after every row."""
         there = {(row["method"], row["scale"], row["k"], row["seed"]) for row in rows}
-        for seed in range(seeds):
-            for entry in self.entries:
-                if (entry.method, entry.scale, entry.k, seed) in there:
-                    continue
-                rows.append(self._row(entry, seed, out, rows))
+        asked = [(entry, seed) for seed in range(seeds) for entry in self.entries]
+        asked = [(entry, seed) for entry, seed in asked if (entry.method, entry.scale, entry.k, seed) not in there]
+        taken = json.loads((out / SECONDS).read_text()) if (out / SECONDS).is_file() else {}
+
+        def sets() -> Iterator[tuple[Entry, int, Path, tuple[int, int, int]]]:
+            for entry, seed in asked:
+                self._make(entry, seed, out, taken)
+                yield entry, seed, _folder(out, entry, seed), self.shape
+
+        beside = bool(self.ready) and (os.cpu_count() or 1) > 1
+        with closing(Processes(1, *(self.ready or (_nothing,)), note=say, beside=beside)) as processes:
+            for (entry, seed), found in zip(asked, processes.map(_measured, sets(), self.measure), strict=True):
+                seconds = taken[f"{seed}/{entry.folder}"]  # a set that serves every k is made once
+                named = {"method": entry.method, "scale": entry.scale, "k": entry.k, "seed": seed}
+                rows.append({**named, **found, "seconds": seconds})
                 write_atomically(out / "results.json", (json.dumps(rows, indent=1) + "\n").encode())
                 told = (f"{column} {rows[-1][column]:.3f}" for column in self.shown)
                 say("  ".join([f"seed {seed}  {entry.name:16}", *told]))
@@ -92,34 +117,73 @@ class Demo:
 
     def made(self, out: Path, entry: Entry, seed: int = 0) -> LabelledImages:
         """The images of a set."""
-        return read_folder(out / f"seed-{seed}" / entry.folder, channels=self.shape[0], size=self.shape[1:])
+        return _read(_folder(out, entry, seed), self.shape)
 
-    def _row(self, entry: Entry, seed: int, out: Path, rows: Sequence[Row]) -> Row:
+    def _make(self, entry: Entry, seed: int, out: Path, taken: dict[str, float]) -> None:
+        """Makes what a set lacks, and adds the time to `taken`."""
         drawn: Row = {}
         if entry.k and entry.guided:
             folder = Path(self.exemplars).is_dir()
             path = str(Path(self.exemplars).resolve()) if folder else self.exemplars
             drawn = {"exemplars": {"path": path, "k": entry.k, **({"seed": seed} if folder else {})}}
-        recipe = recipe_from({**self.recipe, **drawn, **entry.says, "model": {"name": self.name}, "seed": seed})
-        summary = generate(recipe, out / f"seed-{seed}" / entry.folder)
-        if summary.failures:
-            raise RunError(summary.failures[0])
-        made = self.made(out, entry, seed)
-        same = [
-            row
-            for row in rows
-            if not entry.guided and (row["method"], row["scale"], row["seed"]) == (entry.method, entry.scale, seed)
-        ]
-        measured = self.measure(entry, seed, made)
-        return {
-            "method": entry.method,
-            "scale": entry.scale,
-            "k": entry.k,
-            "seed": seed,
-            **measured,
-            "seconds": same[0]["seconds"] if same else summary.seconds,  # a set that serves every k is made once
-            "images": len(made),
-        }
+        recipe = {**self.recipe, **drawn, **entry.says, "model": {"name": self.name}, "seed": seed}
+        folder, key = _folder(out, entry, seed), f"{seed}/{entry.folder}"
+        for asked, where, before in self._fitted(recipe, folder) if entry.fitted else [(recipe, folder, 0.0)]:
+            summary = generate(recipe_from(asked), where)
+            if summary.failures:
+                raise RunError(summary.failures[0])
+            taken[key] = taken.get(key, 0.0) + before + summary.seconds
+            write_atomically(out / SECONDS, (json.dumps(taken, indent=1) + "\n").encode())
+
+    def _fitted(self, recipe: Row, folder: Path) -> Iterator[tuple[Row, Path, float]]:
+        """Fits embeddings to each class's exemplars: the recipe of its run then, where that goes, and the fit's seconds."""
+        given = recipe["exemplars"]
+        drawn = Exemplars.from_folder(
+            given["path"], channels=self.shape[0], size=self.shape[1:], k=given["k"], seed=given["seed"]
+        )
+        for name, images in drawn.images.items():
+            targets, file = folder / "targets" / name, folder / f"{name}.safetensors"
+            targets.mkdir(parents=True, exist_ok=True)
+            for place, image in enumerate(images):
+                write_png(targets / f"{place:02d}.png", image)
+            asked = InvertRequest(recipe["model"], condition=name, steps=recipe["sampler"]["steps"])
+            done = invert(prepare(asked, targets, file))
+            inversion = {"method": "inversion", "embeddings": str(file.absolute())}
+            parts = {key: value for key, value in recipe.items() if key != "exemplars"}
+            yield {**parts, "classes": [name], "guidance": [inversion]}, folder / name, done.seconds
+
+
+def _measured(measure: Measure, task: tuple[Entry, int, Path, tuple[int, int, int]]) -> Row:
+    entry, seed, folder, shape = task
+    made = _read(folder, shape)
+    return {**measure(entry, seed, made), "images": len(made)}
+
+
+def _folder(out: Path, entry: Entry, seed: int) -> Path:
+    return out / f"seed-{seed}" / entry.folder
+
+
+def _read(folder: Path, shape: tuple[int, int, int]) -> LabelledImages:
+    """The images of a run directory, or of one for each class."""
+    runs = sorted(file.parent for file in folder.glob("*/recipe.yaml")) or [folder]
+    parts = [read_folder(run, channels=shape[0], size=shape[1:]) for run in runs]
+    labels, files = ([each for part in parts for each in getattr(part, name)] for name in ("labels", "files"))
+    return LabelledImages(torch.cat([part.images for part in parts]), labels, files)
+
+
+def _nothing(*arguments: Any) -> Row:
+    return {}
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small images are so little work that a second thread costs more in waking up than it brings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_size(seeds: int, per_class: int) -> None:

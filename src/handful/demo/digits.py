@@ -7,15 +7,13 @@ knows, on the held-out digits; and a small classifier trained on each set alone 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages, read_folder
-from handful.demo.compared import Demo, Entry, Row, Say, begin, check_size, write_real
+from handful.demo.compared import Demo, Entry, Row, Say, begin, check_size, one_thread, write_real
 from handful.features.registry import load_extractor
 from handful.judge.measure import Referee, Training, train_on
 from handful.runs.contact_sheet import contact_sheet
@@ -79,7 +77,7 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Say = lam
     def drawn(k: int, seed: int) -> dict[str, torch.Tensor]:
         return Exemplars.from_folder(pool, channels=1, size=SIZE, k=k, seed=seed).images
 
-    with _one_thread():
+    with one_thread():
         referee = Referee(held_out, load_extractor("digits-judge"), classes=CLASSES)
 
         def measure(entry: Entry, seed: int, made: LabelledImages) -> Row:
@@ -100,14 +98,3 @@ def write_digits(out: Path) -> Path:
     write_real(pool, split.train_images, split.train_labels, CLASSES)
     write_real(out / "real-held-out", split.test_images, split.test_labels, CLASSES)
     return pool
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """8x8 images are so little work that a second thread costs more in waking up than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

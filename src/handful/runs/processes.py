@@ -43,16 +43,19 @@ class Processes:
     """Processes that do tasks for this one, until `close`.
 
     Args:
-        workers: How many; 1: this process does all.
+        workers: How many; 1: this process does all, or with `beside` another one does, with as many threads.
         ready: Called once in each process with `arguments`; its answer is passed to each task.
         note: Is told once, in words, should they be killed: this process goes on alone then.
+        beside: See `workers`.
     """
 
-    def __init__(self, workers: int, ready: Callable[..., Any], *arguments: Any, note: Callable[[str], None]) -> None:
+    def __init__(
+        self, workers: int, ready: Callable[..., Any], *arguments: Any, note: Callable[[str], None], beside: bool = False
+    ) -> None:
         self._workers, self._note, self._pool = workers, note, None
-        if workers > 1:
+        if workers > 1 or beside:
             context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
-            asked = (threads_each(workers), ready, arguments)
+            asked = (torch.get_num_threads() if beside else threads_each(workers), ready, arguments)
             self._pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=asked)
 
     def close(self) -> None:
