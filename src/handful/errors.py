@@ -19,7 +19,7 @@ class HandfulError(Exception):
 
 
 class RequestError(HandfulError, ValueError):
-    """The request can't be done; nothing has been started. The command line exits with 2.
+    """The request can't be done; nothing has been started. The command line exits with 2. What "refuses" raises it.
 
     Reads as `field: value: problem. remedy`, for instance
     `exemplars: '/x/y': the folder is empty. Put 2 to 32 images into a folder per class.`

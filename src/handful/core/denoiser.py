@@ -254,7 +254,6 @@ class NetworkDenoiser(Denoiser):
     The network's weights are frozen, and it runs in its own precision; x_t and x0_hat keep the caller's.
 
     Attributes:
-        network, prediction: As given.
         offloaded_to: The device that the weights come to only while they are needed; None where they stay.
     """
 
@@ -322,11 +321,7 @@ class NetworkDenoiser(Denoiser):
 
 
 class Around(Denoiser):
-    """A denoiser around another one, which is asked for all that a subclass does not answer itself.
-
-    Attributes:
-        denoiser: The one inside.
-    """
+    """A denoiser around another one, which is asked for all that a subclass does not answer itself."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()

@@ -30,15 +30,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def in_smaller_parts(call: Callable[[int], Result], size: int, report: Callable[[int, int], None] | None = None) -> Result:
-    """`call(size)`; again with half as many for as long as memory is short.
+    """`call(size)`, the whole work in parts of at most `size` images; again with half as many for as long as memory is short.
 
-        Args:
-            call: Does the whole work, at most this many images at once.
-            size: How many at first, 1 or more.
-    report: Called with the number of images that was too many, and the number that is tried next.
-
-        Raises:
-            Exception: What `call` raised, where it is not about memory or one at a time is too many.
+    Args:
+        report: Called with the number of images that was too many, and the number that is tried next.
     """
     while True:
         try:

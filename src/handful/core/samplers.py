@@ -93,11 +93,9 @@ def ddpm(
     """Ancestral sampling (Ho et al. 2020, algorithm 2), over any subset of the levels.
 
     Args:
-        noise: Draws fresh noise.
         variance: Of the reverse step: "small", the posterior's, or "large", the forward step's (their two choices of
             sigma_t^2), or "learned": what the network says, each pixel between those two on a logarithmic scale (Nichol &
             Dhariwal 2021, equation 15). The last step, to sigma = 0, adds no noise in any case.
-        recurrence: As for `ddim`.
 
     Raises:
         RequestError: If the variance is to be the learned one and the network learned none.
@@ -135,10 +133,6 @@ def lcm(
 ) -> Tensor:
     """Multistep consistency sampling (Song et al. 2023, arXiv 2303.01469, algorithm 1; latent consistency models, Luo et al.
     2023, arXiv 2310.04378, algorithm 3): each estimate is noised afresh to the next level. For networks distilled to it.
-
-    Args:
-        noise: Draws fresh noise.
-        recurrence: As for `ddim`.
     """
     for index, (t, s) in enumerate(levels.pairs()):
         for more in reversed(range(recurrence)):

@@ -48,7 +48,6 @@ def adaptive_projected(
 
     Args:
         scale: The paper's w - 1, as CFG's here: 0 is no guidance.
-        parallel, momentum, norm: See `APGRequest`.
         timing: When it acts; the sum goes on from one of its steps to the next.
 
     Raises:

@@ -98,9 +98,7 @@ class Step:
     """One evaluation of a guided denoiser: what its terms share.
 
     Attributes:
-        denoiser: The denoiser without guidance.
         x_t: (n, c, h, w).
-        level, condition: As given.
         x0_hat: The unguided estimate, the shape of x_t.
         chunk: At most this many images at once through the denoiser; None for all.
     """
@@ -214,7 +212,6 @@ class Pull(Request):
             made of, with the shifts of terms that are no potentials (classifier-free guidance's).
         inner: The number of gradient steps on x0_hat, each of the full strength (Universal guidance, TFG); not through the
             denoiser, so with a gaussian or identity jacobian.
-        smoothing: See `Smoothing`.
     """
 
     jacobian: Jacobian = "exact"

@@ -100,7 +100,6 @@ class CADS(Guidance):
             evaluated twice (Heun, recurrence) sees the same.
         scale: s, in units of the embedding.
         tau1, tau2, mix: See `CADSRequest`.
-        timing: When it acts.
 
     Raises:
         RequestError: If a setting is out of its range.
@@ -161,13 +160,7 @@ class CADS(Guidance):
 
 @dataclass(frozen=True)
 class Annealing:
-    """The noise of some images at one step, put on any embedding of theirs.
-
-    Attributes:
-        seeds: One per image.
-        index: The step's.
-        g, s, psi: As for `annealed`.
-    """
+    """The noise of some images at one step, put on any embedding of theirs."""
 
     seeds: tuple[int, ...]
     index: int

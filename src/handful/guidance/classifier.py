@@ -27,7 +27,7 @@ from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import Jacobian, Potential, Pull, Timing
 from handful.guidance.method import PLAIN_TEMPLATE, Context, Extractor, Looks, PotentialRequest, TermRequest
-from handful.guidance.settings import Weight
+from handful.guidance.settings import Text, Weight
 
 Target = int | Sequence[int] | Tensor
 
@@ -65,7 +65,6 @@ class ClassRequest(PotentialRequest):
     """Guidance to a class, by a classifier.
 
     Attributes:
-        classifier: The network.
         classes: Which of the classifier's classes (name or number) each class to generate is; those that are not named
             here are matched by name, or, where the classifier's classes have no names, by the model's labels.
         by_label: The classifier's class numbers are the model's labels; their names are not compared.
@@ -114,7 +113,7 @@ class ClassifierRequest(ClassRequest):
     classifier: Annotated[Extractor, Field(json_schema_extra={"missing": NAME_IT})]
     softplus: Above0 | None = None
     prompts: dict[str, str] = Field(default_factory=dict)
-    template: Annotated[str, Field(min_length=1)] = PLAIN_TEMPLATE
+    template: Text = PLAIN_TEMPLATE
     temperatures: tuple[tuple[Above0, Above0], ...] = ()
 
     @model_validator(mode="after")

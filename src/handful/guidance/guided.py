@@ -286,9 +286,7 @@ class _Point:
     """Where gradients are taken at one evaluation.
 
     Attributes:
-        x: The sample, x_t.
         x0_hat: The estimate; with a graph where it can be had at once.
-        level, condition: Of the evaluation.
         shared: Whether the graph is needed again.
         offset: The part of x0_hat that is no estimate of the denoiser's, but a shift of other terms.
     """

@@ -100,11 +100,7 @@ def _mixed(guider: Any, conditional: Tensor, null: Tensor | None) -> Tensor:
 
 
 def refuse_unless_mixing(guider: Any) -> None:
-    """Refuses anything but a guider of diffusers that only mixes two predictions.
-
-    Raises:
-        RequestError: Naming the guider's class.
-    """
+    """Refuses anything but a guider of diffusers that only mixes two predictions."""
     from diffusers.guiders.guider_utils import BaseGuidance
 
     kind: Any = type(guider)

@@ -41,7 +41,6 @@ Exchange = Literal["step", "image", "none"]
 
 KIND, VERSION = "sample-wise guidance embeddings", 1
 NAME_IT = "Name the file that handful invert wrote (--embeddings FILE)."
-NAME_IT = "Name the file that handful invert wrote (--embeddings FILE)."
 FIT_AGAIN = "Fit the targets again (handful invert)."
 _OWN, _EXCHANGE, _PERTURBATION, _START = 1, 2, 3, 4  # what an image's random numbers are for; see draws.py
 
@@ -120,34 +119,8 @@ class Embeddings:
         lo, hi = self.interval
         return step if lo <= step < hi and here <= path[0] + 1e-9 else None
 
-    def interval_on(self, levels: Levels) -> tuple[int, int]:
-        """The guided interval (lo, hi) as steps of another path.
-
-        Raises:
-            RequestError: If none of its levels lies inside.
-        """
-        guided = [
-            levels.steps - 1 - index for index, (level, _) in enumerate(levels.pairs()) if self.step_of(level) is not None
-        ]
-        if not guided:
-            raise RequestError(
-                "steps",
-                levels.steps,
-                "no level of this path lies inside the embeddings' guided interval",
-                f"Sample with {self.levels.steps} steps, as they were fitted.",
-            )
-        return min(guided), max(guided) + 1
-
     def check(self, shape: tuple[int, int, int], model: str) -> None:
-        """Refuses to guide a model that they were not fitted on.
-
-        Args:
-            shape: (c, h, w) of the denoiser.
-            model: The digest of its weights.
-
-        Raises:
-            RequestError: If either is another.
-        """
+        """Refuses to guide a model that they were not fitted on."""
         if tuple(shape) != self.shape:
             raise RequestError(
                 "embeddings",
@@ -195,7 +168,6 @@ class InversionRequest(TermRequest):
     Images start from noised targets, and path, clamp and condition are those of the fit.
 
     Attributes:
-        embeddings: The file that `handful invert` wrote.
         scale: 1 is the strength of the fit; 0 noises and denoises the targets without guidance (SDEdit).
         exchange: Whose embeddings an image is given: at every guided "step" those of a target chosen anew (the paper's
             relaxing), for the whole "image" those of one chosen target, or with "none" those of its own target.
@@ -227,10 +199,8 @@ class Inversion(Guidance):
     the same for each image, but not for the batch.)
 
     Args:
-        embeddings: Of the targets.
         seeds: One per image of the cohort, in its order.
         scale: 1 is the strength of the fit, 0 no guidance.
-        exchange: See `InversionRequest`.
         own: The place of each image's own target, from which it starts; None chooses by its seed.
         perturbation: a of s G + a (step - lo) / (hi - lo) N(0, 1); None takes the embeddings'.
         timing: Where inside the guided interval it acts.
@@ -301,8 +271,7 @@ def noised_start(x0: Tensor, which: Sequence[int], noise: Tensor, levels: Levels
         x0: The targets (N, c, h, w).
         which: The place of each image's target, n of them.
         noise: Standard normal, (n, c, h, w).
-        levels: The whole path.
-        hi: The interval's upper end, as steps of this path; see `Embeddings.interval_on`.
+        hi: The interval's upper end, as steps of this path.
 
     Returns:
         The states (n, c, h, w), and the last `hi` steps of the path.
@@ -366,11 +335,7 @@ def no_condition(denoiser: Denoiser, n: int) -> Condition:
 
 
 def check_interval(interval: tuple[int, int], segments: int, levels: Levels) -> None:
-    """Refuses an interval that the path does not have, and more segments than it has guided steps.
-
-    Raises:
-        RequestError: Naming the one.
-    """
+    """Refuses an interval that the path does not have, and more segments than it has guided steps."""
     lo, hi = interval
     if not 0 <= lo < hi <= levels.steps:
         raise RequestError(

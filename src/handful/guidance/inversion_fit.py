@@ -87,8 +87,6 @@ class _State:
         epoch: How many the present segment has had.
         current: Its G (N, c, h, w).
         first, second: As current: Adam's moments, or in `first` the sum of b.
-        curvature: The sum of a.
-        loss: Of its last epoch.
     """
 
     G: Tensor
@@ -314,11 +312,7 @@ def _write(path: Path, request: str, at: _State) -> None:
 
 
 def _resumed(path: str | Path | None, request: str, x0: Tensor) -> _State | None:
-    """What a checkpoint holds; None where there is none.
-
-    Raises:
-        RequestError: If it is another fit's, or damaged.
-    """
+    """What a checkpoint holds; None where there is none."""
     if path is None or not Path(path).exists():
         return None
     remedy = "Delete the file to start again, or name another one."

@@ -21,7 +21,7 @@ from handful.core.noise import Schedule
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import Guidance, Potential, Pull, Timing
-from handful.guidance.settings import Positive, Request, Weight
+from handful.guidance.settings import Part, Positive, Request, Weight
 
 if TYPE_CHECKING:
     from handful.guidance.inversion import Embeddings
@@ -38,7 +38,6 @@ FILE, EXTRACTOR = "file", "extractor"
 File = Annotated[str, Field(min_length=1), FILE]
 Extractor = Annotated[str, Field(min_length=1), EXTRACTOR]
 Asked = TypeVar("Asked", bound="TermRequest")
-Part = TypeVar("Part", bound=Request)
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,6 @@ class Looks:
     """The network that a potential looks with.
 
     Attributes:
-        name: As the recipe has it.
-        field: The recipe's field that names it.
         logits: Whether a classifier's logits are asked for, not features.
         noisy: Whether it looks at the noisy state and the time, not at images.
         softplus: Beta, in the place of its ReLUs; None leaves them.
@@ -113,7 +110,6 @@ class TermRequest(Timing):
     """What a recipe may say of any method: how strongly it acts, and on which steps (`Timing`).
 
     Class attributes:
-        needs: See `Need`.
         alone: Whether a recipe may have one term of this method only.
     """
 
@@ -146,20 +142,12 @@ class TermRequest(Timing):
         return _taken(Timing, self, every=self.every or 1)
 
     def check_run(self, steps: int, sampler: str) -> None:
-        """Refuses what a run of so many steps of this sampler can't do.
-
-        Raises:
-            RequestError: Naming the field.
-        """
+        """Refuses what a run of so many steps of this sampler can't do."""
         if (self.every or 1) > steps:
             raise RequestError("every", self.every, f"it acts on none of {steps} steps", f"Use {steps} or less.")
 
     def check_exemplars(self, fewest: int) -> None:
-        """Refuses what so few exemplars of a class can't do.
-
-        Raises:
-            RequestError: Naming the field.
-        """
+        """Refuses what so few exemplars of a class can't do."""
 
 
 class PotentialRequest(TermRequest, Pull):
@@ -270,11 +258,7 @@ def energy_columns(requests: Requests) -> list[str | None]:
 
 
 def check_terms(requests: Requests, steps: int, sampler: str) -> None:
-    """Refuses settings that contradict each other or the run, before anything is loaded.
-
-    Raises:
-        RequestError: Naming the dotted field.
-    """
+    """Refuses settings that contradict each other or the run, before anything is loaded."""
     for index, request in enumerate(requests):
         with named(index):
             request.check_run(steps, sampler)

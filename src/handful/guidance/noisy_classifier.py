@@ -31,7 +31,6 @@ class NoisyClassifierRequest(ClassRequest):
 
     Attributes:
         classifier: `FILE.py:FUNCTION` that returns a torch module; called with x_t / n and the model's own time, (n,).
-        classes: Numbers.
     """
 
     method: Literal["noisy-classifier"] = "noisy-classifier"

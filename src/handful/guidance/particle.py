@@ -39,13 +39,7 @@ def repulsion(features: Tensor, bandwidth: float = 1.0) -> Tensor:
 
 
 class Particle(Potential):
-    """Particle guidance of a cohort.
-
-    Args:
-        extractor: phi.
-        scale, timing, pull: See `Potential`.
-        bandwidth: See `ParticleRequest`.
-    """
+    """Particle guidance of a cohort."""
 
     name = "particle"
     per = "set"

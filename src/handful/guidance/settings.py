@@ -5,8 +5,9 @@ An error is worded by us: the field's dotted name, its value, the problem and a 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -18,6 +19,7 @@ from handful.guidance import METHODS, request_of
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
 Text = Annotated[str, Field(min_length=1)]
+Part = TypeVar("Part", bound="Request")
 
 
 class Request(BaseModel):
@@ -43,12 +45,28 @@ class Request(BaseModel):
     __init__.__pydantic_base_init__ = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:
-    """pydantic's errors as one: the first, then the others.
+def checked(kind: type[Part], data: Mapping[str, Any], field: str) -> Part:
+    """Makes a request of plain data, such as YAML gives. No type is guessed: `steps: "18"` is refused.
 
-    Args:
-        whole: What was validated.
+    Raises:
+        RequestError: Naming the dotted field, its value and what to do; several errors are reported together.
     """
+    try:
+        # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
+        return kind.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as error:
+        raise refusal(error, kind) from None
+    except TypeError as error:  # a date, a set: YAML knows more types than a request does
+        raise RequestError(
+            field,
+            dict(data),
+            f"it holds a value of a type that no field takes ({error})",
+            "Put quotes around dates and other special values.",
+        ) from None
+
+
+def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:
+    """pydantic's errors as one: the first, then the others."""
     first, *others = [_said(fault, whole) for fault in error.errors(include_url=False)]
     also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
     more = f" And {len(others) - 5} more." if len(others) > 5 else ""

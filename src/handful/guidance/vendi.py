@@ -47,11 +47,7 @@ def vendi_score(features: Tensor, order: float = 1.0) -> Tensor:
 
 
 class VendiRequest(FeaturesRequest):
-    """Guidance towards a diverse cohort.
-
-    Attributes:
-        order: q; see `vendi_score`.
-    """
+    """Guidance towards a diverse cohort."""
 
     method: Literal["vendi"] = "vendi"
     order: Annotated[float, Field(gt=0)] = 1.0
@@ -61,16 +57,7 @@ class VendiRequest(FeaturesRequest):
 
 
 class Vendi(Potential):
-    """Guidance to a cohort whose images differ: raises its Vendi score.
-
-    Args:
-        extractor: phi.
-        scale, timing, pull: See `Potential`.
-        order: q; see `vendi_score`.
-
-    Raises:
-        RequestError: If the order is not above 0.
-    """
+    """Guidance to a cohort whose images differ: raises its Vendi score."""
 
     name = "vendi"
     per = "set"

@@ -60,12 +60,7 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, dict[str, int] 
 
 
 def too_few_left(recipe: Recipe, counts: Mapping[str, int]) -> list[str]:
-    """A note where the draw leaves too few images to evaluate and test the run by; none of a file of features.
-
-    Args:
-        recipe: Whose exemplars.
-        counts: Images of each class that is generated.
-    """
+    """A note where the draw leaves too few images to evaluate and test the run by; none of a file of features."""
     if not counts or not has_images(recipe):
         return []
     left = {name: count - (recipe.exemplars.k or count) for name, count in counts.items()}
@@ -106,9 +101,7 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
     """Draws what the recipe asks for.
 
     Args:
-        recipe: From `listed_exemplars`.
         image_shape: (c, h, w) of the model's images.
-        classes: Those to generate.
 
     Raises:
         RequestError: A file can't be used for this model.

@@ -29,7 +29,6 @@ def load_for(looks: Looks, classes: Sequence[str] = (), *, meta: bool = False) -
     """Loads what a term looks with.
 
     Args:
-        looks: It.
         classes: The classes to generate: those of a CLIP are these.
         meta: Without weights, on the meta device, to count its cost.
 
@@ -70,8 +69,6 @@ def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool =
     """CLIP's prompt for each class to generate; underscores in class names become spaces.
 
     Args:
-        looks: With the prompts and the template.
-        classes: The classes to generate.
         refuse_others: Refuse prompts of other classes, unless each of these has one of its own.
 
     Raises:
@@ -113,7 +110,6 @@ def targets_of(
     Args:
         request: The term, with what it says of classes. It may say more than is generated, if it says all that is.
         names: The classifier's class names; empty where it has none. Synonyms stand between commas, as ImageNet's do.
-        count: How many classes it has.
         labels: The classes to generate, with the model's labels.
         model_classes: The model's class names by label; empty where they are unknown.
 

@@ -77,8 +77,6 @@ def plain_mapping(path: Path, field: str, remedy: str, begin: str) -> dict[str, 
     """Reads a mapping from a YAML file; a run's provenance is dropped.
 
     Args:
-        path: The file.
-        field: What an error calls it.
         remedy: Where it can't be read.
         begin: The remedy where it is no mapping.
 
@@ -186,7 +184,6 @@ def overridden(
     """Overrides unchecked recipe data by the command line's options.
 
     Args:
-        data: What the file said, or {}.
         flags: Dotted field -> value; None leaves the field alone. Paths are relative to the working directory.
         guidance: Methods that replace the recipe's terms; a method that the recipe has keeps its settings there.
             ["none"] means no guidance.

@@ -56,8 +56,6 @@ class Inverted:
     """What a recipe's inversion term reads from its file.
 
     Attributes:
-        index: The term's place.
-        embeddings: As read.
         sha256: Of their file.
         fitted: How the model was called at the fit.
     """
@@ -81,11 +79,7 @@ class Inverted:
         """Refuses another model than the one of the fit.
 
         Args:
-            denoiser: It, or its outline.
             digest: Of its weights; None where they are not read yet.
-
-        Raises:
-            RequestError: If its shape or its digest is another.
         """
         with named(self.index):
             self.embeddings.check(denoiser.shape, self.embeddings.model if digest is None else digest)

@@ -288,9 +288,7 @@ def plan_cohorts(
     """Cuts each class into cohorts; the last of a class may be smaller.
 
     Args:
-        labels: By class, in order.
         per_class: Images of each class, or by class.
-        cohort: Images of a cohort.
         laid: By class the sizes of cohorts that are there already: they stay, and more images come after them in cohorts of
             their own. A smaller one among them stays as small.
     """
@@ -341,7 +339,6 @@ class ImageNoise:
     of a seed, so that among 100,000 images one pair would be expected to share its noise.
 
     Args:
-        seeds: One per image.
         shape: (c, h, w) of one image's noise.
         device: Where it is wanted. It is always drawn on the CPU, so it is the same on every device.
     """

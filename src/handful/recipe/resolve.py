@@ -32,8 +32,6 @@ class Resolved:
 
     Attributes:
         recipe: Every automatic choice replaced by what it became.
-        labels: The label of each class.
-        levels: The path of the sampler.
     """
 
     recipe: Recipe
@@ -120,7 +118,6 @@ def resolve(
     """Decides what the model decides.
 
     Args:
-        recipe: From `complete`.
         outline: The denoiser, with or without weights; its null class is set.
         found: The classes of the exemplars; None where there are none.
         inverted: As passed to `complete`. The model's condition is that of the fit, for every class name.

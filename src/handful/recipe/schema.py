@@ -12,16 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    JsonValue,
-    SerializeAsAny,
-    TypeAdapter,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, JsonValue, SerializeAsAny, TypeAdapter, WrapValidator, model_validator
 from typing_extensions import Self
 
 from handful.errors import RequestError
@@ -29,7 +20,7 @@ from handful.errors import did_you_mean as did_you_mean
 from handful.guidance import METHODS, request_of
 from handful.guidance.base import Smoothing
 from handful.guidance.method import FeaturesRequest, PotentialRequest, TermRequest, potentials
-from handful.guidance.settings import Positive, Request, Weight, refusal
+from handful.guidance.settings import Positive, Request, Text, Weight, checked
 from handful.guidance.settings import dotted as dotted
 from handful.zoo import EXEMPLARS
 
@@ -95,7 +86,7 @@ _IMAGE: dict[str, JsonValue] = {
 _DEVICE: dict[str, JsonValue] = {"problem": "there is no such device", "remedy": "Choose auto, cpu, cuda, cuda:N or mps."}
 
 
-Prompts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+Prompts = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class LoraRequest(Request):
@@ -106,7 +97,7 @@ class LoraRequest(Request):
         weight: Its strength; 1 adds it as trained.
     """
 
-    path: Annotated[str, Field(min_length=1)]
+    path: Text
     weight: float = 1.0
 
 
@@ -146,18 +137,18 @@ class ModelRequest(Request):
     classes: ClassNames | None = None
     labels: dict[str, int | str] = Field(default_factory=dict)
     resolution: tuple[Positive, Positive] | None = None
-    template: Annotated[str, Field(min_length=1)] = "a photo of a {}"
-    class_pattern: Annotated[str, Field(min_length=1)] | None = None
+    template: Text = "a photo of a {}"
+    class_pattern: Text | None = None
     prompts: dict[str, str | Prompts] = Field(default_factory=dict)
     negative_prompt: str = ""
     embedded_guidance: Weight = 3.5
     without: tuple[str, ...] = ()
-    preview_decoder: Annotated[str, Field(min_length=1)] | None = None
+    preview_decoder: Text | None = None
     lora: tuple[LoraRequest, ...] = ()
     embeddings: dict[str, str] | None = None
-    vae: Annotated[str, Field(min_length=1)] | None = None
-    scheduler: Annotated[str, Field(min_length=1)] | None = None
-    config: Annotated[str, Field(min_length=1)] | None = None
+    vae: Text | None = None
+    scheduler: Text | None = None
+    config: Text | None = None
     revision: str | None = None
     variant: str | None = None
     trust_pickle: bool = False
@@ -179,7 +170,7 @@ class ExemplarsRequest(Request):
         seed: The seed of the draw.
     """
 
-    path: Annotated[str, Field(min_length=1)] | None = None
+    path: Text | None = None
     k: Positive | None = None
     seed: int = 0
 
@@ -314,11 +305,7 @@ class Recipe(Request):
         return self.counts.get(class_name, self.per_class)
 
     def require_equal_counts(self, doing: str) -> None:
-        """Refuses counts by class where sets of one size are made.
-
-        Raises:
-            RequestError: If the recipe has them.
-        """
+        """Refuses counts by class where sets of one size are made."""
         if self.counts:
             told = ", ".join(f"{name}={count}" for name, count in list(self.counts.items())[:5])
             problem = f"{doing} makes as many images of each class"
@@ -363,26 +350,11 @@ def classes_counted(counts: Mapping[str, Any], classes: Sequence[str] | None) ->
 
 
 def recipe_from(data: Mapping[str, Any]) -> Recipe:
-    """Checks plain data, such as YAML gives, and makes a recipe of it. No type is guessed: `steps: "18"` is refused.
-
-    Raises:
-        RequestError: Naming the dotted field, its value and what to do; several errors are reported together.
-    """
+    """The recipe of plain data; see `checked`."""
     if isinstance(counts := data.get("per_class"), Mapping):
         data = {**data, "counts": counts, "classes": classes_counted(counts, data.get("classes"))}
         del data["per_class"]
-    try:
-        # Through JSON: pydantic's strict mode then takes lists for tuples, and whole numbers for floats.
-        return Recipe.model_validate_json(json.dumps(data), strict=True)
-    except ValidationError as error:
-        raise refusal(error, Recipe) from None
-    except TypeError as error:  # a date, a set: YAML knows more types than a recipe does
-        raise RequestError(
-            "recipe",
-            dict(data),
-            f"it holds a value of a type that no field takes ({error})",
-            "Put quotes around dates and other special values.",
-        ) from None
+    return checked(Recipe, data, "recipe")
 
 
 def with_new_fields(data: Mapping[str, Any]) -> dict[str, Any]:

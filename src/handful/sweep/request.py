@@ -5,16 +5,15 @@ Relative paths in a sweep's YAML file are relative to that file.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from handful.errors import RequestError, did_you_mean
-from handful.guidance.settings import Positive, Request, Weight, refusal
+from handful.guidance.settings import Positive, Request, Text, Weight, checked
 from handful.recipe.file import anchored, anchored_extractor, overridden, plain_mapping, read_mapping
 from handful.recipe.schema import GuidanceRequest, Recipe, SamplerRequest
 from handful.sweep.columns import numbers, robust
@@ -53,7 +52,7 @@ class UtilityRequest(Request):
         augment, flip: Of its training images: shifted; mirrored.
     """
 
-    test: Annotated[str, Field(min_length=1)] | None = None
+    test: Text | None = None
     steps: Annotated[int, Field(ge=10)] = 400
     seeds: Positive = 2
     augment: bool = True
@@ -84,8 +83,8 @@ class SweepRequest(Request):
     methods: Annotated[dict[str, MethodRequest], Field(min_length=1)]
     k: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    real: Annotated[str, Field(min_length=1)]
-    judge: Annotated[str, Field(min_length=1)]
+    real: Text
+    judge: Text
     judge_class: dict[str, str | int] = Field(default_factory=dict)
     neighbours: Positive = 5
     audit: bool = True
@@ -101,27 +100,14 @@ class SweepRequest(Request):
 
 
 def sweep_from(data: Mapping[str, Any], base: str | Path | None = None) -> SweepRequest:
-    """Checks plain data, such as YAML gives, and makes a sweep's request of it. No type is guessed.
+    """The sweep's request of plain data; see `checked`.
 
     Args:
         data: `recipe` may name a recipe's file instead of holding one; that file's guidance and seeds are not used.
         base: What relative paths are relative to; None: the working directory.
-
-    Raises:
-        RequestError: Naming the dotted field, its value and what to do; several errors are reported together.
     """
     plain = _anchored(dict(data), Path.cwd() if base is None else Path(base).expanduser().absolute())
-    try:
-        request = SweepRequest.model_validate_json(json.dumps(plain), strict=True)
-    except ValidationError as error:
-        raise refusal(error, SweepRequest) from None
-    except TypeError as error:  # a date, a set: YAML knows more types than a request does
-        raise RequestError(
-            "sweep",
-            plain,
-            f"it holds a value of a type that no field takes ({error})",
-            "Put quotes around dates and other special values.",
-        ) from None
+    request = checked(SweepRequest, plain, "sweep")
     _check_recipe(request.recipe)
     check_request(request)
     return request
