@@ -17,11 +17,13 @@ from handful.zoo.digits import load_digits_split
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of `handful` in indented blocks, continued lines joined, comments and redirections dropped."""
-    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S).replace("\\\n", " ")
+    """The commands of `handful` in indented blocks or a recipe's comments, joined; comments and redirections dropped."""
+    text = page.read_text() if page.suffix == ".md" else re.sub(r"^# ?", "  ", page.read_text(), flags=re.M)
+    text = re.sub(r"```.*?```", "", text, flags=re.S).replace("\\\n", " ")
     found = [line.strip() for line in text.splitlines() if line.startswith("    handful ")]
     return [re.sub(r"\s+(#|>|&&).*", "", line) for line in found]
 
@@ -48,9 +50,10 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path):
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES], ids=lambda page: page.name)
 def test_every_command_of_a_page_is_one_that_the_tool_takes(page: Path):
     group: Any = typer.main.get_command(cli.app)
+    assert page.suffix == ".md" or commands(page), "a recipe says how it is run"
     for command in commands(page):
         name, *words = words_of(command)
         if name == "COMMAND":
