@@ -1,16 +1,21 @@
-"""Trains a class-conditional diffusion model of small colour images, such as CIFAR-10; it may be killed at any time.
+"""Trains a class-conditional diffusion model of small images, colour or gray; it may be killed at any time.
 
     python tools/train_cifar10.py --data train.parquet --out cifar10 --compile            one GPU; the same command goes on
     python tools/train_cifar10.py --data train.parquet --out cifar10 --minutes 25         a piece of 25 minutes, then the next
     python tools/train_cifar10.py --data photos/ --size 64 --out photos-model             any folder with a folder per class
     python tools/train_cifar10.py --data train.parquet --out more --init cifar10 --constant --rate 4e-4 --batch 64
+    python tools/train_cifar10.py --data ../shared/data/fashion-mnist --out fashion --channels 1 --size 28 --no-flip \
+        --width 32 --stages 1,2,4 --attention 2 --layers 1 --batch 64 --steps 16000 --rate 5e-4 --minutes 30
+                     Fashion-MNIST: 2.7 M parameters, a million images in about four hours of two idle cores, piece by piece
 
 A diffusers `UNet2DModel`: v-prediction, VP cosine, min-SNR-5 weights (Hang et al. 2023, arXiv 2303.09556), 10 % null class,
 flips, a moving average of the weights; bfloat16 autocast on a GPU. OUT becomes a model that `handful generate --model OUT`
 takes: unet/ (the average, in bfloat16), scheduler/, handful.json; and log.csv, samples.png and state.safetensors, from which
-the same command goes on. Every random choice of a step (data order, flips, classes dropped, levels, noise, dropout) is a
-function of --seed and the step's number, so a training that was killed ends with the log of one that was not, and on a CPU
-with its weights, to the bit. Progress goes to stderr; with --json the last line on stdout is one object.
+the same command goes on. With test images (--test, or those beside DATA/train.parquet) each piece ends with a row of
+measured.csv: the share of drawn images that a classifier of the real ones names as asked, and their Frechet distance. Every
+random choice of a step (data order, flips, classes dropped, levels, noise, dropout) is a function of --seed and the step's
+number, so a training that was killed ends with the log of one that was not, and on a CPU with its weights, to the bit.
+Progress goes to stderr; with --json the last line on stdout is one object.
 Exit codes: 0 the piece is done, 1 failed, 2 wrong request, 130 or 143 interrupted and saved.
 """
 
@@ -24,6 +29,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,33 +38,36 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded
 
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from drawn_images import draw, measured
 from safetensors.torch import save
 from torch import Tensor, nn
 from training_state import STATE, Course, Learner, Settings, owned, read_state, save_state
 
-from handful.core.denoiser import Clamped
 from handful.core.noise import VP
-from handful.core.samplers import dpmpp_2m
 from handful.data.images import to_uint8, write_atomically
 from handful.data.parquet import read_labelled
 from handful.errors import RequestError, RunError
 from handful.files.digests import weights_digest
 from handful.models import load
 from handful.models.plain_unet import PlainUNet
-from handful.recipe.plan import ImageNoise, image_seed
 from handful.runs.contact_sheet import contact_sheet
 from handful.runs.progress import duration
 
 SAMPLES = "samples.png"
 TRAINING_LEVELS = 1000
 NULL_SHARE = 0.1
-SAMPLING_STEPS = 18
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("--data", required=True, help="a parquet file as datasets writes it, or a folder with a folder of images per class")
+    add(
+        "--data",
+        required=True,
+        help="a parquet file as datasets writes it, a folder with a folder of images per class, or one with train.parquet",
+    )
+    add("--test", help="real images to measure by, as --data (default: DATA/test.parquet, where DATA/train.parquet is read)")
+    add("--measure", type=int, default=100, metavar="N", help="draw N of each class for it; 0: none (default: %(default)s)")
     add("--out", required=True, type=Path, help="a new directory, or one in which this training was begun")
     add("--init", help="a model to start from (a directory of diffusers, or `cifar10`): its architecture and weights")
     add("--steps", type=int, default=60_000, help="of the whole training (default: %(default)s)")
@@ -69,6 +78,15 @@ def parser() -> argparse.ArgumentParser:
     add("--warm-up", type=int, default=500, help="steps of the warm-up (default: %(default)s)")
     add("--width", type=int, default=64, help="channels of the first stage, a multiple of 8 (default: 64, 16 M parameters)")
     add("--layers", type=int, default=2, help="residual blocks a stage (default: %(default)s)")
+    add(
+        "--stages",
+        type=numbers,
+        default=[1, 2, 3, 3],
+        help="channels of each stage, in multiples of --width (default: 1,2,3,3)",
+    )
+    add("--attention", type=numbers, default=[1, 2], help="stages with attention, counted from 0; or none (default: 1,2)")
+    add("--channels", type=int, choices=(1, 3), default=3, help="3: colour, 1: gray (default: %(default)s)")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror images; not shoes that all point one way")
     add("--dropout", type=float, default=0.1, help="(default: %(default)s)")
     add("--average", type=float, default=5e5, help="half-life of the moving average, in images (default: %(default)s)")
     add("--size", type=int, default=32, help="height and width of the images (default: %(default)s)")
@@ -84,15 +102,36 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def numbers(text: str) -> list[int]:
+    """`1,2,4`; `none` is the empty list."""
+    return [] if text == "none" else [int(part) for part in text.split(",")]
+
+
 def check(given: argparse.Namespace) -> None:
     """Refuses numbers without sense, before anything is read."""
-    least = {"steps": 1, "batch": 1, "warm_up": 1, "width": 8, "layers": 1, "size": 8, "log_every": 1, "samples": 0}
+    least = {
+        "steps": 1,
+        "batch": 1,
+        "warm_up": 1,
+        "width": 8,
+        "layers": 1,
+        "size": 8,
+        "log_every": 1,
+        "samples": 0,
+        "measure": 0,
+    }
     for name, low in least.items():
         if getattr(given, name) < low:
             raise RequestError(f"--{name.replace('_', '-')}", getattr(given, name), "it is too small", f"Give {low} or more.")
-    for name in ("width", "size"):
-        if getattr(given, name) % 8:
-            raise RequestError(f"--{name}", getattr(given, name), "it is no multiple of 8", "Give 8, 16, 24 and so on.")
+    if not given.stages or min(given.stages) < 1:
+        raise RequestError("--stages", given.stages, "each stage needs a multiple of 1 or more", "Give 1,2,3,3 or so.")
+    if not set(given.attention) <= set(range(len(given.stages))):
+        last = len(given.stages) - 1
+        raise RequestError("--attention", given.attention, "there is no such stage", f"Give some of 0 to {last}, or none.")
+    for name, part in (("width", 8), ("size", 2 ** (len(given.stages) - 1))):  # each stage but the last halves the side
+        if getattr(given, name) % part:
+            remedy = f"Give {part}, {2 * part}, {3 * part} and so on."
+            raise RequestError(f"--{name}", getattr(given, name), f"it is no multiple of {part}", remedy)
     if not 0 <= given.dropout < 1:
         raise RequestError("--dropout", given.dropout, "it is no probability below 1", "Give 0 to 0.9.")
     for name in ("rate", "average"):
@@ -107,7 +146,7 @@ def check(given: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Images uint8 (n, 3, h, w), labels int64 (n,), and what the labels are called."""
+    """Images uint8 (n, c, h, w), labels int64 (n,), and what the labels are called."""
 
     images: Tensor
     labels: Tensor
@@ -120,10 +159,21 @@ class Data:
         return state.hexdigest()
 
 
-def read_data(source: str, size: int) -> Data:
-    found, classes = read_labelled(source, channels=3, size=(size, size), field="--data")
-    place = {name: label for label, name in enumerate(classes)}
-    return Data(to_uint8(found.images), torch.tensor([place[name] for name in found.labels]), classes)
+def sources(given: argparse.Namespace) -> tuple[str, str | None]:
+    """What is trained on, and what is measured by."""
+    train, test = (Path(given.data) / f"{part}.parquet" for part in ("train", "test"))
+    if not train.is_file():
+        return given.data, given.test
+    return str(train), given.test or (str(test) if test.is_file() else None)
+
+
+def read_data(source: str, given: argparse.Namespace, field: str = "--data", classes: Sequence[str] = ()) -> Data:
+    found, named = read_labelled(source, channels=given.channels, size=(given.size, given.size), field=field)
+    if classes and set(named) != set(classes):
+        problem = f"its classes are {', '.join(named[:12])}, and those trained on {', '.join(classes[:12])}"
+        raise RequestError(field, source, problem, "Give images of the same classes.")
+    place = {name: label for label, name in enumerate(classes or named)}
+    return Data(to_uint8(found.images), torch.tensor([place[name] for name in found.labels]), list(place))
 
 
 class Order:
@@ -169,18 +219,19 @@ def scheduler() -> DDPMScheduler:
 
 
 def new_network(given: argparse.Namespace, classes: int) -> UNet2DModel:
-    """Four stages, attention on the middle two (16 x 16 and 8 x 8 of 32 x 32 images)."""
+    """By default four stages, attention on the middle two (16 x 16 and 8 x 8 of 32 x 32 images)."""
+    kinds = ["Attn" if stage in given.attention else "" for stage in range(len(given.stages))]
     width = given.width
     torch.manual_seed(seed_of(given.seed, "weights", 0))
     return UNet2DModel(
         sample_size=given.size,
-        in_channels=3,
-        out_channels=3,
+        in_channels=given.channels,
+        out_channels=given.channels,
         layers_per_block=given.layers,
-        block_out_channels=(width, 2 * width, 3 * width, 3 * width),
+        block_out_channels=tuple(width * multiple for multiple in given.stages),
         num_class_embeds=classes + 1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         norm_num_groups=math.gcd(width, 32),
         attention_head_dim=math.gcd(width, 64),
         dropout=given.dropout,
@@ -227,11 +278,14 @@ def learning_rate(step: int, settings: Settings) -> float:
     return settings.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / settings.steps))))
 
 
-def loss_of(network: nn.Module, data: Data, pick: Tensor, alphas: Tensor, sigmas: Tensor, bfloat16: bool) -> Tensor:
+def loss_of(
+    network: nn.Module, data: Data, pick: Tensor, alphas: Tensor, sigmas: Tensor, bfloat16: bool, flip: bool = True
+) -> Tensor:
     """The loss of one step; draws from torch's global generator, which the caller has seeded by the step."""
     device, batch, null = data.images.device, len(pick), len(data.classes)
     x0 = data.images[pick].float() / 127.5 - 1
-    x0 = torch.where(torch.rand(batch, 1, 1, 1, device=device) < 0.5, x0.flip(-1), x0)
+    mirror = torch.rand(batch, 1, 1, 1, device=device) < 0.5
+    x0 = torch.where(mirror & flip, x0.flip(-1), x0)
     told = torch.where(torch.rand(batch, device=device) < NULL_SHARE, null, data.labels[pick])
     # One level from each of `batch` equal strata: less noise in the loss than independent draws.
     strata = (torch.arange(batch, device=device) + torch.rand(batch, device=device)) / batch
@@ -300,13 +354,16 @@ def train(
             )
         save_state(given.out, settings, course, learner)
 
-    while course.step < given.steps and time.monotonic() < until and not interrupt.number:
+    first = (
+        course.step
+    )  # reading the data can take a short piece's time: each piece makes a step, so that pieces come to an end
+    while course.step < given.steps and (course.step == first or time.monotonic() < until) and not interrupt.number:
         rate = learning_rate(course.step, settings)
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
         torch.manual_seed(seed_of(settings.seed, "step", course.step))
         pick = order(course.step).to(device)
-        loss = loss_of(network, data, pick, alphas, sigmas, settings.precision == "bfloat16")
+        loss = loss_of(network, data, pick, alphas, sigmas, settings.precision == "bfloat16", settings.flip)
         learner.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(learner.parameters, 1.0)
@@ -347,18 +404,6 @@ def export(out: Path, average: UNet2DModel, classes: list[str]) -> Path:
     return file
 
 
-@torch.no_grad()
-def draw_samples(out: Path, classes: list[str], each: int, device: torch.device) -> None:
-    """samples.png: `each` images of each class, as `handful generate` with the same seed draws them without guidance."""
-    denoiser = Clamped(load(out).to(device))
-    levels, drawn = denoiser.levels.spacing(SAMPLING_STEPS), {}
-    for label, name in enumerate(classes):
-        noise = ImageNoise([image_seed(0, name, index) for index in range(each)], denoiser.shape, device)
-        x0 = dpmpp_2m(denoiser, noise(), levels, denoiser.condition([label] * each))
-        drawn[name] = x0.clamp(-1, 1).float().cpu()
-    contact_sheet({}, drawn, out / SAMPLES, columns=each, rows=1)
-
-
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -369,7 +414,9 @@ def run(given: argparse.Namespace) -> int:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device)
     precision = ("bfloat16" if device.type == "cuda" else "float32") if given.precision == "auto" else given.precision
     with owned(given.out):
-        data = read_data(given.data, given.size)
+        source, tested = sources(given)
+        data = read_data(source, given)
+        test = read_data(tested, given, "--test", data.classes) if tested and given.measure else None
         network = network_from(given.init, data) if given.init else new_network(given, len(data.classes))
         settings = Settings(
             given.width,
@@ -387,6 +434,7 @@ def run(given: argparse.Namespace) -> int:
             given.log_every,
             weights_digest(network) if given.init else None,
             data.digest(),
+            given.flip,
         )
         state = read_state(given.out, settings, network)
         course = state[0] if state else Course()
@@ -411,8 +459,15 @@ def run(given: argparse.Namespace) -> int:
             say(f"interrupted: saved at step {course.step}; the same command goes on")
             return 128 + interrupt.number
         weights = export(given.out, learner.average, data.classes)
-        if given.samples:
-            draw_samples(given.out, data.classes, given.samples, device)
+        found = None
+        if most := max(given.samples, given.measure if test else 0):
+            drawn = draw(given.out, data.classes, most, device)
+            if given.samples:
+                contact_sheet({}, drawn, given.out / SAMPLES, columns=given.samples, rows=1)
+            if test:
+                made = {name: images[: given.measure] for name, images in drawn.items()}
+                found = measured(given.out, made, data, test, given.flip, course.step * given.batch)
+                say(", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in found.items()))
     finished = course.step >= given.steps
     say(
         f"{'finished' if finished else 'to be continued by the same command'}: {course.step} steps, "
@@ -430,6 +485,7 @@ def run(given: argparse.Namespace) -> int:
                     "loss": course.log[-1][2] if course.log else None,
                     "seconds": round(course.seconds, 1),
                     "parameters": count,
+                    "measured": found,
                     "images_per_second": round((course.step - first) * given.batch / max(1e-9, time.monotonic() - clock), 1),
                 }
             )

@@ -46,6 +46,7 @@ class Settings:
     log_every: int
     init: str | None  # digest of the weights begun with
     data: str  # digest of images, labels and class names
+    flip: bool = True
 
 
 @dataclass
@@ -171,7 +172,7 @@ def read_state(out: Path, settings: Settings, network: UNet2DModel) -> tuple[Cou
     told, tensors = unseal(file, KIND, VERSION, field="--out", remedy=AGAIN)
     now = asdict(settings)
     try:
-        then, course, threads = told["settings"], Course(**told["course"]), int(told["threads"])
+        then, course, threads = {"flip": True} | told["settings"], Course(**told["course"]), int(told["threads"])
         differ = [name for name in now if then[name] != now[name]]
         other = told["network"] != network_config(network)
     except (KeyError, TypeError, ValueError) as error:

@@ -21,6 +21,7 @@ from support.killed import killed
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import drawn_images  # noqa: E402
 import train_cifar10 as tool  # noqa: E402
 from training_state import KIND, STATE, VERSION  # noqa: E402
 
@@ -117,6 +118,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(pictures, tmp_path, monkeypa
     assert parts(tmp_path / "out") == parts(tmp_path / "whole")
 
 
+def test_a_piece_too_short_for_its_reading_makes_one_step_and_the_next_goes_on(pictures, tmp_path, capsys):
+    for step in (1, 2):
+        assert run(pictures, tmp_path / "out", "--steps", 8, "--minutes", 1e-6, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["step"] == step
+
+
 def test_a_constant_rate_can_be_trained_longer(pictures, tmp_path):
     for steps in (3, 6):
         assert run(pictures, tmp_path / "pieces", "--steps", steps, "--constant") == 0
@@ -139,6 +146,39 @@ def test_what_comes_out_is_a_model_that_handful_loads_and_init_takes(begun, pict
     first, second = (load(out).network.state_dict() for out in (begun, tmp_path / "more"))
     assert all(value.shape == second[name].shape for name, value in first.items())
     assert "--init" in refused(capsys, run(pictures, tmp_path / "more", "--steps", 1))
+
+
+def test_gray_images_of_other_stages_train_and_each_piece_is_measured(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("drawn_images.JUDGE_STEPS", 10)
+    gray = ["--channels", 1, "--size", 12, "--stages", "1,2,4", "--attention", 2, "--no-flip", "--steps", 2]
+    for _ in range(2):
+        assert run(pictures, tmp_path / "out", *gray, "--test", pictures, "--measure", 3, "--json") == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["measured"]
+    rows = (tmp_path / "out" / "measured.csv").read_text().splitlines()
+    assert rows[0].split(",") == list(found)
+    assert rows[1:] == [",".join(map(str, found.values()))] * 2, "the classifier is kept, the images are the seed's"
+    denoiser = load(tmp_path / "out")
+    assert denoiser.shape == (1, 12, 12)
+    config = denoiser.network.config
+    assert tuple(config["block_out_channels"]) == (8, 16, 32)
+    assert [kind.startswith("Attn") for kind in config["down_block_types"]] == [False, False, True]
+    assert refused(capsys, run(pictures, tmp_path / "out", *gray, "--flip")).startswith("error: --flip: ")
+
+
+def test_the_measurement_knows_classes_and_distance(tmp_path, monkeypatch):
+    monkeypatch.setattr(drawn_images, "JUDGE_STEPS", 30)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 60, (40, 1, 12, 12), generator=draw)
+    images[20:] += 190  # dark ones, then bright ones
+    real = tool.Data(images.to(torch.uint8), torch.arange(2).repeat_interleave(20), ["dark", "bright"])
+    dark, bright = (part.float() / 127.5 - 1 for part in images.split(20))
+    right, wrong, noise = (
+        drawn_images.measured(tmp_path, dict(zip(real.classes, pair, strict=True)), real, real, False, 0)
+        for pair in ((dark, bright), (bright, dark), (torch.rand(20, 1, 12, 12, generator=draw) * 2 - 1,) * 2)
+    )
+    assert (right["named_right"], wrong["named_right"], right["test_images_named_right"]) == (1, 0, 1)
+    assert right["frechet"] == pytest.approx(0, abs=1e-3)
+    assert noise["frechet"] > 10 * max(right["frechet"], 0.01)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "flipped", "foreign", "other network"])
@@ -208,7 +248,19 @@ def test_an_init_that_does_not_fit_is_refused_by_name(begun, pictures, tmp_path,
     assert not any((tmp_path / "out").glob("[!.]*"))
 
 
-@pytest.mark.parametrize("option", [("--width", 12), ("--size", 0), ("--rate", "nan"), ("--steps", 0), ("--dropout", 1)])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--width", 12),
+        ("--size", 0),
+        ("--size", 20),
+        ("--stages", "0,1"),
+        ("--attention", 4),
+        ("--rate", "nan"),
+        ("--steps", 0),
+        ("--dropout", 1),
+    ],
+)
 def test_numbers_without_sense_are_refused_before_anything_is_written(pictures, tmp_path, capsys, option):
     assert refused(capsys, run(pictures, tmp_path / "out", *option)).startswith(f"error: {option[0]}: ")
     assert not (tmp_path / "out").exists()
