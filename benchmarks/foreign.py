@@ -19,7 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -96,12 +96,14 @@ class Way:
         depth: The share of the path that noised exemplars walk (1: from noise).
         others: The exemplars that are noised are those of all other classes.
         fit: Whether each exemplar's embeddings are fitted first (CRDI), and guide.
+        steps: Of the whole path.
     """
 
     terms: Terms = lambda exemplars: []
     depth: float = 1.0
     others: bool = False
     fit: bool = False
+    steps: int = SAMPLER_STEPS
 
 
 def _by(term: Callable[..., Guidance], scale: float, pull: Pull = CHEAP, **options: float) -> Way:
@@ -110,6 +112,7 @@ def _by(term: Callable[..., Guidance], scale: float, pull: Pull = CHEAP, **optio
 
 PLAIN, SDEDIT, AUTO, ENERGY = Way(), Way(depth=0.5), _by(Auto, 0.1), _by(Energy, 0.05)
 OTHERS = Way(depth=0.67, others=True)
+WITH_CFG = tuple(replace(way, terms=lambda exemplars: [CFG(1.0)], steps=14) for way in (SDEDIT, OTHERS))
 INSIDE = Timing(noise=(0.2, 2.0))  # as in recipes/digits-cfg-interval.yaml
 UNGUIDED: dict[str, tuple[Way, ...]] = {  # by exemplars: one set serves every k
     "none": (PLAIN,),
@@ -133,6 +136,7 @@ METHODS: dict[str, tuple[Way, ...]] = {  # several: a mixture in equal shares
     "sdedit + auto": (SDEDIT, AUTO),
     "sdedit + others": (SDEDIT, OTHERS),
     "others + auto": (OTHERS, AUTO),
+    "sdedit + others, cfg 1, 14 steps": WITH_CFG,
 }
 
 
@@ -140,8 +144,8 @@ METHODS: dict[str, tuple[Way, ...]] = {  # several: a mixture in equal shares
 def _walked(way: Way, exemplars: Sequence[Tensor], label: int, noise: Tensor, seed: int) -> Tensor:
     """A cohort of a class by one way, from noise (n, c, h, w) of unit variance."""
     denoiser, real, n = load_once(), exemplars[label], len(noise)
-    terms, path = way.terms(real), denoiser.levels.spacing(SAMPLER_STEPS)
-    walk, order = path.last(round(way.depth * SAMPLER_STEPS)), torch.arange(n)
+    terms, path = way.terms(real), denoiser.levels.spacing(way.steps)
+    walk, order = path.last(round(way.depth * way.steps)), torch.arange(n)
     if way.others:
         real = torch.cat([images for other, images in enumerate(exemplars) if other != label])
         order = torch.cat([torch.randperm(len(real), generator=torch.Generator().manual_seed(seed)) for _ in range(n)])[:n]
