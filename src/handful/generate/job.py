@@ -5,6 +5,7 @@ What needs no model is checked first, then what needs it; nothing is written, so
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from handful.core.denoiser import Denoiser, NetworkDenoiser
 from handful.core.noise import Levels
 from handful.data.exemplars import Exemplars
 from handful.data.sources import ONLY_CLASS, labelled_files
-from handful.errors import HandfulError, RequestError, first_line
+from handful.errors import HandfulError, RequestError, first_line, some_of
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.classifier import class_request
 from handful.guidance.method import PotentialRequest, TermRequest, energy_columns, named, needing, potentials
@@ -332,19 +333,20 @@ def _planned(
 ) -> tuple[Recipe, list[Cohort], list[str]]:
     """The cohorts, and the recipe that asks for them: what is there stays, whatever is asked for now."""
     wanted = {name: recipe.images_of(name) if asked is None or name in asked else 0 for name in labels}
-    cohorts, notes = plan_cohorts(labels, wanted, recipe.cohort, kept), []
+    cohorts, classes_of = plan_cohorts(labels, wanted, recipe.cohort, kept), defaultdict[str, list[str]](list)
     counts = dict.fromkeys(labels, 0)
     for cohort in cohorts:
         counts[cohort.class_name] += cohort.count
     for name, sizes in kept.items():
         if counts.get(name, 0) > wanted.get(name, 0):
-            notes.append(f"class '{name}': {counts[name]} images are there and stay; {wanted[name]} are asked for")
+            classes_of[f"{counts[name]} images are there and stay; you asked for {wanted[name]}"].append(name)
         short = next((index for index, size in enumerate(sizes) if size < recipe.cohort), None)
         if short is not None and counts.get(name, 0) > sum(sizes[: short + 1]):
-            notes.append(
-                f"class '{name}': its cohort {short} of {sizes[short]} images stays as it was made, and those after it are in "
-                f"cohorts of their own; a run of {counts[name]} at once would have other images from {sum(sizes[:short])} on"
-            )
+            classes_of[
+                f"cohort {short} of {sizes[short]} images stays, and new cohorts follow it; a run that makes {counts[name]} at "
+                f"once has other images from number {sum(sizes[:short])} on"
+            ].append(name)
+    notes = [f"class {some_of(names)}: {text}" for text, names in classes_of.items()]
     if counts == wanted and not recipe.counts:
         return recipe, cohorts, notes
     same = len(set(counts.values())) == 1
