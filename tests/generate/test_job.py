@@ -44,11 +44,6 @@ def test_what_is_impossible_is_said_before_anything_is_written(
         ("classes", tiny_recipe(plain, exemplars={"path": str(nul)}, guidance=[]), tmp_path / "out"),
         ("guidance[0].features", digits_recipe(digits_folder, guidance=[chamfer | {"features": "/no"}]), tmp_path / "out"),
         (
-            "guidance[0].margin",
-            tiny_recipe("digits", exemplars=real | {"k": 1}, guidance=[chamfer | {"margin": 1}]),
-            tmp_path / "out",
-        ),
-        (
             "guidance[0].every",
             tiny_recipe("digits", exemplars=real, sampler={"steps": 4}, guidance=[chamfer | {"every": 5}]),
             tmp_path / "out",

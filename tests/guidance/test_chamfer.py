@@ -155,10 +155,18 @@ def test_the_coverage_weight_has_one_default_in_python_and_in_recipes():
     assert torch.equal(Chamfer(pixels(), exemplars, 0.2).energy(generated), chamfer_distance(exemplars, generated, 4.0, 1.0))
 
 
-@pytest.mark.parametrize(("margin", "k"), [(-0.5, 3), (0.5, 1)])
-def test_an_impossible_margin_is_refused_by_name(margin, k):
+def test_a_negative_margin_is_refused_by_name():
     with pytest.raises(RequestError, match=r"^margin: "):
-        Chamfer(pixels(), normal(k, 6), 0.2, margin=margin)
+        Chamfer(pixels(), normal(3, 6), 0.2, margin=-0.5)
+
+
+def test_a_single_exemplar_has_no_margin_and_that_is_said():
+    exemplar, generated = normal(1, 6), normal(4, 6, seed=1)
+    with_margin, without = (Chamfer(pixels(), exemplar, 0.2, margin=m).energy(generated) for m in (0.75, 0.0))
+    assert torch.equal(with_margin, without)
+    assert ChamferRequest(margin=0.75).of_few(1).startswith("margin: none for a class with a single exemplar")
+    assert not ChamferRequest(margin=0.75).of_few(2)
+    assert not ChamferRequest(margin=0.0).of_few(1)
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------

@@ -102,8 +102,17 @@ def test_guidance_is_chamfer_where_there_are_exemplars_and_none_otherwise():
     assert with_defaults(recipe_from(DIGITS))[0].guidance == ()
     recipe, notes = with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}}))
     assert recipe.guidance == (for_model(ChamferRequest(), "digits", 18),)
-    assert any("auto became pixels" in note for note in notes)
+    assert [note.partition(",")[0] for note in notes[1:]] == ["guidance[0].features: pixels", "guidance[0].margin: 1"]
     assert with_defaults(recipe_from(DIGITS | {"exemplars": {"path": "/x"}, "guidance": []}))[0].guidance == ()
+
+
+def test_in_pixels_chamfer_keeps_a_margin_unless_one_is_stated_and_elsewhere_it_is_the_papers():
+    def margin(model: str, **said: object) -> float:
+        done = for_model(ChamferRequest.model_validate(said), model, 18)
+        return ChamferRequest.model_validate(done.model_dump()).margin
+
+    assert margin("digits") == margin("/m", features="pixels") == 1
+    assert margin("digits", margin=0.0) == margin("digits", features="digits-guide") == margin("/m") == 0
 
 
 def test_another_model_compares_by_dinov2_unless_told_otherwise():
@@ -111,7 +120,7 @@ def test_another_model_compares_by_dinov2_unless_told_otherwise():
     assert with_defaults(recipe_from(data))[0].guidance == (ChamferRequest(features="dinov2", every=4, hold=True),)
     told = data | {"guidance": [{"method": "chamfer", "features": "pixels"}]}
     assert with_defaults(recipe_from(told))[0].guidance == (
-        ChamferRequest(features="pixels", scale=0.2, jacobian="gaussian", every=1, hold=False),
+        ChamferRequest(features="pixels", scale=0.2, jacobian="gaussian", every=1, hold=False, margin=1.0),
     ), "in pixels any model takes the settings that were measured there"
 
 
@@ -197,8 +206,8 @@ def test_what_is_asked_for_and_has_no_effect_is_told_or_refused():
     words = {"model": {"name": "digits", "negative_prompt": "blurred"}, "exemplars": {"path": "/x"}, "guidance": []}
     _, notes = complete(recipe_from(words))
     assert [note.partition(":")[0] for note in notes] == ["exemplars", "model.negative_prompt"]
-    assert complete(recipe_from(words | {"guidance": [{"method": "cfg"}, {"method": "chamfer"}]}))[1] == [
-        "guidance[1].features: auto became pixels"
+    assert complete(recipe_from(words | {"guidance": [{"method": "cfg"}, {"method": "energy"}]}))[1] == [
+        "guidance[1].features: pixels, as none are named; they compare images with the exemplars"
     ]
     assert len(complete(recipe_from(words | {"start": {"depth": 0.5}}))[1]) == 1, "images start from the exemplars"
     with pytest.raises(RequestError, match=r"exemplars\.k: 4: there are no exemplars to draw"):

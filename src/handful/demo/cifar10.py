@@ -90,7 +90,7 @@ def entries() -> list[Entry]:
     return [
         Entry("none"),
         Entry("cfg", 0, CFG_SCALE, {"guidance": [cfg]}),
-        Entry("chamfer", k, says={"guidance": [{"method": "chamfer"}]}),
+        Entry("chamfer", k, says={"guidance": [{"method": "chamfer", "margin": 0.0}]}),
         Entry("energy", k, says={"guidance": [{"method": "energy"}]}),
         Entry("energy+cfg", k, says={"guidance": [{"method": "energy"}, sparse]}),  # what the picture shows
     ]

@@ -20,7 +20,7 @@ from handful.runs.contact_sheet import contact_sheet
 from handful.zoo.digits import CLASSES, load_digits_split
 
 EXEMPLARS = (2, 4, 8, 16, 32)  # k, a class
-HEADLINE = Entry("chamfer", 32, says={"guidance": [{"method": "chamfer"}]})  # what the picture shows
+HEADLINE = Entry("chamfer", 32, says={"guidance": [{"method": "chamfer", "margin": 0.0}]})  # what the picture shows
 TITLE = "digits, judged by a classifier that guided nothing"
 COLUMNS = {
     "precision": "precision",

@@ -37,7 +37,7 @@ METHODS: dict[str, Row] = {
     "none": {"guidance": []},
     "cfg": {"guidance": [{"method": "cfg"}]},
     "sdedit": {"guidance": [], "start": NOISED},
-    "chamfer": {"guidance": [{"method": "chamfer"}]},
+    "chamfer": {"guidance": [{"method": "chamfer", "margin": 0.0}]},
     "energy": {"guidance": [{"method": "energy"}]},
     "auto": {"guidance": [{"method": "auto"}]},
     "crdi": {},

@@ -225,9 +225,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     exemplars = drawn_exemplars(started, image_shape, list(labels.of))
     notes += exemplars.warnings if exemplars else []
     fewest = min(exemplars.counts.values()) if exemplars else 0
-    for index, term in needing(guidance, "exemplars") if fewest else ():
-        with named(at[index]):
-            term.check_exemplars(fewest)
+    of_few = {index: term.of_few(fewest) for index, term in needing(guidance, "exemplars")} if fewest else {}
+    notes += [f"{at[index] if mix else f'guidance[{index}]'}.{note}" for index, note in of_few.items() if note]
     extractors: dict[str, FeatureExtractor] = {}
     for index, term in potentials(guidance):
         if term.key not in extractors:

@@ -31,6 +31,7 @@ from handful.guidance.distances import squared_distances
 from handful.guidance.method import ByExemplarsRequest, Context
 from handful.guidance.settings import Weight
 
+SINGLE = "margin: none for a class with a single exemplar, as it is measured between neighbours; images may become copies"
 COVERAGE_WEIGHT = 4.0  # with few exemplars the paper's 1 draws a cohort to them (docs/findings.md)
 
 
@@ -71,7 +72,7 @@ class ChamferRequest(ByExemplarsRequest):
 
     Attributes:
         coverage_weight, fidelity_weight: w_c and w_f; the paper's are 1 and 1.
-        margin: m; 0 is the paper's formula.
+        margin: m; 0 is the paper's formula. A recipe that leaves it open gets 1 where pixels compare the images.
     """
 
     method: Literal["chamfer"] = "chamfer"
@@ -85,14 +86,8 @@ class ChamferRequest(ByExemplarsRequest):
             raise RequestError("coverage_weight", 0.0, "both weights are 0", "The paper's are 1 and 1.")
         return self
 
-    def check_exemplars(self, fewest: int) -> None:
-        if self.margin and fewest < 2:
-            raise RequestError(
-                "margin",
-                self.margin,
-                "the margin is measured between neighbours, and a single exemplar has none",
-                "Use 0, the paper's formula, or 2 or more exemplars of each class.",
-            )
+    def of_few(self, fewest: int) -> str:
+        return SINGLE if self.margin and fewest < 2 else ""
 
     def build(self, context: Context) -> Chamfer:
         return Chamfer(
@@ -114,7 +109,7 @@ class Chamfer(ExemplarPotential):
         coverage_weight, fidelity_weight, margin: See `ChamferRequest`.
 
     Raises:
-        RequestError: If there is no exemplar, a setting is out of its range, or a margin stands on a single exemplar.
+        RequestError: If there is no exemplar, or a setting is out of its range.
     """
 
     name = "chamfer"
@@ -133,7 +128,6 @@ class Chamfer(ExemplarPotential):
     ) -> None:
         super().__init__(extractor, exemplars, scale, timing=timing, pull=pull)
         asked = ChamferRequest(coverage_weight=coverage_weight, fidelity_weight=fidelity_weight, margin=margin)
-        asked.check_exemplars(len(exemplars))
         self.weights = asked.coverage_weight, asked.fidelity_weight
         self.slack = margin**2 * spacing(self.exemplars) if margin else None
 

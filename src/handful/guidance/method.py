@@ -146,8 +146,9 @@ class TermRequest(Timing):
         if (self.every or 1) > steps:
             raise RequestError("every", self.every, f"it acts on none of {steps} steps", f"Use {steps} or less.")
 
-    def check_exemplars(self, fewest: int) -> None:
-        """Refuses what so few exemplars of a class can't do."""
+    def of_few(self, fewest: int) -> str:
+        """A note on what changes where a class has so few exemplars; empty for nothing."""
+        return ""
 
 
 class PotentialRequest(TermRequest, Pull):

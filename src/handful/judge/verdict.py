@@ -60,8 +60,8 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     if copied >= COPIES:
         sentences.append(
             "A possible copy is nearer to an exemplar, pixel by pixel, than 99 % of the real images are: look at them in the"
-            " report. A larger margin of the guidance keeps images apart from exemplars, such as --set"
-            " guidance.chamfer.margin=0.75."
+            " report. Weaker guidance copies less, and so does chamfer with a margin: --set guidance.chamfer.margin=1 for a new"
+            " run."
         )
     return sentences + [_gained(name, each["metrics"]) for name, each in (found.get("gains") or {}).items()]
 

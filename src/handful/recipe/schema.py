@@ -71,7 +71,8 @@ DEFAULTS_BY_FEATURES: dict[str, dict[str, dict[str, Any]]] = {
         "auto": {**_SMOOTH, "scale": 0.5},
     },
     "pixels": {
-        "chamfer": {**_IN_PIXELS, "scale": 0.2},
+        # Without a margin images land on the exemplars; at 1 they copy no more than plain ones (docs/findings.md, section 2).
+        "chamfer": {**_IN_PIXELS, "scale": 0.2, "margin": 1.0},
         "energy": {**_IN_PIXELS, "scale": 0.05},
         "auto": {**_IN_PIXELS, "scale": 0.1},
     },
@@ -378,14 +379,19 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
     guidance = recipe.guidance
     if guidance is None:
         guidance = (_term({"method": "chamfer"}, None),) if recipe.exemplars.path else ()
-        notes.append("guidance: chamfer, as there are exemplars" if guidance else "guidance: none, as there are no exemplars")
+        chamfer = "chamfer (images are pulled towards the exemplars), as none is named"
+        notes.append(f"guidance: {chamfer if guidance else 'none, as there are no exemplars'}")
     chosen = list(guidance)
     for index, term in potentials(guidance):
         chosen[index] = done = for_model(term, recipe.model.name, steps or recipe.steps_run, _are_features(recipe))
         if done.advice:
             notes.append(f"guidance[{index}].{done.advice}")
         if isinstance(done, FeaturesRequest) and done.features != getattr(term, "features", None):
-            notes.append(f"guidance[{index}].features: auto became {done.features}")
+            notes.append(
+                f"guidance[{index}].features: {done.features}, as none are named; they compare images with the exemplars"
+            )
+        if getattr(done, "margin", 0) and "margin" not in term.model_fields_set:
+            notes.append(f"guidance[{index}].margin: {done.margin:g}, against copies of the exemplars; 0 is the paper's")
     return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
 
 
