@@ -390,8 +390,9 @@ def with_defaults(recipe: Recipe, steps: int | None = None) -> tuple[Recipe, lis
             notes.append(
                 f"guidance[{index}].features: {done.features}, as none are named; they compare images with the exemplars"
             )
-        if getattr(done, "margin", 0) and "margin" not in term.model_fields_set:
-            notes.append(f"guidance[{index}].margin: {done.margin:g}, against copies of the exemplars; 0 is the paper's")
+        margin = getattr(done, "margin", 0)
+        if margin and "margin" not in term.model_fields_set:
+            notes.append(f"guidance[{index}].margin: {margin:g}, against copies of the exemplars; 0 is the paper's")
     return recipe.model_copy(update={"guidance": tuple(chosen)}), notes
 
 
