@@ -137,6 +137,15 @@ def test_from_other_classes_an_image_starts_from_each_of_their_exemplars_and_non
         )
 
 
+def test_the_other_classes_that_images_start_from_need_not_be_generated_where_exemplars_guide_too(
+    digits_folder: Path, tmp_path: Path
+):
+    recipe = asked(digits_folder, start={"of": "others"}, guidance=[{"method": "energy"}], classes=["1"])
+    assert run(prepare(recipe, tmp_path / "out")).failures == []
+    begun = pq.read_table(tmp_path / "out" / "manifest.parquet", columns=["started_from"]).to_pylist()
+    assert all(not row["started_from"].startswith("1/") for row in begun)
+
+
 def test_it_composes_with_guidance_and_with_latents(digits_folder: Path, tmp_path: Path):
     energy = [{"method": "energy", "scale": 0.3}, {"method": "cfg", "scale": 1.0}]
     for name, guidance in (("plain", []), ("guided", energy)):
@@ -201,6 +210,9 @@ def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path
     for changes, said in (
         ({"guidance": [ENERGY]}, "mix: 2: guidance is given outside mix too"),
         ({"cohort": 6}, "has 1 cohort, too few"),
+        ({"mix": MIX[:1]}, "mix: ["),
+        ({"mix": MIX[:1]}, "it needs 2 parts or more. Add some."),
+        ({"mix": [MIX[0], {"share": 0}]}, "mix[1].share: 0: it should be greater than 0. Choose a number in this range."),
         ({"exemplars": {}}, "mix[0].start"),
         ({"mix": [MIX[0], {"share": 1, "guidance": [{"method": "energy", "every": 9}]}]}, "mix[1].guidance[0].every: 9"),
         ({"mix": [MIX[0], {"share": 1, "guidance": [{"method": "energy", "features": "/no"}]}]}, "mix[1].guidance[0].features"),
@@ -208,5 +220,7 @@ def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path
         with pytest.raises(RequestError) as caught:
             prepare(mixed(digits_folder, **changes), tmp_path / "out")
         assert said in str(caught.value)
+        assert "Tuple" not in str(caught.value)
+        assert "Also" not in str(caught.value), "one fault is named once"
     with pytest.raises(RequestError, match="this command takes one setting at a time"):
         cost_of(mixed(digits_folder))

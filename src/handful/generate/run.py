@@ -239,7 +239,8 @@ def _exemplar_features(job: Job, cache: Path) -> dict[str, dict[View, Tensor]]:
     if job.exemplars is not None:
         for name, reduce in views(job.terms):
             for class_name, features in job.exemplars.seen_by(job.extractors[name], reduce, cache).items():
-                by_class[class_name][name, reduce] = features.to(job.device)
+                if class_name in by_class:  # the others' exemplars are there to start from
+                    by_class[class_name][name, reduce] = features.to(job.device)
     return by_class
 
 

@@ -67,7 +67,10 @@ def checked(kind: type[Part], data: Mapping[str, Any], field: str) -> Part:
 
 def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:
     """pydantic's errors as one: the first, then the others."""
-    first, *others = [_said(fault, whole) for fault in error.errors(include_url=False)]
+    faults = error.errors(include_url=False)
+    inside = {each["loc"][:depth] for each in faults for depth in range(1, len(each["loc"]))}
+    # pydantic counts the faultless parts of a list alone: one with a fault inside is not too short
+    first, *others = [_said(each, whole) for each in faults if each["type"] != "too_short" or each["loc"] not in inside]
     also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
     more = f" And {len(others) - 5} more." if len(others) > 5 else ""
     return RequestError(first[0], first[1], first[2], first[3] + also + more)
@@ -124,6 +127,10 @@ def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str
         remedy = "Put quotes around it."
     elif kind == "string_pattern_mismatch":
         problem, remedy = str(own.get("problem", problem)), str(own.get("remedy", remedy))
+    elif kind in ("too_short", "too_long"):
+        least = kind == "too_short"
+        number = fault.get("ctx", {})["min_length" if least else "max_length"]
+        problem, remedy = f"it needs {number} parts or {'more' if least else 'fewer'}", "Add some." if least else "Remove some."
     elif kind.startswith(("greater_than", "less_than")):
         remedy = "Choose a number in this range."
     elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):

@@ -17,6 +17,7 @@ from handful.runs.kept import all_kept
 from handful.runs.metadata import exemplars_of
 
 _A_RUN = "Name a directory that handful generate has written."
+NO_GUIDANCE = "without guidance"
 
 
 @dataclass
@@ -55,17 +56,31 @@ class Shown:
     def in_words(self) -> str:
         """What was asked for, in a sentence or two."""
         model, sampler = _part(self.recipe, "model"), _part(self.recipe, "sampler")
-        terms = self.recipe.get("guidance") or []
-        methods = [f"{term.get('method')} at scale {term.get('scale'):g}" for term in terms if term.get("scale") is not None]
-        guided = f"guided by {' and '.join(methods)}" if methods else "without guidance"
+        mix = self.recipe.get("mix") or []
+        guided = "; ".join(f"{part['share']:g} share{'s' * (part['share'] != 1)} {_way(part)}" for part in mix)
+        guided = f"a mixture: {guided}" if mix else _way(self.recipe)
         k, source = _part(self.recipe, "exemplars").get("k", _part(self.recipe, "exemplars").get("per_class")), ""
-        if _part(self.recipe, "exemplars").get("path") and methods:
+        if _part(self.recipe, "exemplars").get("path") and guided != NO_GUIDANCE:
             source = f", with {k or 'all'} exemplars per class from {_part(self.recipe, 'exemplars')['path']}"
         return (
             f"{self.planned:,} images of {len(self.recipe.get('classes') or self.classes):,} classes from the model "
             f"{model.get('name')}, {guided}{source}. Sampler {sampler.get('name')}, {sampler.get('steps')} steps, seed "
             f"{self.recipe.get('seed')}."
         )
+
+
+def _way(part: Mapping[str, Any]) -> str:
+    """What a recipe, or a setting of a mixture, says of guidance and start."""
+    terms = [
+        f"{each.get('method')} at scale {each['scale']:g}"
+        for each in part.get("guidance") or []
+        if each.get("scale") is not None
+    ]
+    said = [f"guided by {' and '.join(terms)}"] if terms else []
+    if start := part.get("start"):
+        whose = " of other classes" if start.get("of") == "others" else ""
+        said.append(f"from noised exemplars{whose} (depth {start['depth']:g})")
+    return " ".join(said) or NO_GUIDANCE
 
 
 def gather(path: str | Path, name: str | None = None) -> Shown:
