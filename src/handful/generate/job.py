@@ -301,7 +301,7 @@ def _mixed(
 ) -> tuple[Recipe, list[Setting]]:
     """The recipe of a mixture with its settings decided, and what each cohort's job takes."""
     shares = [each.share for each in mix]
-    for name in {cohort.class_name for cohort in cohorts}:
+    for name in dict.fromkeys(cohort.class_name for cohort in cohorts):
         count = sum(cohort.class_name == name for cohort in cohorts)
         if {setting_of(index, shares) for index in range(count)} != set(range(len(shares))):
             problem = f"class '{name}' has {count} cohort{'s' * (count > 1)}, too few for each setting to make one"
