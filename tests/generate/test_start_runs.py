@@ -211,7 +211,7 @@ def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path
         ({"guidance": [ENERGY]}, "mix: 2: guidance is given outside mix too"),
         ({"cohort": 6}, "has 1 cohort, too few"),
         ({"mix": MIX[:1]}, "mix: ["),
-        ({"mix": MIX[:1]}, "it needs 2 parts or more. Add some."),
+        ({"mix": MIX[:1]}, "it takes at least 2 entries. Add some."),
         ({"mix": [MIX[0], {"share": 0}]}, "mix[1].share: 0: it should be greater than 0. Choose a number in this range."),
         ({"exemplars": {}}, "mix[0].start"),
         ({"mix": [MIX[0], {"share": 1, "guidance": [{"method": "energy", "every": 9}]}]}, "mix[1].guidance[0].every: 9"),

@@ -130,7 +130,8 @@ def _said(fault: ErrorDetails, whole: type[BaseModel]) -> tuple[str, object, str
     elif kind in ("too_short", "too_long"):
         least = kind == "too_short"
         number = fault.get("ctx", {})["min_length" if least else "max_length"]
-        problem, remedy = f"it needs {number} parts or {'more' if least else 'fewer'}", "Add some." if least else "Remove some."
+        problem = f"it takes at {'least' if least else 'most'} {number} {'entry' if number == 1 else 'entries'}"
+        remedy = "Add some." if least else "Remove some."
     elif kind.startswith(("greater_than", "less_than")):
         remedy = "Choose a number in this range."
     elif kind in ("int_type", "float_type", "bool_type", "tuple_type", "list_type"):
