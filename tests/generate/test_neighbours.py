@@ -7,6 +7,7 @@ import fcntl
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ import pytest
 from support.runs import contents, tiny_recipe
 
 import handful
-from handful.errors import HandfulError, RequestError
+from handful.errors import HandfulError, RequestError, RunError
 from handful.files.locks import held
 from handful.generate.job import prepare
 from handful.generate.run import run
@@ -127,3 +128,9 @@ def test_a_process_that_stands_still_is_overtaken_and_does_no_harm_when_it_goes_
     assert made == "0"
     assert any("stood still" in note for note in notes)
     assert contents(out) == contents(tmp_path / "one"), "and nothing of it is left"
+
+
+def test_a_directory_that_is_removed_while_it_is_generated_is_no_success(model: str, tmp_path: Path):
+    out = tmp_path / "out"
+    with pytest.raises(RunError, match="files were removed from it"):
+        run(prepare(tiny_recipe(model), out), Sick(steps=lambda: shutil.rmtree(out)))

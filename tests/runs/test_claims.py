@@ -106,3 +106,22 @@ def test_failures_are_tried_again_by_the_next_start_only(tmp_path: Path):
     with third.working():
         assert third.start_afresh()
         assert third.failures() == {}
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"5", b"[]", None])
+def test_a_damaged_file_counts_for_a_while_then_for_nothing(tmp_path: Path, damage: bytes | None):
+    clock = Clock()
+    claims = Claims(tmp_path, "r", clock=clock)
+    for name in ("workers/w", "claims/a-0000.0", "failed/a-0000"):
+        path = tmp_path / name
+        path.parent.mkdir()
+        path.mkdir() if damage is None else path.write_bytes(damage)
+    assert claims.others() == ["w"]
+    assert seen(claims, "a-0000") is not None, "it may be being written"
+    assert claims.failures() == {}
+    assert not claims.start_afresh()
+    clock.now = 91.0
+    assert claims.others() == []
+    assert seen(claims, "a-0000") is None
+    assert claims.claim("a-0000", 0) == 1
+    assert claims.start_afresh()

@@ -101,6 +101,7 @@ def run_by_ray(
                 **options,
             )
             _wait(job, mapped.materialize, progress)
+            _leave(job)
     except RayError as error:
         raise RunError(f"Ray: {str(error).splitlines()[0]}") from error
     finally:
@@ -141,6 +142,13 @@ def _wait(job: Job, work: Callable[[], Any], progress: Progress) -> None:
             return
     if errors:
         raise errors[0]
+
+
+def _leave(job: Job, seconds: float = 10) -> None:
+    """Waits until the actors have left, so that no file of theirs is there when the run is done; not for ever."""
+    claims, end = claims_of(job), time.monotonic() + seconds
+    while claims.others() and time.monotonic() < end:
+        time.sleep(0.05)
 
 
 def _knock(address: str | None) -> None:

@@ -132,6 +132,12 @@ def run(
         summary.images_per_second = worker.made / summary.seconds if worker.made and summary.seconds else None
         with job.directory.lock():
             summary.images = finish(job)
+            lost = job.images - summary.images - sum(each.count for each in job.cohorts if each.key in failures)
+            if lost > 0 or not (job.directory.path / RECIPE).is_file():
+                raise RunError(
+                    f"out: '{job.directory.path}': files were removed from it while it was generated: {max(lost, 0)} of "
+                    f"{job.images} images are gone, or {RECIPE}. Choose a new --out, and let nothing else clear it."
+                )
     return summary
 
 

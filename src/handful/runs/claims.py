@@ -153,11 +153,11 @@ class Claims:
     def gone(self, worker: str) -> bool:
         """Whether a worker has ended, died or fallen silent."""
         try:
-            text = (self._workers / worker).read_text(encoding="utf-8")
+            text = (self._workers / worker).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return True
         except OSError:
-            return False
+            text = ""  # a stale handle, or no file at all: time tells
         machine = None
         with suppress(ValueError, LookupError, TypeError):
             machine = json.loads(text)["machine"]
@@ -243,7 +243,7 @@ class Claims:
         """By cohort why it could not be made; of workers that are there."""
         found: dict[str, str] = {}
         for name in os.listdir(self._failed) if self._failed.is_dir() else ():
-            with suppress(OSError, ValueError, LookupError):
+            with suppress(OSError, ValueError, LookupError, TypeError):
                 found[name] = str(json.loads((self._failed / name).read_text(encoding="utf-8"))["error"])
         return found
 
@@ -257,7 +257,7 @@ class Claims:
         """
         others = self.others()
         for path in _files(self._failed):
-            with suppress(OSError, ValueError, LookupError):
+            with suppress(OSError, ValueError, LookupError, TypeError):
                 worker = json.loads(path.read_text(encoding="utf-8"))["worker"]
                 if worker not in others or self._is_elsewhere(worker):
                     path.unlink()
@@ -281,4 +281,4 @@ class Claims:
 
 
 def _files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in folder.iterdir() if not path.is_dir()] if folder.is_dir() else []
