@@ -48,7 +48,7 @@ def test_it_prints_a_table_on_stdout_and_the_rest_on_stderr(tmp_path: Path, caps
         "request.yaml",
     ]
     assert handful(*QUICK, "--out", tmp_path / "out") == 0
-    assert "it was there already" in capsys.readouterr().out
+    assert "from an earlier run" in capsys.readouterr().out
 
 
 def test_json_is_alone_on_stdout_and_says_what_the_file_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

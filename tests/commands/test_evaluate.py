@@ -151,8 +151,8 @@ def test_copies_of_exemplars_are_said(folders, capsys, tmp_path):
         (["none={real}"], "these are the real images themselves"),
         (["{ghosts}", "{ghosts}"], "is called ghosts as well. Write ghosts-2="),
         (["a={ghosts}", "a={made}"], "is called a as well"),
-        (["a="], "this names no folder"),
-        (["={ghosts}"], "this names no folder"),
+        (["a="], "the name or the folder is empty"),
+        (["={ghosts}"], "the name or the folder is empty"),
         (["a={ghosts}/nowhere"], "there is no such folder"),
     ],
 )

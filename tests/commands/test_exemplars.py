@@ -90,7 +90,7 @@ def test_a_file_that_is_there_is_kept(photos, tmp_path, capsys):
     (tmp_path / "shared.safetensors").write_text("years of work")
     words = ["exemplars", photos, "--model", "digits", "--features", "digits-guide", "--out", tmp_path / "shared.safetensors"]
     assert handful(*words) == 2
-    assert "it is there already" in capsys.readouterr().err
+    assert "this file exists already" in capsys.readouterr().err
     assert (tmp_path / "shared.safetensors").read_text() == "years of work"
     assert handful("exemplars", tmp_path / "shared.safetensors") == 2
     assert "it holds no exemplar features" in capsys.readouterr().err

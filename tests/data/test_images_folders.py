@@ -284,7 +284,7 @@ def test_a_folders_images_by_class_are_its_own_in_order(tmp_path):
 
 def test_a_pipe_or_device_is_never_replaced_by_a_file_and_a_circle_of_links_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="this is no regular file"):
+    with pytest.raises(OSError, match="this is not a regular file"):
         write_atomically(tmp_path / "pipe", b"x")
     assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
     (tmp_path / "a.png").symlink_to(tmp_path / "a.png")

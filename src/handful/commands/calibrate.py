@@ -15,40 +15,71 @@ from handful.errors import RequestError
 
 def calibrate(
     recipe: Annotated[
-        Path | None, typer.Argument(help="A recipe: its model, classes and sampler are taken.", metavar="RECIPE.yaml")
+        Path | None,
+        typer.Argument(
+            help="A recipe: gives the model, the classes and the sampler; the options below override it.", metavar="RECIPE.yaml"
+        ),
     ] = None,
-    model: Annotated[str | None, typer.Option(help="As for generate.", metavar="NAME")] = None,
+    model: Annotated[str | None, typer.Option(help="The model to guide, as in handful generate.", metavar="NAME")] = None,
     classifier: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A classifier of transformers, digits-guide, clip, FILE.py:FUNCTION.")
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The classifier: a transformers model (a directory or hub name), digits-guide, clip, or FILE.py:FUNCTION.",
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A new directory; an interrupted calibration goes on there.")
+        Path | None,
+        typer.Option(metavar="DIR", help="A new directory, or that of an interrupted calibration, which continues."),
     ] = None,
     mapping: Annotated[
         list[str] | None,
-        typer.Option("--class", metavar="NAME=NUMBER", help="Which of the classifier's a class is; may be repeated."),
+        typer.Option(
+            "--class",
+            metavar="NAME=NUMBER",
+            help="Which of the classifier's classes is a class of the model, such as cat=281; may be repeated.",
+        ),
     ] = None,
-    per_class: Annotated[int, typer.Option(help="Images of each class to measure on.", min=1)] = 16,
+    per_class: Annotated[int, typer.Option(help="Images to generate of each class, to measure on.", min=1)] = 16,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")] = None,
     betas: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Softplus in place of ReLU, this sharp.  [none,3,5,8]")
+        str | None,
+        typer.Option(metavar="A,B,...", help="Softplus betas to try in place of ReLU; none keeps ReLU.  [none,3,5,8]"),
     ] = None,
     taus: Annotated[
-        str | None, typer.Option(metavar="A:B,...", help="Inverse temperatures tau1:tau2.  [1:1,1:0.5,1:0,0.5:0.5]")
+        str | None, typer.Option(metavar="A:B,...", help="Inverse temperatures tau1:tau2 to try.  [1:1,1:0.5,1:0,0.5:0.5]")
     ] = None,
     real: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Real images, a folder per class, to choose by what survives.")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Real images, a folder per class: choose by judging generated images against them (needs --judge).",
+        ),
     ] = None,
-    judge: Annotated[str | None, typer.Option(metavar="NAME", help="Who judges: unrelated to the classifier.")] = None,
-    objective: Annotated[str, typer.Option(help="What decides, a column of a sweep.", metavar="COLUMN")] = "robust_frechet",
-    max_cost: Annotated[float, typer.Option(help="Most sampling time, in times plain sampling's.")] = 1.15,
-    scales: Annotated[str, typer.Option(help="Of the guidance, to try on real images.", metavar="A,B,...")] = "0.2,0.4,0.8",
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The network that judges, such as dinov2; unrelated to the classifier (needs --real)."
+        ),
+    ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            help="With --real: the metric to choose by, such as robust_frechet, robust_f1 or utility.", metavar="COLUMN"
+        ),
+    ] = "robust_frechet",
+    max_cost: Annotated[
+        float, typer.Option(help="With --real: the longest sampling time to accept, relative to sampling without guidance.")
+    ] = 1.15,
+    scales: Annotated[str, typer.Option(help="With --real: guidance scales to try.", metavar="A,B,...")] = "0.2,0.4,0.8",
     jacobians: Annotated[
-        str, typer.Option(help="Ways to take the gradient, to try on real images.", metavar="A,B,...")
+        str, typer.Option(help="With --real: ways to take the gradient to try.", metavar="A,B,...")
     ] = "gaussian,exact",
-    trial_per_class: Annotated[int, typer.Option(help="Images of each class in a tried set.", min=1)] = 32,
+    trial_per_class: Annotated[
+        int, typer.Option(help="With --real: images to generate of each class for each setting.", min=1)
+    ] = 32,
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
     class_names: ClassNames = None,
     null_class: NullClass = None,
@@ -58,11 +89,13 @@ def calibrate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of a recipe; may be repeated.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say how much it is, write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the amount of work, write nothing.")
+    ] = False,
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find which pre-conditioning suits an off-the-shelf classifier that shall guide.
+    """Find the pre-conditioning with which an off-the-shelf classifier guides best.
 
     Runs the model unguided and measures, at every step, how well the classifier is calibrated on what it would be shown: with
     Softplus in place of ReLU, with other temperatures, with one fitted for each level of noise, on the estimate and on the
@@ -106,13 +139,18 @@ def calibrate(
     }
     asked = recipe_from(overridden({} if recipe is None else read_mapping(recipe), flags, settings=settings or ()))
     if out is None:
-        raise RequestError("out", None, "where to is not said", "Give a new or empty directory with --out DIR.")
+        raise RequestError("out", None, "--out is missing", "Give a new or empty directory with --out DIR.")
     base = first_of(asked.guidance or (), ClassifierRequest)
     if classifier is not None:
         named = anchored_extractor(classifier, Path.cwd())
         base = base.model_copy(update={"classifier": named}) if base else ClassifierRequest(classifier=named)
     if base is None:
-        raise RequestError("--classifier", None, "which classifier is not said", "Name one, or give a recipe that does.")
+        raise RequestError(
+            "--classifier",
+            None,
+            "no classifier is named",
+            "Name one with --classifier NAME, or give a recipe with classifier guidance.",
+        )
     base = base.model_copy(update={"classes": {**base.classes, **_mapping(mapping or [])}})
     request = CalibrateRequest(
         asked,
@@ -141,7 +179,7 @@ def calibrate(
         if summary.result["trials"]:
             print()
             print_table(trials_table(summary.result["trials"]))
-        there = " (it was there already)" if summary.kept else ""
+        there = " (from an earlier run)" if summary.kept else ""
         chosen = summary.result["chosen"]
         print(f"\nchosen by {chosen['by']}: {chosen['candidate']}{there}")
         print(f"guidance: {out / 'guidance.yaml'}   picture: {out / 'reliability.png'}   all: {out / 'calibration.json'}")
@@ -172,8 +210,8 @@ def _trials(
         raise RequestError(
             "--judge" if judge is None else "--real",
             None,
-            "real images and a judge decide together",
-            "Give both, or neither to choose by calibration alone.",
+            "--real and --judge only work together",
+            "Give both; or give neither, to choose by calibration alone.",
         )
     try:
         numbers = tuple(float(part) for part in scales.split(","))

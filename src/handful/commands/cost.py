@@ -22,10 +22,11 @@ def cost(
     fit: Fit = None,
     json_wanted: Json = False,
 ) -> None:
-    """Say what a recipe costs, before anything runs: operations an image, parameters, peak memory.
+    """Predict what a recipe costs, before anything runs: operations per image, parameters, peak memory.
 
-    Plain sampling and classifier-free guidance of the same model stand beside it. It reads no weights and no exemplars, and
-    computes nothing. Published models are known by their hub names; others need their configs, in a directory or the hub.
+    Sampling without guidance and classifier-free guidance of the same model are shown for comparison. No weights and no
+    exemplars are read, and no image is made. Published models are known by their hub names; others need their configs, in a
+    directory or the hub.
 
     \b
     Examples:

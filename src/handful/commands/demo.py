@@ -20,20 +20,25 @@ MODELS = {"mnist": (3, 24), "digits": (3, 64), "cifar10": (1, 16)}  # seeds, ima
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="A new directory; an interrupted demo goes on there.  [demo, or demo-MODEL]"),
+        typer.Option(
+            metavar="DIR",
+            help="A new directory, or that of an interrupted demo, which continues.  [demo for mnist, else demo-MODEL]",
+        ),
     ] = None,
     model: Annotated[str, typer.Option(metavar="NAME", help="mnist, digits, or cifar10.")] = "mnist",
-    seeds: Annotated[int | None, typer.Option(help="Repetitions.  [3; cifar10: 1]")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of repetitions, each with its own seed.  [3; cifar10: 1]")] = None,
     per_class: Annotated[
         int | None, typer.Option(help="Images to generate of each class.  [24; digits: 64; cifar10: 16]")
     ] = None,
     real: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR|FILE", help="cifar10: your own copy of its test images, a folder per class or a parquet file."
+            metavar="DIR|FILE", help="For cifar10 only: your own copy of its test images, a folder per class or a parquet file."
         ),
     ] = None,
-    json_wanted: Annotated[bool, typer.Option("--json", help="Print the rows as JSON, alone on stdout.")] = False,
+    json_wanted: Annotated[
+        bool, typer.Option("--json", help="Print the rows as JSON on stdout, and nothing else there.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Generate images without guidance, with classifier-free guidance and with guidance by exemplars, and compare them.
@@ -52,9 +57,9 @@ def demo(
       handful demo --model cifar10 --real cifar10-test.parquet
     """
     if model not in MODELS:
-        raise RequestError("--model", model, "there is no demo of it", "Choose mnist, digits or cifar10.")
+        raise RequestError("--model", model, "there is no such demo", "Choose mnist, digits or cifar10.")
     if real is not None and model != "cifar10":
-        raise RequestError("--real", real, f"the demo of {model} has real digits of its own", "Leave it out.")
+        raise RequestError("--real", real, f"the {model} demo uses its own packaged real digits", "Leave --real out.")
     from handful.demo.compared import means, table_of
     from handful.report.tables import WIDTH, print_table
 

@@ -11,11 +11,12 @@ from handful.commands.shared import Json
 
 
 def doctor(
-    json_wanted: Json = False, fast: Annotated[bool, typer.Option("--fast", help="Import nothing that takes seconds.")] = False
+    json_wanted: Json = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Only read versions; import no library that takes seconds.")] = False,
 ) -> None:
-    """Say what is installed, on which device it runs, where caches are, and what is wrong and how to mend it.
+    """Show what is installed, the device, and the caches; if something is wrong, say how to fix it.
 
-    Exits with 1 where something that handful needs is broken.
+    The exit code is 1 if something that handful needs is broken, else 0.
 
     \b
     Examples:

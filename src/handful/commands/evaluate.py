@@ -19,46 +19,73 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Real images; geode:DIR, dollarstreet:DIR.  [those of the exemplars' folder that were not drawn]",
+            help="Real images, a folder per class; or geode:DIR, dollarstreet:DIR.  [images of the exemplars' folder that "
+            "were not used as exemplars]",
         ),
     ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
-            help="dinov2, clip, efficientnet-lite0, fdd, fid, digits-judge, cifar10-judge, uci-judge, a directory, or "
-            "FILE.py:FUNCTION.  [dinov2]",
+            help="The network that judges: dinov2, clip, efficientnet-lite0, fdd, fid, digits-judge, cifar10-judge, "
+            "uci-judge, a directory, or FILE.py:FUNCTION.  [dinov2]",
             metavar="NAME",
         ),
     ] = None,
     baseline: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]DIR", help="Say what is gained over this set, and what of it survives; repeatable."),
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Another generated set, such as one without guidance: report the gains over it; may be repeated.",
+        ),
     ] = None,
     exemplars: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The exemplars: say how many generated images are copies of them.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The exemplars, a folder per class: count the generated images that are near copies of them."
+        ),
     ] = None,
     neighbours: Annotated[
         int | None,
         typer.Option(
-            help="k of precision, recall, density and coverage.  [5; of GeoDE and DollarStreet 3]", min=1, metavar="K"
+            help="Number of nearest neighbours in precision, recall, density and coverage.  [5; GeoDE and DollarStreet: 3]",
+            min=1,
+            metavar="K",
         ),
     ] = None,
     judge_class: Annotated[
         list[str] | None,
-        typer.Option(metavar="FOLDER=CLASS", help="Which of the judge's classes a folder is, by name or number; repeatable."),
+        typer.Option(
+            metavar="FOLDER=CLASS",
+            help="Which of the judge's classes a folder shows, by name or number, such as plane=airplane; may be repeated.",
+        ),
     ] = None,
-    audit: Annotated[bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets.")] = True,
-    ceiling: Annotated[bool, typer.Option("--ceiling/--no-ceiling", help="Measure real against real too.")] = True,
+    audit: Annotated[
+        bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets, such as JPEG.")
+    ] = True,
+    ceiling: Annotated[
+        bool, typer.Option("--ceiling/--no-ceiling", help="Also measure real images against real images, as the ceiling.")
+    ] = True,
     groups: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Measure by group too: a column, a CSV of image and group, or '.* in (.*)'."),
+        typer.Option(
+            metavar="COLUMN",
+            help="Also measure each group: a column of the manifest, a CSV file with image and "
+            "group, or a pattern of class names such as '.* in (.*)'.",
+        ),
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(metavar="A,B,...", help="Measure also: kernel_distance, frechet_infinity, authenticity, cmmd.")
+        str | None,
+        typer.Option(metavar="A,B,...", help="Further metrics: kernel_distance, frechet_infinity, authenticity, cmmd."),
     ] = None,
-    clip: Annotated[str | None, typer.Option(metavar="NAME", help="A CLIP, for CLIPScore: image to its prompt.")] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A CLIP model (a directory or hub name): also measure CLIPScore, the match of each image with its prompt.",
+        ),
+    ] = None,
     workers: Workers = 1,
-    save_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the result as JSON there as well.")] = None,
+    save_json: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write the result to this file, as JSON.")] = None,
     json_wanted: Json = False,
     quiet: Quiet = False,
     features: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -67,12 +94,14 @@ def evaluate(
 ) -> None:
     """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
 
-    Each is pooled and per class, with the value that one half of the real images gets against the other beside it. The
-    judge should be unrelated to the network that guided: a gain that only such a network sees is not real. So all is judged
-    again after JPEG, resampling, noise and a low-pass of real and generated images alike, and with a --baseline (the same
-    model without guidance) each gain is told from chance and by how much of it survives.
+    Each is given for all images and per class, beside the value that one half of the real images gets against the other
+    half. The
+    judge should be unrelated to the network that guided: a gain that only such a network sees is not real. So everything is
+    judged again after JPEG, resampling, noise and a low-pass filter of real and generated images alike. With a --baseline
+    (the same model without guidance) each gain is tested against chance, with the share of it that survives these
+    transforms.
 
-    The judge's answers are kept by content: an interrupted evaluation goes on, and a second one starts at once.
+    The judge's features are cached: an interrupted evaluation continues, and a second one starts at once.
 
     \b
     Examples:

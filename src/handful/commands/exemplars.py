@@ -18,34 +18,44 @@ if TYPE_CHECKING:
 
 def exemplars(
     given: Annotated[
-        str, typer.Argument(metavar="DIR", help="Real images, a folder per class; or a file of features, to say what it holds.")
+        str,
+        typer.Argument(metavar="DIR", help="Real images, a folder per class; or a file of features, to show what it holds."),
     ],
     features: Annotated[
-        list[str] | None, typer.Option(help="What sees the images, as for generate; may be repeated.", metavar="NAME")
+        list[str] | None,
+        typer.Option(help="The feature extractor that will guide, as in handful generate; may be repeated.", metavar="NAME"),
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="The file to write, FILE.safetensors.")] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The model that will be guided: says the images' size and channels.")
+        str | None, typer.Option(metavar="NAME", help="The model that will be guided: gives the images' size and channels.")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(metavar="SIDE|HxW", help="Instead of a model: the images' height and width, such as 32.")
+        str | None,
+        typer.Option(metavar="SIDE|HxW", help="Instead of --model: the images' size in pixels, such as 32 or 32x48."),
     ] = None,
-    channels: Annotated[int, typer.Option(help="With --size: 1 (gray) or 3.")] = 3,
-    k: Annotated[int | None, typer.Option("--k", help="Exemplars drawn of each class.  [all]")] = None,
-    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+    channels: Annotated[int, typer.Option(help="With --size: 1 (gray) or 3 (colour).")] = 3,
+    k: Annotated[int | None, typer.Option("--k", help="Number of exemplars of each class, drawn at random.  [all]")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the draw.")] = 0,
     reduce: Annotated[
         list[int] | None,
-        typer.Option(help="Look at images of 1/REDUCE of the resolution; may be repeated.  [1]", metavar="REDUCE", min=1),
+        typer.Option(
+            help="Compute features of images reduced to 1/REDUCE of the resolution; may be repeated.  [1]",
+            metavar="REDUCE",
+            min=1,
+        ),
     ] = None,
     softplus: Annotated[
         float | None,
-        typer.Option(metavar="BETA", help="See them with Softplus in place of every ReLU too, as terms with that softplus do."),
+        typer.Option(
+            metavar="BETA",
+            help="Also compute features with Softplus in place of ReLU, for guidance with the same softplus setting.",
+        ),
     ] = None,
     source: Annotated[str, typer.Option(metavar="TEXT", help="Where the images come from; kept in the file.")] = "",
     licence: Annotated[str, typer.Option(metavar="TEXT", help="What may be done with them; kept in the file.")] = "",
     json_wanted: Json = False,
 ) -> None:
-    """Keep exemplars as features alone: a file that guides generate where the images can't be given away.
+    """Keep exemplars as features alone: a file that can guide generate when the images may not be shared.
 
     It holds, for each extractor, the features of every image by class, in the order of the draw, with the extractor's
     digest and hashes of the images: no image, and no code. Guidance with other features than those is refused.
@@ -67,12 +77,17 @@ def exemplars(
         _say(ExemplarFeatures.load(file), file, json_wanted)
         return
     if not features:
-        raise RequestError("--features", None, "what shall see the images is not said", "Name it, such as --features dinov2.")
+        raise RequestError(
+            "--features",
+            None,
+            "--features is missing",
+            "Name the feature extractor that will guide, such as --features dinov2.",
+        )
     if out is None or out.suffix != ".safetensors":
-        raise RequestError("--out", out, "it is no name for the file to write", "Give --out NAME.safetensors.")
+        raise RequestError("--out", out, "this is not the name of a .safetensors file", "Give --out NAME.safetensors.")
     if out.exists() or not out.absolute().parent.is_dir():
-        problem = "it is there already" if out.exists() else "its folder is not there"
-        raise RequestError("--out", out, problem, "Choose another --out; nothing has been touched.")
+        problem = "this file exists already" if out.exists() else "its folder does not exist"
+        raise RequestError("--out", out, problem, "Choose another --out; nothing has been changed.")
     shape = _shape(model, size, channels)
 
     from handful.data.exemplars import Exemplars
@@ -100,8 +115,8 @@ def _refuse_beside(file: Path, options: dict[str, object]) -> None:
             raise RequestError(
                 name,
                 value,
-                f"'{file}' is a file of features already, and holds no images",
-                "Give the folder of images, or the file alone to see what it holds.",
+                f"'{file}' is already a file of features, and holds no images",
+                "Give the folder of images; or give the file without options, to see what it holds.",
             )
 
 
@@ -111,8 +126,8 @@ def _shape(model: str | None, size: str | None, channels: int) -> tuple[int, int
         raise RequestError(
             "--model",
             model,
-            "the images' size is said twice" if model else "the images' size is not said",
-            "Name the model that will be guided (--model), or its images' size (--size 32).",
+            "both --model and --size are given" if model else "neither --model nor --size is given",
+            "Give one of them: the model that will be guided (--model NAME), or its images' size (--size 32).",
         )
     if model is not None:
         from handful.models import skeleton
@@ -120,7 +135,12 @@ def _shape(model: str | None, size: str | None, channels: int) -> tuple[int, int
         return skeleton(model).image_shape
     sides = str(size).split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise RequestError("--size", size, "it is no size", "Write the side, such as 32, or HEIGHTxWIDTH.")
+        raise RequestError(
+            "--size",
+            size,
+            "this is not a size",
+            "Write one number for square images, such as 32, or HEIGHTxWIDTH, such as 32x48.",
+        )
     return channels, int(sides[0]), int(sides[-1])
 
 

@@ -40,23 +40,25 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A packaged model (mnist, digits, cifar10), a directory that diffusers wrote, a hub name, a "
-            "checkpoint (.pt, .safetensors), "
-            "FILE.py:FUNCTION.",
+            help="A packaged model (mnist, digits, cifar10), a diffusers directory, a Hugging Face hub name, a checkpoint "
+            "(.pt, .safetensors), or FILE.py:FUNCTION.",
             metavar="NAME",
         ),
     ] = None,
     exemplars: Annotated[
         str | None,
-        typer.Option(metavar="DIR|FILE", help="Real images, a folder per class; or their features (handful exemplars)."),
+        typer.Option(
+            metavar="DIR|FILE", help="Real images, a folder per class; or a file of their features, from handful exemplars."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The run directory; an interrupted run goes on there.")
+        Path | None, typer.Option(metavar="DIR", help="A new directory, or that of an interrupted run, which continues.")
     ] = None,
     per_class: Annotated[
-        str | None, typer.Option(metavar="N|CAT=N,...", help="Images to generate of each class; or by class.  [64]")
+        str | None,
+        typer.Option(metavar="N|CAT=N,...", help="Images to generate of each class: one number, or a number by class.  [64]"),
     ] = None,
-    k: Annotated[int | None, typer.Option("--k", help="Exemplars drawn of each class.  [all]")] = None,
+    k: Annotated[int | None, typer.Option("--k", help="Number of exemplars of each class, drawn at random.  [all]")] = None,
     guidance: Annotated[
         list[str] | None,
         typer.Option(
@@ -65,13 +67,15 @@ def generate(
     ] = None,
     scale: Annotated[
         float | None,
-        typer.Option(help="How strong the guidance is; 0 is none.  [chamfer 0.4, in pixels 0.2; others: by method]"),
+        typer.Option(
+            help="Strength of the guidance; 0 is none.  [chamfer: 0.4, with pixels as features 0.2; others: by method]"
+        ),
     ] = None,
     features: Annotated[
         str | None,
         typer.Option(
-            help="What exemplars are compared by: pixels, digits-guide, dinov2, clip, efficientnet-lite0, a directory, "
-            "FILE.py:FUNCTION.  [dinov2; pixels for most packaged models]",
+            help="The features that compare images with exemplars: pixels, digits-guide, dinov2, clip, efficientnet-lite0, a "
+            "directory, or FILE.py:FUNCTION.  [dinov2; pixels for most packaged models]",
             metavar="NAME",
         ),
     ] = None,
@@ -79,15 +83,18 @@ def generate(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="With --guidance classifier: one of transformers, digits-guide, clip, efficientnet-lite0, FILE.py:FUNCTION.",
+            help="With --guidance classifier: a transformers model (a directory or hub name), digits-guide, clip, "
+            "efficientnet-lite0, or FILE.py:FUNCTION.",
         ),
     ] = None,
     embeddings: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What handful invert wrote, for inversion guidance.")
+        str | None, typer.Option(metavar="FILE", help="With --guidance inversion: the file that handful invert wrote.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm, heun or lcm.  [dpmpp_2m]", metavar="NAME")] = None,
-    cohort: Annotated[int | None, typer.Option(help="Images guided together; another number gives other images.  [64]")] = None,
+    cohort: Annotated[
+        int | None, typer.Option(help="Number of images guided together; changing it changes the images.  [64]")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")] = None,
     classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
     class_names: ClassNames = None,
@@ -96,14 +103,17 @@ def generate(
         str | None,
         typer.Option(
             metavar="FILE|CAT=281,...",
-            help="The model's label of a class: a number, its name there, an ImageNet synset; or a CSV, JSON or JSONL of them.",
+            help="The model's label of each class: a number, the model's name for it, or an ImageNet synset; or a CSV, JSON "
+            "or JSONL file of them.",
         ),
     ] = None,
     template: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="For text models, how a class becomes a prompt.  [a photo of a {}]")
+        str | None,
+        typer.Option(metavar="TEXT", help="For text models: the prompt of a class, {} being its name.  [a photo of a {}]"),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts by class, several if you like: CSV, JSON or JSONL.")
+        Path | None,
+        typer.Option(metavar="FILE", help="For text models: one or more prompts of each class, a CSV, JSON or JSONL file."),
     ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="Add a LoRA to the model; may be repeated.  [weight 1]")
@@ -112,7 +122,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="WORD=FILE", help="Teach a text model a word (textual inversion); may be repeated."),
     ] = None,
-    vae: Annotated[str | None, typer.Option(metavar="DIR", help="Another autoencoder for a model of latents.")] = None,
+    vae: Annotated[str | None, typer.Option(metavar="DIR", help="Replace the autoencoder of a latent model.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     fit: Fit = None,
@@ -126,24 +136,37 @@ def generate(
     image: Annotated[
         str | None, typer.Option(metavar="KIND", help="png, jpeg:QUALITY, webp:QUALITY or webp-lossless.  [png]")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes of this machine to share the work.")] = 1,
-    engine: Annotated[str, typer.Option(metavar="NAME", help="local, or ray: --workers actors on a Ray cluster.")] = "local",
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes on this machine that share the work.")] = 1,
+    engine: Annotated[
+        str, typer.Option(metavar="NAME", help="local, or ray: run --workers actors on a Ray cluster.")
+    ] = "local",
     ray_address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="Of a Ray cluster, such as auto.  [one of this machine alone]")
+        str | None,
+        typer.Option(
+            metavar="ADDRESS", help="With --engine ray: the cluster's address, such as auto.  [a new cluster on this machine]"
+        ),
     ] = None,
-    ray_gpus: Annotated[float | None, typer.Option(metavar="SHARE", help="GPUs of each Ray actor.  [1 on CUDA]")] = None,
+    ray_gpus: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="With --engine ray: GPUs of each actor, such as 0.5.  [1 on CUDA]")
+    ] = None,
     heartbeat_timeout: Annotated[
-        float, typer.Option(min=10, metavar="SECONDS", help="Take over the work of a process that shows no sign of life.")
+        float, typer.Option(min=10, metavar="SECONDS", help="Take over the work of a process that has been silent for so long.")
     ] = 90,
     step_timeout: Annotated[
-        float, typer.Option(min=10, metavar="SECONDS", help="A process that makes no sampling step for so long hangs.")
+        float,
+        typer.Option(
+            min=10, metavar="SECONDS", help="Take over the work of a process that has made no sampling step for so long."
+        ),
     ] = 1800,
     only: Annotated[
-        str | None, typer.Option(metavar="CLASS/NUMBER", help="Make one image of a run again, and say whether it is the same.")
+        str | None,
+        typer.Option(
+            metavar="CLASS/NUMBER", help="Make one image of a run again, such as cat/17, and check that it is the same."
+        ),
     ] = None,
     dry_run: DryRun = False,
     allow_version_change: Annotated[
-        bool, typer.Option("--allow-version-change", help="Go on with a run begun by other library versions.")
+        bool, typer.Option("--allow-version-change", help="Continue a run that other library versions began.")
     ] = False,
     json_wanted: Json = False,
     quiet: Quiet = False,
@@ -164,8 +187,8 @@ def generate(
       handful generate out/recipe.yaml --out out --per-class cat=500,dog=200 --workers 4
       handful generate out/recipe.yaml --only cat/17
 
-    The same command goes on where an interrupted run stopped, and ends with the same files. Started several times, here or
-    on other machines that see the same folder, it shares the work.
+    The same command continues an interrupted run, and ends with the same files. Started several times, here or on other
+    machines that share the folder, the processes share the work.
     """
     from handful.recipe.file import overridden, read_mapping
     from handful.recipe.prompting import read_prompts
@@ -264,14 +287,14 @@ def generate(
         print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
     elif not quiet:
         counts = {
-            "were there": summary.cohorts_resumed,
+            "already done": summary.cohorts_resumed,
             "failed": summary.cohorts_failed,
             "made by other processes": summary.cohorts_elsewhere,
         }
         others = "".join(f", {count} {words}" for words, count in counts.items() if count)
         rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
         print(
-            f"{summary.images} images in {summary.out} ({summary.cohorts_done} cohorts made{others}; "
+            f"{summary.images} images in {summary.out} (cohorts: {summary.cohorts_done} made{others}; "
             f"{summary.seconds:.1f} s of sampling{rate})"
         )
         if not failed:
@@ -300,7 +323,7 @@ def _counts(text: str | None) -> int | dict[str, int] | None:
     pairs = [part.rpartition("=") for part in text.split(",")]
     if not all(name.strip() and number.strip().isdecimal() for name, _, number in pairs):
         remedy = "Write --per-class 64, or --per-class cat=500,dog=200."
-        raise RequestError("--per-class", text, "it is no number, and no list of CLASS=NUMBER", remedy)
+        raise RequestError("--per-class", text, "this is neither a number nor a list of CLASS=NUMBER", remedy)
     return {name.strip(): int(number) for name, _, number in pairs}
 
 

@@ -14,33 +14,47 @@ from handful.errors import RequestError
 
 
 def invert(
-    targets: Annotated[Path, typer.Argument(help="A folder of images: ten, more or fewer.")],
-    model: Annotated[str, typer.Option(help="As for generate: a model of a neighbouring domain.", metavar="NAME")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The file to write; an interrupted fit goes on there.")],
+    targets: Annotated[Path, typer.Argument(help="A folder of images of the new domain: about ten.")],
+    model: Annotated[str, typer.Option(help="A model of a neighbouring domain, as in handful generate.", metavar="NAME")],
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The file to write, FILE.safetensors; an interrupted fit continues.")
+    ],
     segments: Annotated[
-        int | None, typer.Option(help="Embeddings of a target, 1 to the number of guided steps: more are stricter.  [15]")
+        int | None,
+        typer.Option(
+            help="Embeddings of each target, 1 to the number of guided steps; more follow the target more strictly.  [15]"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Sampling steps.", min=1)] = 25,
-    spacing: Annotated[str | None, typer.Option(help="Of the steps.  [the model's own]", metavar="NAME")] = None,
+    spacing: Annotated[
+        str | None, typer.Option(help="How the steps are spaced.  [the model's own way]", metavar="NAME")
+    ] = None,
     interval: Annotated[
-        str | None, typer.Option(metavar="LO,HI", help="Guided steps LO <= i < HI, 0 the last one.  [5,20 of 25 steps]")
+        str | None,
+        typer.Option(
+            metavar="LO,HI",
+            help="The guided steps: LO <= i < HI, counted back from the last step, which is 0.  [5,20 of 25 steps]",
+        ),
     ] = None,
     score_scale: Annotated[float, typer.Option(help="Strength of the embeddings.")] = 2.0,
     method: Annotated[str, typer.Option(help="difference (closed form) or adam (the paper's).", metavar="NAME")] = "difference",
-    epochs: Annotated[int | None, typer.Option(help="Of each segment.  [difference: 10, adam: 120]")] = None,
-    lr: Annotated[float, typer.Option(help="Learning rate of adam.")] = 0.05,
-    spread_weight: Annotated[float, typer.Option(help="What draws the targets' embeddings together.")] = 1.0,
-    perturbation: Annotated[float, typer.Option(help="Noise on the embeddings when generating, unless said there.")] = 0.05,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of each segment.  [difference: 10, adam: 120]")] = None,
+    lr: Annotated[float, typer.Option(help="Learning rate, for --method adam.")] = 0.05,
+    spread_weight: Annotated[float, typer.Option(help="Weight of the loss that keeps the targets' embeddings similar.")] = 1.0,
+    perturbation: Annotated[
+        float, typer.Option(help="Noise on the embeddings in handful generate, unless its recipe gives another value.")
+    ] = 0.05,
     condition: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told: a class, a prompt, or null for nothing.  [null]")
+        str | None, typer.Option(metavar="TEXT", help="The model's condition: a class, a prompt, or null for none.  [null]")
     ] = None,
     clamp: Annotated[
-        bool | None, typer.Option("--clamp/--no-clamp", help="Keep the model's estimate in range.  [where it makes pixels]")
+        bool | None,
+        typer.Option("--clamp/--no-clamp", help="Keep the denoised estimate within [-1, 1].  [clamp for pixel models]"),
     ] = None,
     class_names: ClassNames = None,
     null_class: NullClass = None,
-    seed: Annotated[int, typer.Option(help="Of all draws.")] = 0,
-    chunk: Annotated[int | None, typer.Option(help="At most so many images at once through the networks.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    chunk: Annotated[int | None, typer.Option(help="The most images to pass through the networks at once.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_pickle: TrustPickle = False,
@@ -48,10 +62,10 @@ def invert(
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a few images of a new domain (CRDI), so that generate makes many of them with a model of a neighbouring one.
+    """Fit a few images of a new domain (CRDI); then generate makes many more with a model of a neighbouring domain.
 
-    Writes the embeddings that carry the model to each target. The model itself is not changed, and no other model can use
-    them. At the end the targets are reconstructed from their noised selves, and compared.
+    Writes embeddings that guide this model to each target. The model is not changed, and no other model can use them. At
+    the end each target is noised and reconstructed, and compared with itself.
 
     \b
     Examples:
@@ -60,7 +74,7 @@ def invert(
       handful invert sketches/ --model digits --condition null --segments 5 --out sketches.safetensors
       handful invert photos/ --model stabilityai/stable-diffusion-2-1 --condition "a photo" --chunk 2 --out sge.safetensors
 
-    The same command goes on where an interrupted fit stopped, and ends with the same file.
+    The same command continues an interrupted fit, and ends with the same file.
     """
     from handful.generate.invert import EPOCHS_DONE, InvertRequest, prepare
     from handful.generate.invert import invert as run_invert

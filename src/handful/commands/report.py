@@ -12,15 +12,17 @@ from handful.commands.shared import Json
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="A run directory; more of them are compared with it.")],
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="The page.  [report.html in the first directory]")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="OUT...", help="A run directory; further ones are compared with it.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The HTML file to write.  [report.html in the first directory]")
+    ] = None,
     json_wanted: Json = False,
 ) -> None:
     """Write one page that shows a run: images beside their exemplars, copies, metrics, cost, and the recipe.
 
-    The page holds everything it shows, makes no request and can be mailed. Further directories, and the baselines that the
-    run was evaluated against, stand beside it, image by image from the same noise. What handful evaluate and handful utility
-    have found is read from the run directory.
+    The page is one file: it loads nothing from elsewhere and can be mailed. Further directories, and the baselines of
+    handful evaluate, are shown beside the run, image by image from the same noise. The results of handful evaluate and
+    handful utility are read from the run directory.
 
     \b
     Examples:

@@ -14,23 +14,27 @@ from handful.errors import RequestError
 
 T = TypeVar("T")
 
-ClassNames = Annotated[str | None, typer.Option(metavar="A,B,...", help="Names of all the model's classes, by label.")]
+ClassNames = Annotated[
+    str | None, typer.Option(metavar="A,B,...", help="Names of all classes of the model, in the order of its labels.")
+]
 NullClass = Annotated[int | None, typer.Option(help='The model\'s label for "no class".')]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, of the networks.  [float32]")]
+Dtype = Annotated[str | None, typer.Option(help="Precision of the networks: float32, bfloat16 or float16.  [float32]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")]
 TrustPickle = Annotated[
-    bool, typer.Option("--trust-pickle", help="Run the code in a pickled network: only of people that you trust.")
+    bool,
+    typer.Option("--trust-pickle", help="Load pickled networks, which can run any code: only for files from people you trust."),
 ]
 Fit = Annotated[
     str | None,
     typer.Option(
-        metavar="24GB", help="Choose chunk, vae_slicing, vae_tiling and offload so that the predicted peak memory fits."
+        metavar="24GB",
+        help="Choose chunk, vae_slicing, vae_tiling and offload so that the predicted peak memory stays below this.",
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, write nothing.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, alone on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only errors on stderr.")]
-Workers = Annotated[int, typer.Option(min=1, help="Processes of this machine that compute features.", metavar="N")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, on stderr.")]
+Workers = Annotated[int, typer.Option(min=1, help="Number of processes on this machine that compute features.", metavar="N")]
 
 
 def lora_option(text: str) -> dict[str, str | float]:
@@ -65,9 +69,9 @@ def named_folders(given: list[str], field: str = "baseline") -> dict[str, Path]:
         if not equals or Path(text).expanduser().exists():
             name, folder = Path(text).expanduser().resolve().name, text
         if not name or not folder:
-            raise RequestError(field, text, "this names no folder", "Write DIR or NAME=DIR.")
+            raise RequestError(field, text, "the name or the folder is empty", "Write DIR or NAME=DIR.")
         if name in folders:
-            raise RequestError(field, text, f"'{folders[name]}' is called {name} as well", f"Write {name}-2={folder}.")
+            raise RequestError(field, text, f"'{folders[name]}' has the name '{name}' too", f"Write {name}-2={folder}.")
         folders[name] = Path(folder)
     return folders
 
@@ -82,7 +86,7 @@ def renamed(old: str, given: T | None, new: str, value: T | None) -> T | None:
         return value
     if value is not None:
         raise RequestError(old, given, f"this is the former name of {new}, which is given too", f"Leave {old} out.")
-    print(f"note: {old} is called {new} now", file=sys.stderr)
+    print(f"note: {old} is now called {new}", file=sys.stderr)
     return given
 
 
@@ -96,9 +100,9 @@ def pairs(option: str, given: list[str] | None) -> dict[str, str]:
     for text in given or ():
         name, _, value = text.rpartition("=")
         if not name or not value:
-            raise RequestError(option, text, "this is no pair", "Write NAME=VALUE.")
+            raise RequestError(option, text, "there is nothing on one side of =", "Write NAME=VALUE.")
         if found.setdefault(name, value) != value:
-            raise RequestError(option, text, f"{name} is {found[name]} already", "Give each name once.")
+            raise RequestError(option, text, f"{name} is given twice; it is {found[name]} already", "Give each name once.")
     return found
 
 
@@ -111,8 +115,10 @@ def require_writable(file: Path) -> None:
     if file.is_dir():
         raise RequestError("--save-json", file, "this is a folder", "Name a file in it.")
     if file.exists() and not file.is_file():  # a device or a pipe, which a whole file would replace
-        raise RequestError("--save-json", file, "this is no regular file", "Name another file, or take --json.")
+        raise RequestError(
+            "--save-json", file, "this is not a regular file", "Name another file, or use --json to print the result."
+        )
     if not file.parent.is_dir():
-        raise RequestError("--save-json", file, f"there is no folder '{file.parent}'", "Make it, or name another file.")
+        raise RequestError("--save-json", file, f"there is no folder '{file.parent}'", "Create it, or name another file.")
     if not os.access(file if file.exists() else file.parent, os.W_OK):
-        raise RequestError("--save-json", file, "it may not be written", "Name another file.")
+        raise RequestError("--save-json", file, "you may not write this file", "Name another file.")

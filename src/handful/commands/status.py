@@ -14,7 +14,7 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="A run directory, the -
 
 
 def status(out: Out, json_wanted: Json = False) -> None:
-    """How far is a run? Images that are there, who makes which, what failed, the rate and the time left.
+    """Show how far a run is: images that are done, processes at work, what failed, the rate and the time left.
 
     \b
     Examples:
@@ -28,7 +28,7 @@ def status(out: Out, json_wanted: Json = False) -> None:
 
 
 def verify(out: Out, json_wanted: Json = False) -> None:
-    """Is every image of a run there, and as it was made? Compares each with the SHA-256 in the manifest.
+    """Check that every image of a run is there and unchanged: compares each with its SHA-256 in the manifest.
 
     \b
     Examples:

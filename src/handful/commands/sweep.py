@@ -17,22 +17,29 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    request: Annotated[Path, typer.Argument(help="What to compare, and how.", metavar="SWEEP.yaml")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="The sweep's directory; an interrupted sweep goes on there.")],
+    request: Annotated[
+        Path,
+        typer.Argument(
+            help="A sweep request: the methods and settings to compare, and what to choose by.", metavar="SWEEP.yaml"
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new directory, or that of an interrupted sweep, which continues.")
+    ],
     only: Annotated[list[str] | None, typer.Option(metavar="METHOD", help="Only this method; may be repeated.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the request; may be repeated.")
     ] = None,
     dry_run: DryRun = False,
     allow_version_change: Annotated[
-        bool, typer.Option("--allow-version-change", help="Go on with a sweep begun by other library versions.")
+        bool, typer.Option("--allow-version-change", help="Continue a sweep that other library versions began.")
     ] = False,
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare methods x scales x k x seeds, and choose the setting that an objective prefers.
+    """Compare methods, scales, numbers of exemplars (k) and seeds, and choose the setting that is best by one objective.
 
-    Every set is an ordinary run directory below DIR/sets. Settings are chosen by one half of the real images and reported on
+    Every set is an ordinary run directory in DIR/sets. Settings are chosen by one half of the real images and reported on
     the other. Writes results.parquet (a row for each set and half), chosen.yaml (a recipe of the best setting), pareto.png
     and, where several k were compared, over_k.png.
 
@@ -44,8 +51,7 @@ def sweep(
       handful sweep recipes/sweeps/digits.yaml --out sweep --set objective=utility --set 'within={cost_ratio: 1.15}'
       handful generate sweep/chosen.yaml --out out --per-class 1000
 
-    The same command goes on where an interrupted sweep stopped. Methods, scales, k and seeds may be added later; a row that
-    is there is kept.
+    The same command continues an interrupted sweep. Methods, scales, k and seeds may be added later; existing rows are kept.
     """
     from handful.sweep import read_sweep
 
@@ -80,7 +86,7 @@ def sweep(
         print()
         print_table(choice_table(choice))
         print(
-            f"\n{result.done} sets measured, {result.resumed} were there, {len(result.failures)} failed; "
+            f"\nsets: {result.done} measured, {result.resumed} already done, {len(result.failures)} failed; "
             f"{', '.join(result.files)} in {result.out}"
         )
     if failed:

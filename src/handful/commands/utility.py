@@ -15,21 +15,28 @@ def utility(
     synthetic: Annotated[Path, typer.Argument(metavar="OUT", help="Generated images: a run directory, or a folder per class.")],
     test: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Real test images, a folder per class.  [the exemplars' folder, what guided nothing]"),
+        typer.Option(
+            metavar="DIR",
+            help="Real test images, a folder per class.  [images of the exemplars' folder that were not used as exemplars]",
+        ),
     ] = None,
     ood: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=DIR", help="Further real test images, such as ImageNet-V2, -Sketch, -R, -A; repeatable."),
+        typer.Option(
+            metavar="NAME=DIR",
+            help="Further real test images, out of distribution, such as sketches=sketches/ or ImageNet-V2; may be repeated.",
+        ),
     ] = None,
     ood_classes: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Which folder of --test and --ood is which class: ImageNet's list of synsets, or CSV folder,class.",
+            help="The class of each folder of --test and --ood: ImageNet's list of synsets, or a CSV file with folder,class.",
         ),
     ] = None,
     baseline: Annotated[
-        list[str] | None, typer.Option(metavar="[NAME=]DIR", help="Another generated set to train on; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DIR", help="Another generated set to train on, for comparison; may be repeated."),
     ] = None,
     exemplars: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The exemplars, a folder per class.  [those that guided the run]")
@@ -38,20 +45,21 @@ def utility(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="A pretrained network to fine-tune, efficientnet-lite0.  [up to 64 pixels: a small new one; larger: dinov2]",
+            help="The classifier: a pretrained network to fine-tune, such as dinov2-small or efficientnet-lite0.  [for "
+            "images up to 64 pixels: a small network trained from scratch; else dinov2]",
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Classifiers trained of each kind.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of classifiers to train on each set.")] = 3,
     steps: Annotated[int, typer.Option(min=10, help="Training steps of each classifier.")] = 400,
     workers: Workers = 1,
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Is it worth it? Train classifiers with and without the generated images, and test them on real ones.
+    """Is it worth it? Train classifiers with and without the generated images, and test them on real images.
 
-    A classifier is trained on the exemplars alone (with augmentation), on the generated images alone, and on both; on each
-    --baseline likewise. All are tested on real images that nobody has seen. The last line says whether the generated images
-    help. What has been computed is kept in the run directory.
+    Classifiers are trained on the exemplars alone (with augmentation), on the generated images alone, on both, and on each
+    --baseline. All are tested on real images that were used for nothing else. The last line says whether the generated
+    images help. Results are kept in the run directory.
 
     \b
     Examples:
