@@ -149,8 +149,8 @@ def test_copies_of_exemplars_are_said(folders, capsys, tmp_path):
     [
         (["{made}"], "these are the synthetic images themselves"),
         (["none={real}"], "these are the real images themselves"),
-        (["{ghosts}", "{ghosts}"], "is called ghosts as well. Write ghosts-2="),
-        (["a={ghosts}", "a={made}"], "is called a as well"),
+        (["{ghosts}", "{ghosts}"], "has the name 'ghosts' too. Write ghosts-2="),
+        (["a={ghosts}", "a={made}"], "has the name 'a' too"),
         (["a="], "the name or the folder is empty"),
         (["={ghosts}"], "the name or the folder is empty"),
         (["a={ghosts}/nowhere"], "there is no such folder"),
@@ -226,7 +226,7 @@ def test_former_option_names_go_on_working_with_a_note(folders, capsys):
     assert handful("evaluate", made, "--real", real, "--features", "pixels", "--k", 3, "--no-audit", "--json") == 0
     said = capsys.readouterr()
     assert json.loads(said.out)["k"] == 3
-    assert "--features is called --judge now" in said.err
+    assert "--features is now called --judge" in said.err
     assert handful("evaluate", made, "--real", real, "--features", "pixels", "--judge", "pixels") == 2
 
 

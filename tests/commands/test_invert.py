@@ -103,7 +103,7 @@ def test_json_stands_alone_and_the_same_request_keeps_its_file(
     assert again["kept"]
     assert again["reconstruction"] == first["reconstruction"]
     assert handful(*arguments) == 0
-    assert "(were there; loss" in capsys.readouterr().out
+    assert "(from an earlier run; loss" in capsys.readouterr().out
     assert before == (file.stat().st_mtime_ns, file.read_bytes())
     assert handful(*arguments, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
@@ -136,7 +136,7 @@ def test_a_file_that_is_none_of_ours_is_left_alone(targets: Path, tmp_path: Path
     file.write_text("years of work")
     error = refused(capsys, targets, "--model", "digits", "--out", file)
     assert "it holds no sample-wise guidance embeddings" in error["message"]
-    assert "nothing here has been touched" in error["message"]
+    assert "nothing here has been changed" in error["message"]
     assert file.read_text() == "years of work"
 
 
@@ -166,7 +166,7 @@ def test_a_fit_that_was_killed_ends_with_the_same_bytes(
     began = Embeddings.load(tmp_path / "one").segments * 6
     capsys.readouterr()
     assert handful("invert", targets, "--out", other, *arguments[:-1], "--json") == 0
-    assert f"of {began} are there)" in capsys.readouterr().err
+    assert f"of {began} exist already)" in capsys.readouterr().err
     assert other.read_bytes() == (tmp_path / "one").read_bytes()
     assert not partial.exists()
 

@@ -29,7 +29,7 @@ def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str],
     lost = runner.invoke(app, ["verify", str(out)])
     assert (lost.exit_code, "1 missing: images/0/000003.png" in lost.stdout) == (1, True)
     for wrong, told in (
-        (["status", str(tmp_path)], "no run directory"),
+        (["status", str(tmp_path)], "not a run directory"),
         ([*asked, "--per-class", "0=x"], "CLASS=NUMBER"),
         ([*asked, "--engine", "slurm"], "no such engine"),
         ([*asked, "--ray-address", "auto"], "Add --engine ray"),

@@ -45,7 +45,7 @@ def test_the_table_the_choice_and_the_files_are_told_on_stdout(swept, file, caps
     assert lines[1].split()[:3] == ["setting", "precision", "recall"]
     assert [line[3:].split("  ")[0] for line in lines[2:5]] == ["none", "chamfer 0.1 k=4", "chamfer 0.3 k=4"]
     assert "chosen by coverage: on the validation half, then as the test half has it" in lines
-    assert lines[-1] == f"0 sets measured, 3 were there, 0 failed; results.parquet, chosen.yaml, pareto.png in {swept}"
+    assert lines[-1] == f"sets: 0 measured, 3 already done, 0 failed; results.parquet, chosen.yaml, pareto.png in {swept}"
     assert read_recipe(swept / "chosen.yaml").model.name == "digits"
 
 

@@ -126,7 +126,7 @@ def test_a_process_that_stands_still_is_overtaken_and_does_no_harm_when_it_goes_
     process.join(60)
     made, *notes = answer.recv()
     assert made == "0"
-    assert any("stood still" in note for note in notes)
+    assert any("was inactive for so long" in note for note in notes)
     assert contents(out) == contents(tmp_path / "one"), "and nothing of it is left"
 
 

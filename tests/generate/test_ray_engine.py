@@ -33,7 +33,7 @@ def test_two_nodes_of_which_one_is_killed_make_the_bytes_of_one_process(
     handful.generate(recipe, tmp_path / "one")
     out = tmp_path / "ray"
     job = prepare(recipe, out)
-    with pytest.raises(RequestError, match="no Ray answers"):
+    with pytest.raises(RequestError, match="no Ray cluster answers"):
         run_by_ray(job, recipe, 2, address="127.0.0.1:1")
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     doomed = cluster.add_node(num_cpus=1)

@@ -110,7 +110,7 @@ def test_utility_tests_on_imagenets_folders_and_says_what_is_left_out(tmp_path):
         RequestError, match=r"^ood: .*none of its 3 folders \(0, 1, 2\) is a generated class .*--ood-classes FILE"
     ):
         worth(made, **{**asked, "test": made, "ood": {"v2": sets["v2"]}})
-    with pytest.raises(RequestError, match="this name is taken by --test"):
+    with pytest.raises(RequestError, match="this is already the name of the images of --test"):
         worth(made, **{**asked, "test": made, "ood": {"test": sets["v2"]}})
 
 

@@ -261,7 +261,7 @@ def test_too_few_images_for_k_are_refused_by_name(tmp_path, folders, halves, k, 
     made, real = folders
     if k == 20:
         made = write(tmp_path / "made", halves.others, halves.others_labels, per_class=2)
-    with pytest.raises(RequestError, match=rf"^{field}: .*{k} neighbours need more"):
+    with pytest.raises(RequestError, match=rf"^{field}: .*too few for {k} neighbours"):
         evaluate(made, real, "digits-judge", neighbours=k)
 
 

@@ -94,7 +94,7 @@ def test_groups_that_are_missing_small_or_not_there_are_told(sets, tmp_path):
     (tmp_path / "latin.csv").write_bytes("file,group\n1.png,Süd\n".encode("latin-1"))
     for groups, said in (
         ("regoin", "no column 'regoin'. Did you mean 'region'"),
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         ("[0-9]+(x)", "none of the 48 real images has a group"),
         (str(tmp_path / "latin.csv"), "not UTF-8"),
         (str(tmp_path / "none.csv"), "can't be read"),

@@ -206,7 +206,7 @@ def test_a_set_judged_by_itself_is_warned_of(folders, tmp_path):
         file.unlink()
     with pytest.warns(UserWarning, match="90 of the baseline again are real images too, to the judge, number for number"):
         evaluate(real, made, "pixels", neighbours=3, audit=False, ceiling=False, baselines={"again": tmp_path / "again"})
-    with pytest.raises(RequestError, match="judge_class: '0': the judge pixels is no classifier"):
+    with pytest.raises(RequestError, match="judge_class: '0': the judge pixels is not a classifier"):
         evaluate(made, real, "pixels", neighbours=3, judge_class={"0": 1})
     with pytest.warns(UserWarning, match="90 of the generated images are real images too, byte for byte"):
         found = evaluate(made, made, "pixels", neighbours=3, audit=False, ceiling=False)

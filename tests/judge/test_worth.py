@@ -126,7 +126,7 @@ def test_too_few_images_left_are_refused_with_the_number_needed(tmp_path, run, f
     with pytest.raises(RequestError, match=r"class '3' has 3 images to test on, at least 5 are needed\. Add images\.$"):
         worth(run, test=few)
     (few / "3" / "002.png").unlink()
-    with pytest.raises(RequestError, match=r"^exemplars: .*it names no exemplars"):
+    with pytest.raises(RequestError, match=r"^exemplars: .*it was made without exemplars"):
         worth(folders["more"], test=folders["test"])
 
 

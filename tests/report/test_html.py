@@ -183,7 +183,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(run, tmp_path):
     (there / "manifest.parquet").unlink()
     next((there / ".handful" / "cohorts").glob("*.parquet")).unlink()
     html = report([there]).read_text()
-    assert "This run is unfinished: 24 of 36 images are there." in html
+    assert "This run is unfinished: it has 24 of 36 images." in html
     assert len(data_of(html)["classes"]) == 2
 
 
@@ -192,7 +192,7 @@ def test_gone_exemplars_and_damaged_images_are_said_and_the_rest_is_shown(run, t
     rewritten(there, exemplars={"path": str(tmp_path / "gone"), "per_class": 4, "seed": 0})
     (there / "images" / "3" / "000000.png").write_bytes(b"no picture")
     html = report([there]).read_text()
-    assert f"The exemplars are gone: there is no folder {tmp_path / 'gone'}." in html
+    assert f"The exemplars are missing: there is no folder {tmp_path / 'gone'}." in html
     assert "1 image files are missing or damaged" in html
     assert data_of(html)["exemplars"] == [[], [], []]
 
@@ -212,7 +212,7 @@ def test_what_is_no_run_is_refused_by_name(run, tmp_path, kind):
         problem = "it holds no run of handful"
     elif kind == "recipe of another":
         (there / "recipe.yaml").write_text("model: {name: digits}\n")
-        problem = "no run of handful has written it"
+        problem = "it was not written by a run of handful"
     elif kind in ("nothing made", "damaged"):
         shutil.copy(run / "recipe.yaml", there)
         problem = "nothing has been generated"

@@ -32,6 +32,6 @@ def test_tasks_come_back_in_order_and_are_done_here_when_the_workers_are_killed(
         assert [task for _, task in rest] == list(range(1, 8))
         assert list(processes.map(by, [5], os.getpid())) == [(os.getpid(), 5)]
         assert len(notes) == 1
-        assert "goes on alone" in notes[0]
+        assert "continues alone" in notes[0]
     finally:
         processes.close()

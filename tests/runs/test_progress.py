@@ -18,7 +18,7 @@ def test_lines_come_every_few_seconds_with_rate_and_time_left():
         lines.advance(1)
     lines.end()
     said = stream.getvalue().splitlines()
-    assert said[0] == "generating 80 images (20 of 100 are there)"
+    assert said[0] == "generating 80 images (20 of 100 exist already)"
     assert said[1] == "generated 25 of 100 images, 1 images/s, 1 min 15 s left"
     assert len(said) == 1 + 8 + 1
 

@@ -43,8 +43,11 @@ class Again:
             return f"{self.image}: the same, byte for byte" + (
                 " (the file was missing or damaged, and is restored)" * self.restored
             )
-        far = "" if self.largest is None else f"; the largest difference of a pixel is {self.largest:g} of 255"
-        return f"{self.image}: NOT the same{far}. Other versions, threads or another device? See provenance in recipe.yaml"
+        far = "" if self.largest is None else f"; a pixel differs by at most {self.largest:g} of 255"
+        return (
+            f"{self.image}: NOT the same{far}. Perhaps library versions, threads or the device differ: compare with "
+            f"provenance in recipe.yaml"
+        )
 
 
 def make_again(job: Job, image: str) -> Again:
@@ -66,7 +69,9 @@ def make_again(job: Job, image: str) -> Again:
     place, directory = int(number) - found.first, job.directory
     rows = directory.rows(found, job.schema)
     if rows is None:
-        raise RequestError("--only", image, "it is not made yet", "Generate it by the same command without --only.")
+        raise RequestError(
+            "--only", image, "it has not been generated yet", "Generate it first: the same command without --only."
+        )
     contents, _ = cohort_again(job, found, default_cache())
     file, wanted, content = rows[place]["file"], rows[place]["sha256"], contents[place]
     same = hashlib.sha256(content).hexdigest() == wanted

@@ -43,7 +43,7 @@ PAPER = (5, 20, 25)  # the guided steps lo <= i < hi of so many
 MOST_SEGMENTS = 15
 NULL = "null"
 _ENCODED = 4  # images encoded at once, where no chunk is stated
-_ANOTHER = "Choose another --out; nothing here has been touched."
+_ANOTHER = "Choose another --out; nothing here has been changed."
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class InvertRequest:
 
     def __post_init__(self) -> None:
         if self.method not in EPOCHS:
-            raise RequestError("method", self.method, "there is no such way to fit", did_you_mean(self.method, EPOCHS, "Ways"))
+            raise RequestError(
+                "method", self.method, "there is no such method of fitting", did_you_mean(self.method, EPOCHS, "Ways")
+            )
         for name, least in (("epochs", 1), ("spread_weight", 0), ("perturbation", 0), ("seed", 0)):
             given = getattr(self, name)
             if given is not None and not (math.isfinite(given) and given >= least):
@@ -165,7 +167,7 @@ class InvertJob:
             "path": f"{asked.steps} steps, {fitted.spacing}{', clamped' if fitted.clamp else ''}",
             "guided": f"steps {lo} to {hi - 1} from the clean end, in {self.segments} segments, scale {asked.score_scale:g}",
             "fit": f"{asked.method}, {asked.epochs} epochs per segment",
-            "out": f"{self.out}{' (it is there already)' if self.kept else ''}",
+            "out": f"{self.out}{' (exists already)' if self.kept else ''}",
         }
         return "\n".join(f"{name:<10} {text}" for name, text in lines.items())
 
@@ -199,7 +201,7 @@ class InvertSummary:
 
     def as_text(self) -> str:
         """Lines for people."""
-        how = "were there" if self.kept else f"fitted in {self.seconds:.1f} s"
+        how = "from an earlier run" if self.kept else f"fitted in {self.seconds:.1f} s"
         mse, ssim = self.reconstruction.mse, self.reconstruction.ssim
         return (
             f"{self.targets} targets, {self.segments} segments in {self.out} ({how}; loss {_mean(self.losses):.4g})\n"
@@ -395,8 +397,8 @@ def _fitted_with(request: InvertRequest, recipe: Recipe, outline: NetworkDenoise
             raise RequestError(
                 "condition",
                 asked,
-                "this model takes labels, and its null class is unknown",
-                "Name a class (--condition), or the null class's label (--null-class).",
+                "this model takes class labels, and the label of its null class is not known",
+                "Name a class (--condition NAME), or give the label of the null class (--null-class NUMBER).",
             )
         label = null
     elif asked in labels.of:
@@ -404,7 +406,7 @@ def _fitted_with(request: InvertRequest, recipe: Recipe, outline: NetworkDenoise
     elif asked.isascii() and asked.isdecimal() and int(asked) < outline.label_count:
         label = int(asked)
     else:
-        raise RequestError("condition", asked, "the model knows no such class", did_you_mean(asked, labels.of, "It knows"))
+        raise RequestError("condition", asked, "the model has no such class", did_you_mean(asked, labels.of, "It knows"))
     return FittedWith(label=label, null_class=null, clamp=clamp, spacing=spacing), notes
 
 

@@ -177,7 +177,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     for number, part in enumerate(recipe.parts):
         with named(places[number]) if mix else nullcontext():
             if mix and needing(part.guidance or (), "embeddings"):
-                problem, remedy = "it has a path and a condition of its own", "Make another run of it, without mix."
+                problem = "inversion has its own sampling path and condition, so it can't be mixed with other settings"
+                remedy = "Use it in a run of its own, without mix."
                 raise RequestError("guidance", "inversion", problem, remedy)
             way, said = complete(part, inverted)
         ways.append({"guidance": way.guidance, "start": way.start})
@@ -185,7 +186,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     recipe = way
     guided = [each for way in ways for each in needing(way["guidance"] or (), "exemplars")]
     if guided and recipe.exemplars.path is None:
-        remedy = "Give a folder with a folder of images per class (--exemplars DIR), or another guidance."
+        remedy = "Give real images, a folder per class (--exemplars DIR), or use another guidance."
         raise RequestError("exemplars.path", None, f"{guided[0][1].method} guidance needs exemplars", remedy)
     directory = RunDirectory(out)
     directory.stored()
@@ -253,8 +254,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     compared = any(term.scale for _, term in needing(guidance, "null condition"))
     if denoiser.prompted and compared and resolved.levels.steps <= FEW_STEPS:
         notes.append(
-            f"classifier-free guidance at {resolved.levels.steps} steps: a model that was distilled for few steps has this "
-            "guidance built in. If yours is one, use scale 0 or chamfer"
+            f"classifier-free guidance with only {resolved.levels.steps} steps: models distilled for few steps have this "
+            f"guidance built in. If yours is such a model, use --scale 0 or --guidance chamfer"
         )
     notes += too_few_left(recipe, {name: counts[name] for name in labels.of if name in counts}) if counts else []
     notes += make_ready(denoiser, prompts, placement, resolved.levels, told)
@@ -304,7 +305,9 @@ def _mixed(
     for name in dict.fromkeys(cohort.class_name for cohort in cohorts):
         count = sum(cohort.class_name == name for cohort in cohorts)
         if {setting_of(index, shares) for index in range(count)} != set(range(len(shares))):
-            problem = f"class '{name}' has {count} cohort{'s' * (count > 1)}, too few for each setting to make one"
+            problem = (
+                f"class '{name}' has {count} cohort{'s' * (count > 1)}, but mix has {len(mix)} settings, and each needs one"
+            )
             raise RequestError("mix", len(mix), problem, "Use a smaller cohort (--cohort), or more images (--per-class).")
     parts, first = [], 0
     for each in settings:
@@ -424,7 +427,9 @@ def check_against_stored(job: Job, *, shared: bool = False) -> None:
     comparison.refuse(job.directory.path, "it holds the run of another recipe")
     job.how = comparison.how
     if job.recipe.output.format == "parquet" and begun and list(plan.labels) != list(labels):
-        problem = f"its parquet shards name their classes ({', '.join(list(plan.labels)[:8])}), so none can be added"
+        problem = (
+            f"its parquet files have a fixed list of classes ({', '.join(list(plan.labels)[:8])}), so no class can be added"
+        )
         remedy = "Generate the other classes into another --out, or all of them with --format webdataset or imagefolder."
         raise RequestError("classes", ", ".join(list(labels)[:8]), problem, remedy)
 
@@ -449,7 +454,7 @@ def check_rest(job: Job) -> None:
     left = [cohort for cohort in job.cohorts if cohort.key not in job.done]
     job.threads, job.changes = job.provenance["threads"], []
     if stored is not None and left:
-        job.changes = [f"{line}; the last bits may differ" for line in job.how] + _changes(job, before)
+        job.changes = [f"{line}; pixels may differ by rounding" for line in job.how] + _changes(job, before)
         job.threads = before.get("threads", job.threads)
     _check_space(job, sum(cohort.count for cohort in left))
 
@@ -457,12 +462,12 @@ def check_rest(job: Job) -> None:
 def _changes(job: Job, before: dict[str, Any]) -> list[str]:
     changed = changed_versions(before, job.provenance)
     if changed and not job.allow_version_change:
-        problem = f"its run was begun with other versions ({'; '.join(changed)}), whose images may differ from these ones'"
-        remedy = "Install the former versions, choose another --out, or accept it with --allow-version-change."
+        problem = f"its run was begun with other library versions ({'; '.join(changed)}), which may give other images"
+        remedy = "Install the earlier versions, choose another --out, or add --allow-version-change to continue anyway."
         raise RequestError("out", job.directory.path, problem, remedy)
-    told = [f"versions: {'; '.join(changed)}: images of both may lie here"] if changed else []
+    told = [f"versions: {'; '.join(changed)}: this directory may hold images of both"] if changed else []
     if before.get("device") != job.provenance["device"]:
-        told.append(f"device: {before.get('device')} then, {job.provenance['device']} now; the last bits may differ")
+        told.append(f"device: {before.get('device')} then, {job.provenance['device']} now; pixels may differ by rounding")
     return told
 
 
@@ -472,7 +477,7 @@ def _check_space(job: Job, images: int) -> None:
     job.bytes_needed = images * (-(-raw // _BLOCK) * _BLOCK + _ROW)
     free = job.directory.free_bytes()
     if job.bytes_needed > free:
-        problem = f"the disk has {megabytes(free)} free, and {images} images take up to {megabytes(job.bytes_needed)}"
+        problem = f"the disk has {megabytes(free)} free, but {images} images need up to {megabytes(job.bytes_needed)}"
         raise RequestError("out", job.directory.path, problem, "Free some space, or choose another --out.")
 
 
@@ -512,17 +517,17 @@ def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoise
         raise RequestError(
             looks.field,
             name,
-            f"it answers {tuple(getattr(row, 'shape', ()))} to one image",
-            "It must give a row of numbers for each image.",
+            f"for one image it returns the shape {tuple(getattr(row, 'shape', ()))}",
+            "It must return one row of numbers for each image, (n, D).",
         )
     if not bool(torch.isfinite(row).all()):
         kind = "logits" if looks.logits else "features"
-        raise RequestError(looks.field, name, f"its {kind} hold NaN or infinite values", "Use another.")
+        raise RequestError(looks.field, name, f"its {kind} contain NaN or infinite values", "Use another.")
     if not row.requires_grad:
         raise RequestError(
             looks.field,
             name,
-            "no gradient comes back through it to the image",
-            "Compute with torch alone, without no_grad and detach; or name another.",
+            "no gradient flows through it to the image",
+            "Use only torch operations in it, without no_grad and detach; or name another extractor.",
         )
     return row.detach()

@@ -58,8 +58,8 @@ def run_by_ray(
     Args:
         job: From `prepare`, for what it has checked.
         recipe: What it was prepared from.
-        workers: At most so many actors.
-        progress: Is told of each cohort that is done.
+        workers: The largest number of actors.
+        progress: Is notified of each finished cohort.
         address: Of a Ray cluster; None: one that this process is connected to, else one of this machine alone.
         gpus: Of each actor, a fraction too; None: one where the job computes on CUDA.
 
@@ -81,7 +81,12 @@ def run_by_ray(
             ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             told = str(error).splitlines()[0]
-            raise RequestError("--ray-address", address, f"no Ray answers ({told})", "Start one: ray start --head.") from None
+            raise RequestError(
+                "--ray-address",
+                address,
+                f"no Ray cluster answers ({told})",
+                "Start one (ray start --head), or leave --ray-address out.",
+            ) from None
     began, done = time.perf_counter(), sum(cohort.count for cohort in job.cohorts if cohort.key in job.done)
     progress.begin(job.images, done)
     try:
@@ -138,7 +143,7 @@ def _wait(job: Job, work: Callable[[], Any], progress: Progress) -> None:
         if counts and claims.others():
             at_work = time.monotonic()
         elif time.monotonic() - at_work > (job.timeouts.step if counts else job.timeouts.heartbeat):
-            progress.note("note: the actors stand still; this process makes what is left")
+            progress.note("note: the Ray actors make no progress; this process makes the remaining images")
             return
     if errors:
         raise errors[0]

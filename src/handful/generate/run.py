@@ -111,7 +111,7 @@ def run(
         cache: Where exemplar features are kept; None: `handful.data.exemplars.default_cache()`.
 
     Returns:
-        The summary. Cohorts that failed are counted there and told in `failures`; the next run makes them again.
+        The summary. Cohorts that failed are counted there and listed in `failures`; the next run makes them again.
 
     Raises:
         RequestError: If another recipe's run has begun there meanwhile.
@@ -262,9 +262,8 @@ def _fit_preview(job: Job, progress: Progress) -> None:
     explained = _shared_preview(job, job.denoiser)
     if not explained > _EXPLAINED:
         progress.note(
-            "note: guidance may be weak with this model: its quick preview of latents shows only "
-            f"{100 * explained:.0f} % of the exemplars' colours. "
-            f"--set guidance.{through[0]}.reduce=1 uses the model's decoder, which is slower"
+            f"note: guidance may be weak with this model: the quick preview of its latents shows only {100 * explained:.0f} % "
+            f"of the exemplars' colours. --set guidance.{through[0]}.reduce=1 uses the model's decoder instead, which is slower"
         )
 
 
@@ -340,9 +339,9 @@ def _make(
             raise
         progress.advance(cohort.count - told)  # done with, if not done
         if isinstance(error, _NotFinite):
-            error = RunError("the denoised images hold NaN or infinite values. " + _remedy(job))
+            error = RunError("the denoised images contain NaN or infinite values. " + _remedy(job))
         elif is_out_of_memory(error):  # smaller chunks have been tried already
-            error = RunError("out of memory with one image at once. " + _memory_remedy(job))
+            error = RunError("out of memory, even with one image at a time. " + _memory_remedy(job))
         place = f"step {at + 1} of {steps}" if at < steps else "decoding and measuring"
         raise RunError(f"model '{job.recipe.model.name}', {cohort}, {place}: {error}") from None
     return contents, rows
@@ -411,9 +410,12 @@ def _condition(job: Job, cohort: Cohort, guided: Guided, seeds: Sequence[int]) -
 
 def _remedy(job: Job) -> str:
     if float(job.levels.alpha[0]) == 0 and getattr(job.denoiser, "prediction", None) in ("eps", "epsilon"):
-        return "The path begins at alpha 0, where a network that predicts noise says nothing of the image: use another spacing."
+        return (
+            "The first step has alpha 0 (pure noise), where a network that predicts noise can't estimate the image: set "
+            "another sampler.spacing."
+        )
     if job.recipe.model.dtype != "float32":
-        return "Use model.dtype float32."
+        return "Use --dtype float32."
     if job.recipe.guidance:
         return "Lower the guidance scale; if that does not help, the model's weights may be damaged."
     return "The model's weights may be damaged: copy it again."

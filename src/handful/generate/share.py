@@ -30,7 +30,7 @@ def at_work(job: Job, claims: Claims, write: Callable[[bool], None]) -> Iterator
     """Is one of the processes that work on a run inside the block; the last one to leave sweeps up.
 
     Args:
-        write: Writes what the directory says of the run; is told whether nobody else works here.
+        write: Writes what the directory says of the run; its argument says whether no other process works here.
 
     Raises:
         RequestError: Another recipe's run has begun here meanwhile, or others make another plan of it.
@@ -49,7 +49,7 @@ def at_work(job: Job, claims: Claims, write: Callable[[bool], None]) -> Iterator
                 raise RequestError(
                     "out",
                     directory.path,
-                    "another process is generating other images or classes of this run into it",
+                    "another process is generating a different number of images, or other classes, of this run into it",
                     "Wait until it has finished, or choose another --out.",
                 )
             job.refresh()
@@ -76,7 +76,7 @@ def work(
     Args:
         pending: Those that are not there yet, in the order to try them.
         make: Makes and commits one that is claimed by the number given. It raises a RunError where it can't be made.
-        progress: Is told of those that others have made.
+        progress: Is notified of those that others have made.
         wait: Stay until the others are done, and take over what they leave; else leave when nothing is left to claim.
 
     Returns:
@@ -144,7 +144,7 @@ def _return(job: Job, claims: Claims, progress: Progress) -> None:
     Raises:
         RequestError: Another recipe's run has begun here meanwhile.
     """
-    progress.note("this process stood still for so long that others took its work over; what it made then is dropped")
+    progress.note("this process was inactive for so long that others took over its work; what it made after that is discarded")
     if not claims.is_listed():
         with job.directory.lock():
             check_against_stored(job, shared=True)

@@ -69,14 +69,14 @@ def run_with_workers(job: Job, recipe: Recipe, workers: int, progress: Progress 
     if errors and not found:
         raise errors[0]
     if not found:
-        progress.note("all workers were killed; this process makes what is left")
+        progress.note("all workers were killed; this process makes the remaining images")
         return run(
             prepare(recipe, directory.path, allow_version_change=job.allow_version_change, timeouts=job.timeouts), progress
         )
     for answer in answers:
         if not isinstance(answer, RunSummary):
-            why = f"failed ({answer})" if answer else "was killed, or stood still"
-            progress.note(f"note: a worker {why}; the others made its share")
+            why = f"failed ({answer})" if answer else "was killed, or made no progress"
+            progress.note(f"note: a worker {why}; the other workers made its share")
     whole = max(found, key=lambda each: each.images)
     seconds = time.perf_counter() - began
     made = sum(each.cohorts_done for each in found)

@@ -60,7 +60,7 @@ def read_class_list(path: str | Path, field: str = "ood_classes") -> list[Entry]
     lines = [line.strip().partition(" ") for line in text.splitlines() if line.strip()]
     if not lines or not all(is_synset(synset) and names for synset, _, names in lines):
         wrong = next((number for number, (synset, _, names) in enumerate(lines, 1) if not is_synset(synset) or not names), 1)
-        raise RequestError(field, path, f"line {wrong} is no synset and a name", _REMEDY)
+        raise RequestError(field, path, f"line {wrong} does not hold a synset and a name", _REMEDY)
     return [_entry([str(number), synset, names.strip()]) for number, (synset, _, names) in enumerate(lines)]
 
 
@@ -110,18 +110,21 @@ def of_classes(
     found = meanings(files.classes, classes, entries)
     if not found:
         numbers = all(folder.isdecimal() or is_synset(folder) for folder in files.classes)
-        remedy = "Give ImageNet's list of classes with --ood-classes FILE" if numbers else "Name its folders as the classes"
+        remedy = "Give ImageNet's list of classes with --ood-classes FILE" if numbers else "Rename its folders as the classes"
         problem = (
-            f"none of its {len(files.classes)} folders ({some_of(files.classes)}) is a generated class ({some_of(classes)})"
+            f"none of its {len(files.classes)} folders ({some_of(files.classes)}) has the name of a generated class "
+            f"({some_of(classes)})"
         )
-        raise RequestError("ood", str(files.root), problem, f"{remedy}, or say which folder is which: --ood-classes FILE.csv.")
+        raise RequestError(
+            "ood", str(files.root), problem, f"{remedy}, or give each folder's class in a table: --ood-classes FILE.csv."
+        )
     kept = files.only([place for place, label in enumerate(files.labels) if label in found])
     labels = [found[label] for label in kept.labels]
     notes = []
     if strangers := [folder for folder in files.classes if folder not in found]:
         notes.append(
-            f"{name}: {len(strangers)} of its {len(files.classes)} folders are not clearly a generated class and are left out:"
-            f" {some_of(strangers)}"
+            f"{name}: {len(strangers)} of its {len(files.classes)} folders can't be matched with a generated class and are "
+            f"left out: {some_of(strangers)}"
         )
     if missing := [each for each in classes if each not in set(labels)]:
         notes.append(f"{name}: it has no image of {len(missing)} of the {len(classes)} generated classes: {some_of(missing)}")

@@ -71,8 +71,8 @@ class CopyCheck:
         self.shared = shared(taken, real)
         if self.shared:
             warnings.warn(
-                f"{self.shared} of the {len(real)} real images are exemplars, byte for byte: metrics measured on them flatter,"
-                " and copies go unseen; take real images that guided nothing",
+                f"{self.shared} of the {len(real)} real images are exemplars, byte for byte: so metrics look too good, and "
+                f"copies are not found. Use real images that are not exemplars",
                 stacklevel=3,
             )
 

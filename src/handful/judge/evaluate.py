@@ -86,7 +86,7 @@ def evaluate(
     """
     for old, given, new in (("features", features, "judge"), ("k", k, "neighbours")):
         if given is not None:
-            warnings.warn(f"evaluate({old}=...) is called {new}= now", DeprecationWarning, stacklevel=2)
+            warnings.warn(f"evaluate({old}=...) is now called {new}=", DeprecationWarning, stacklevel=2)
     judge, neighbours, baselines = features or judge, k or neighbours, dict(baselines or {})
     notes: list[str] = []
 
@@ -118,7 +118,7 @@ def evaluate(
     for name, folder in {"": synthetic, **baselines}.items():
         if guided_by(folder, judge, extractor.digest, marks(extractor)):
             which = f"the baseline {folder}" if name else "these images"
-            tell(f"{judge} guided {which}: it judges its own work; take an unrelated judge")
+            tell(f"{judge} guided {which}, so it judges its own work: use an unrelated judge (--judge)")
     reference, made = sets["real"], sets["synthetic"]
     processes = Processes(workers if waiting else 1, eye, judge, extractor.digest, note=tell)
     keeping.processes = processes
@@ -159,8 +159,8 @@ def evaluate(
         theirs = sitting.measured(seen[f"baseline {name}"], other, of_baseline, stream=f"baseline {name}", seed=seed)
         if theirs.images != mine.images:
             tell(
-                f"the baseline {name} has {theirs.images} images, the set {mine.images}: recall, coverage, Frechet"
-                " distance and Vendi score depend on the number, so their gains mislead; generate as many"
+                f"the baseline {name} has {theirs.images} images and this set has {mine.images}: recall, coverage, Frechet "
+                f"distance and Vendi score depend on this number, so their gains mislead. Generate equal numbers"
             )
         gains[name] = compare(mine, theirs)
     of_groups = None
@@ -194,12 +194,12 @@ def _tell_of_shared(
     same = [content in contents for content in images.contents]
     alike = [row.tobytes() in features for row in seen]
     if count := max(sum(same), sum(alike)):
-        how = "byte for byte" if sum(same) == count else "to the judge, number for number"
+        how = "byte for byte" if sum(same) == count else "with the same features of the judge"
         which = f"of the {role}" if role.startswith("baseline") else "of the generated images"
         if other.field == "real":
-            so = "are real images too, {how}: metrics measured on them flatter; give other real images"
+            so = "are also among the real images, {how}: so metrics look too good. Give other real images"
         else:
-            so = "are in the set itself too, {how}: the gains are too small by them; compare with another set"
+            so = "are also in the set itself, {how}: so the gains look too small. Compare with another set"
         tell(f"{count} {which} {so.format(how=how)}")
 
 
@@ -250,7 +250,7 @@ def _listed(
         if role.startswith("baseline") and images.usual_size != (height, width):
             (h, w), root = images.usual_size, str(images.files.root)
             problem = f"its images have {h} x {w} pixels, the synthetic ones {height} x {width}"
-            raise RequestError("baseline", root, problem, "Generate both at one resolution.")
+            raise RequestError("baseline", root, problem, "Generate both at the same resolution.")
     return sets, k
 
 
@@ -271,7 +271,7 @@ def _make_ready(sets: Mapping[str, FileImages], extractor: FeatureExtractor, vie
     made, others = sets["synthetic"], [images for role, images in sets.items() if role != "synthetic"]
     if extractor.squeeze and extractor.size:
         size = extractor.size
-        note = f"each image is brought to {size[0]} x {size[1]} whole, in bytes, as dgm-eval does"
+        note = f"each image is resized to {size[0]} x {size[1]} without cropping and rounded to 8 bits, as dgm-eval does"
     else:
         size, note = common_size(extractor.size, made, others)
     if note:
@@ -289,7 +289,7 @@ def _make_ready(sets: Mapping[str, FileImages], extractor: FeatureExtractor, vie
 
 def _require_enough(role: str, files: LabelledFiles, k: int) -> None:
     if len(files) <= k:
-        problem = f"it has {len(files)} images, and {k} neighbours need more"
+        problem = f"it has {len(files)} images, too few for {k} neighbours"
         raise RequestError(role, str(files.root), problem, "Add images, or lower --neighbours.")
 
 
@@ -307,10 +307,10 @@ def _require_baseline(folder: str | Path, files: LabelledFiles, made: LabelledFi
         [repr(name) for name in a if name not in b] for a, b in ((made.classes, files.classes), (files.classes, made.classes))
     )
     if lacks or more:
-        told = [f"lacks {', '.join(lacks[:5])}"] * bool(lacks) + [f"has {', '.join(more[:5])} besides"] * bool(more)
+        told = [f"lacks {', '.join(lacks[:5])}"] * bool(lacks) + [f"also has {', '.join(more[:5])}"] * bool(more)
         raise RequestError(
             "baseline",
             str(folder),
-            f"it has other classes than the synthetic set: it {' and '.join(told)}",
-            "Generate both with the same --classes.",
+            f"its classes differ from those of the evaluated set: it {' and '.join(told)}",
+            "Generate both sets with the same --classes.",
         )

@@ -25,7 +25,7 @@ LEVEL = 0.9  # of the intervals
 SURVIVES, ADVERSARIAL = 3 / 4, 1 / 4  # shares of a gain
 
 RULE = (
-    f"verdict: may be chance where the {LEVEL:.0%} interval of the gain reaches 0, and worse where all of it lies below 0."
+    f"verdict: may be chance if the {LEVEL:.0%} interval of the gain reaches 0; worse if all of the interval lies below 0."
     "  adversarial: less than a quarter of the gain is left after the small changes, so only the judge sees it.  survives:"
     " three quarters are left, this rest is above chance, and no single change takes more than three quarters away.  partly:"
     " between these two."
@@ -66,7 +66,7 @@ class Gain:
         after: The gain after each transform.
         surviving: The mean of those; None without transforms.
         surviving_interval: Of that mean.
-        robust_gain: surviving / gain; None where the gain can't be told from none (its interval reaches 0 or is unknown).
+        robust_gain: surviving / gain; None where the gain may be chance (its interval reaches 0 or is unknown).
         verdict: `survives`, `partly`, `adversarial` or `no gain`, by `RULE`; None where interval or transforms are missing.
     """
 

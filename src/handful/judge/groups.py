@@ -85,13 +85,13 @@ def by_group(
 def read_groups(
     files: LabelledFiles, asked: str, tell: Callable[[str], None], role: str, real: LabelledFiles | None = None
 ) -> list[str | None]:
-    """The group of each image of a set; None where it has none, which is told.
+    """The group of each image of a set; None where it has none, which is reported.
 
     Args:
         files: The set.
         asked: A CSV file of image and `group`; a regular expression with one group in brackets, of class names, such as
             `.* in (.*)`; or a column that lies with the set (metadata.jsonl, parquet, its own CSV; `region` of GeoDE).
-        tell: Told of images without a group.
+        tell: Is called with a text if images have no group.
         role: What errors call the set.
         real: Where it has this column, a class that lies in one group there has that group here too.
 
@@ -111,9 +111,14 @@ def read_groups(
         try:
             pattern = re.compile(asked)
         except re.error as error:
-            raise RequestError("groups", asked, f"this is no regular expression ({error})", "Write '.* in (.*)'.") from None
+            raise RequestError("groups", asked, f"this is not a regular expression ({error})", "Write '.* in (.*)'.") from None
         if pattern.groups != 1:
-            raise RequestError("groups", asked, f"it has {pattern.groups} groups in brackets", "Write one, as in '.* in (.*)'.")
+            raise RequestError(
+                "groups",
+                asked,
+                f"it has {pattern.groups} groups in brackets",
+                "Write exactly one pair of brackets, as in '.* in (.*)'.",
+            )
         matches = {label: pattern.fullmatch(label) for label in files.classes}
         found = [match[1] if (match := matches[label]) else None for label in files.labels]
     else:
@@ -122,7 +127,7 @@ def read_groups(
         if missing == len(found):
             problem = f"none of the {len(found)} {role} images has a group"
             raise RequestError("groups", asked, problem, "Name a column, a CSV file of image and group, or a pattern.")
-        tell(f"{missing} of the {len(found)} {role} images have no group: they are left out of the groups")
+        tell(f"{missing} of the {len(found)} {role} images have no group, and are left out of the results by group")
     return found
 
 
@@ -176,6 +181,6 @@ def _beside(root: Path, role: str) -> list[dict[str, Any]]:
     except (OSError, ValueError, pa.ArrowException) as error:
         raise RequestError("groups", root, f"its table can't be read ({first_line(error)})", "Write it again.") from None
     if not rows:
-        problem = f"the {role} images have no metadata.jsonl to take a column from"
+        problem = f"the {role} images have no metadata.jsonl, so they have no columns"
         raise RequestError("groups", root, problem, "Give a CSV file of image and group, or a pattern of class names.")
     return rows

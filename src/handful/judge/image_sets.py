@@ -191,10 +191,10 @@ def common_size(
     sizes = sum((each.sizes for each in sets), own)
     if len(sizes) == 1:
         return next(iter(sizes)), ""
-    size, whose = (judge, "the judge's own") if judge else (usual, "the usual one of the generated set")
+    size, whose = (judge, "the judge's size") if judge else (usual, "the most common size of the generated set")
     shown = ", ".join(f"{count} of {h} x {w}" for (h, w), count in sizes.most_common(4))
-    more = f" and {len(sizes) - 4} sizes more" if len(sizes) > 4 else ""
-    note = f"images of several sizes ({shown}{more}): each is resized once to {size[0]} x {size[1]}, {whose}"
+    more = f" and {len(sizes) - 4} more sizes" if len(sizes) > 4 else ""
+    note = f"images of several sizes ({shown}{more}): all are resized to {size[0]} x {size[1]}, {whose}"
     cropped = sum(each.cropped(size) for each in sets)
     return size, note + (f"; {cropped} of them are cropped to its aspect ratio" if cropped else "")
 

@@ -55,7 +55,7 @@ class Judge:
         classes: What the judge's classes are called, by number; None: as the extractor says.
         judge_class: By class of the images, the judge's class (name or number), where neither name nor number says it.
         metrics: Names of metrics beyond the usual ones (`metrics/catalogue.py`).
-        keeping: Where features are kept, and who is told.
+        keeping: Where features are kept, and who is notified.
 
     Attributes:
         notes: What the user should know: why there is no accuracy.
@@ -86,8 +86,13 @@ class Judge:
         self._real_answers: tuple[np.ndarray | None, int] = None, 0
         if judge_class:
             if not extractor.is_classifier:
-                problem = f"the judge {extractor.name} is no classifier, so it has no classes"
-                raise RequestError("judge_class", ", ".join(judge_class), problem, "Leave it out, or take a classifier.")
+                problem = f"the judge {extractor.name} is not a classifier, so it has no classes"
+                raise RequestError(
+                    "judge_class",
+                    ", ".join(judge_class),
+                    problem,
+                    "Leave it out, or use a classifier as the judge, such as --judge digits-judge.",
+                )
             if self.classes:  # before the long work; without names, their number is known after it
                 class_numbers(self.labels, self.classes, len(self.classes), judge_class)
         require_neighbours(len(self.labels), k, "real")

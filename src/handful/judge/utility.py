@@ -119,11 +119,13 @@ def train_classifier(
     if steps < 10:  # the one-cycle rate divides by the length of its rise, a fifth of the steps
         raise RequestError("steps", steps, "too few to train a classifier", "Ask for 10 or more; 400 is usual.")
     if len(images) != len(labels):
-        raise RequestError("labels", len(labels), f"so many labels for {len(images)} images", "Give one label an image.")
+        raise RequestError(
+            "labels", len(labels), f"this is the number of labels, for {len(images)} images", "Give one label per image."
+        )
     if len(images) < classes or int(labels.min()) < 0 or int(labels.max()) >= classes:
         found = f"labels {int(labels.min())} to {int(labels.max())}" if len(labels) else "no labels"
-        problem = f"a classifier of {classes} classes needs images of them"
-        raise RequestError("labels", f"{len(images)} images, {found}", problem, "Give at least one image a class.")
+        problem = f"a classifier of {classes} classes needs labels 0 to {classes - 1}, and images"
+        raise RequestError("labels", f"{len(images)} images, {found}", problem, "Give at least one image per class.")
     draw, change = torch.Generator().manual_seed(seed), _shifted if augment is True else augment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights and dropout have no generator of their own

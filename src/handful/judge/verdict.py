@@ -21,8 +21,11 @@ _WORDS = {
 # By the kind of a gain (`kind_of`): what is said of F1, and how the metrics of that kind are listed.
 _GAINS = {
     "survives": ("a real gain: it survives small changes such as JPEG", "real"),
-    "partly": ("a gain that is partly real: part of it is gone after small changes such as JPEG", "partly real"),
-    "adversarial": ("a gain that only the judge sees: it is gone after small changes such as JPEG", "seen only by the judge"),
+    "partly": ("a gain that is partly real: part of it disappears after small changes such as JPEG", "partly real"),
+    "adversarial": (
+        "a gain that only the judge sees: it disappears after small changes such as JPEG",
+        "seen only by the judge",
+    ),
     "better": ("a gain larger than chance", "above chance"),
     "may be chance": ("better, but this may be chance", "perhaps chance"),
     "no gain": ("no gain", "none"),
@@ -56,7 +59,7 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
         sentences[0] += f" What is good: {', and '.join(good)}."
     if weak:
         share = 100 * ceiling["judge_accuracy"]
-        sentences.append(f"This judge names only {share:.0f} % of the real images as their class: take another judge.")
+        sentences.append(f"This judge gives only {share:.0f} % of the real images their own class: use another judge.")
     if copied >= COPIES:
         sentences.append(
             "A possible copy is nearer to an exemplar, pixel by pixel, than 99 % of the real images are: look at them in the"

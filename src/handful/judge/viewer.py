@@ -66,7 +66,10 @@ class Keeping:
             write_atomically(file, seal(_KIND, _VERSION, {}, held))
         except OSError as error:
             why = error.strerror or error
-            text = f"the cache {self.cache} can't be written ({why}): an interrupted evaluation begins anew"
+            text = (
+                f"the cache {self.cache} can't be written ({why}): an interrupted evaluation would start again from the "
+                f"beginning"
+            )
             warnings.warn(text, stacklevel=2)
             self.cache = None
 
@@ -104,8 +107,10 @@ def eye(judge: str, digest: str) -> Eye:
     """
     extractor = load_extractor(judge)
     if extractor.digest != digest:
-        problem = "each process that loads it gets another network"
-        raise RequestError("judge", judge, problem, "Evaluate without --workers, or let it load the same weights each time.")
+        problem = "each process that loads it gets different weights"
+        raise RequestError(
+            "judge", judge, problem, "Evaluate without --workers, or change it to load the same weights each time."
+        )
     return Eye(extractor)
 
 
@@ -126,7 +131,7 @@ class Viewer:
     Args:
         extractor: What judges.
         audit: Also after each mild transform.
-        keeping: Where features are kept, and who is told.
+        keeping: Where features are kept, and who is notified.
     """
 
     def __init__(self, extractor: FeatureExtractor, audit: bool = True, keeping: Keeping | None = None) -> None:
@@ -208,8 +213,8 @@ def _of(extractor: FeatureExtractor, images: Tensor, names: Sequence[str] | None
     if not bool(finite.all()):
         row = int((~finite).nonzero()[0])
         name = names[row] if names else f"image {row}"
-        problem = f"the features that {extractor.name} gives of it are not finite"
-        raise RequestError("image", name, problem, "Remove that image, or take another judge.")
+        problem = f"{extractor.name} gives NaN or infinite features for it"
+        raise RequestError("image", name, problem, "Remove that image, or use another judge.")
     if logits is None:
         return {"features": features.contiguous()}
     largest = logits.argmax(1).cpu()

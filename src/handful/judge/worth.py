@@ -89,7 +89,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Difference:
-    """What the synthetic images add to the exemplars on the test images: `gain`, told from chance by `margin`.
+    """What the synthetic images add to the exemplars on the test images: `gain`, with the `margin` of chance.
 
     margin = 2 sqrt((s_a^2 + s_b^2) / seeds + e^2), s the standard deviations over the seeds and e the standard error of
     the difference over the test images.
@@ -211,7 +211,9 @@ def worth(
         RequestError: If a folder or its classes do not fit, or too few test images are left; said before any training.
     """
     if seeds < 1 or steps < 10:
-        raise RequestError("seeds, steps", (seeds, steps), "this trains nothing", "Give 1 or more seeds and 10 or more steps.")
+        raise RequestError(
+            "seeds, steps", (seeds, steps), "this would train nothing", "Give 1 or more seeds and 10 or more steps."
+        )
     entries = read_class_list(ood_classes) if ood_classes is not None else []
     sets = _Sets(synthetic, test, ood or {}, baselines or {}, exemplars, entries)
     progress = progress or Progress()
@@ -279,7 +281,9 @@ class _Sets:
         self.tests: dict[str, LabelledFiles] = {TEST: tested}
         for name, path in ood.items():
             if name == TEST:
-                raise RequestError("ood", f"{name}={path}", "this name is taken by --test", "Give it another name.")
+                raise RequestError(
+                    "ood", f"{name}={path}", "this is already the name of the images of --test", "Give it another name."
+                )
             self.tests[name], said = of_classes(name, labelled_files(path, field="ood"), self.classes, entries)
             self.notes += said
         self._contents = {
@@ -288,7 +292,9 @@ class _Sets:
         }
         same = len(set(self._contents["tests"][TEST]) & set(self._contents["training"][EXEMPLARS]))
         if same:
-            warnings.warn(f"{same} of the test images are exemplars, byte for byte: the accuracies flatter", stacklevel=4)
+            warnings.warn(
+                f"{same} of the test images are exemplars, byte for byte: so the accuracies are too high", stacklevel=4
+            )
 
     def _exemplars(
         self, synthetic: str | Path, exemplars: str | Path | None, tested: bool
@@ -297,15 +303,17 @@ class _Sets:
         if exemplars is not None:
             found = labelled_files(exemplars, classes=self.classes, field="exemplars")
             if tested:
-                raise RequestError("test", None, "it is missing", "Beside --exemplars, name real test images with --test DIR.")
+                raise RequestError(
+                    "test", None, "it is missing", "With --exemplars, also give real test images with --test DIR."
+                )
             return found, None
         asked = exemplars_of(synthetic)
         if asked is None:
-            problem = "it names no exemplars, which everything is compared with"
+            problem = "it was made without exemplars, and everything here is compared with them"
             raise RequestError("exemplars", str(synthetic), problem, "Give their folder with --exemplars DIR.")
         if asked.folder.is_file():
-            problem = "these exemplars are features alone, and a classifier learns from images"
-            raise RequestError("exemplars", asked.folder, problem, "Give the images' folder with --exemplars DIR.")
+            problem = "its exemplars are a file of features, but a classifier learns from images"
+            raise RequestError("exemplars", asked.folder, problem, "Give the folder of images with --exemplars DIR.")
         everything = labelled_files(asked.folder, classes=self.classes, field="exemplars")
         left = unused_images(synthetic, needed=0, field="exemplars", remedy="--exemplars DIR and --test DIR")
         unused = set(left.names)
@@ -358,7 +366,7 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
     trainings = seeds * (1 + 2 * len(mixed)) + (choosable and len(learner.choices) + len(SHARES) * len(mixed))
     progress.begin(trainings, 0)
     kinds = 1 + 2 * len(mixed)
-    progress.note(f"{kinds} kinds x {seeds} seeds, and {trainings - kinds * seeds} to choose augmentation and mixture by")
+    progress.note(f"{kinds} kinds x {seeds} seeds, and {trainings - kinds * seeds} to choose augmentation and mixture")
 
     def train(names: Sequence[str], share: float | None, choice: str, seed: int, steps: int, only: Tensor | None) -> nn.Module:
         """Trains on one set, or on exemplars and another, `share` of each batch from the exemplars (`only` some of them)."""
@@ -390,7 +398,9 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
             for name in mixed:
                 shares[name] = max(SHARES, key=lambda share: tried([EXEMPLARS, name], share, choice))
         else:
-            notes.append("with one exemplar in a class nothing can be chosen: half of each batch are exemplars")
+            notes.append(
+                "a class has only one exemplar, so the mixture can't be chosen by testing: half of each batch are exemplars"
+            )
         ways: list[tuple[str, list[str], float | None]] = [(EXEMPLARS, [EXEMPLARS], None)]
         for name in mixed:
             ways += [(name, [name], None), (_called([EXEMPLARS, name]), [EXEMPLARS, name], shares[name])]
@@ -415,9 +425,9 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
     ]
     for name in sets.tests:
         means = [f"{row.name} {fmean(among):.3f}" for row in rows if (among := row.tests[name].among_own)]
-        notes += [f"{name}: where only its own classes may be answered, {'; '.join(means)}"] * bool(means)
+        notes += [f"{name}: if the classifier may answer only with classes of these images, {'; '.join(means)}"] * bool(means)
     if seeds == 1:
-        notes.append("one seed: the spread is of the test images alone; give --seeds 3")
+        notes.append("with one seed the spread covers only the choice of test images, not of the training; give --seeds 3")
     return Worth(learner.name, choice, rows, differences, steps, seeds, notes)
 
 

@@ -40,7 +40,9 @@ def bounded_perplexity(n: int, perplexity: float = 30.0) -> float:
     if n < 4:
         raise RequestError("features", n, "too few images for a map", "Give 4 or more in all.")
     if not perplexity >= 1:
-        raise RequestError("perplexity", perplexity, "it counts neighbours", "Give 1 or more; 30 is usual.")
+        raise RequestError(
+            "perplexity", perplexity, "the perplexity (a number of neighbours) is too small", "Give 1 or more; 30 is usual."
+        )
     return min(float(perplexity), (n - 1) / 3)
 
 
@@ -77,7 +79,7 @@ def feature_map(
     together -= together.mean(0)
     if np.ptp(together, axis=0).max() == 0:
         raise RequestError(
-            "features", len(together), "all images have the same features, so there is nothing to map", "Check the extractor."
+            "features", len(together), "all images have the same features, so no map can be drawn", "Check the extractor."
         )
     start = "pca" if together.shape[1] > 1 else "random"
     places = TSNE(perplexity=perplexity, init=start, random_state=seed, n_jobs=1).fit_transform(together)

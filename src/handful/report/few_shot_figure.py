@@ -70,7 +70,7 @@ def few_shot_figure_png(
             raise RequestError(
                 f"reconstructions, {name}",
                 len(images),
-                f"so many images for {len(targets)} targets",
+                f"this is the number of images, for {len(targets)} targets",
                 "Give one for each target, in their order.",
             )
         lines.append((name, images[:columns], _RECONSTRUCTED))

@@ -127,14 +127,14 @@ def _notes(first: Shown, images: Sequence[Sequence[Any]], pictures: Pictures, ru
             " exemplar. The others are in the run directory."
         )
     if pictures.left_out:
-        notes.append("The page has no room for more pictures.")
+        notes.append("No more pictures are shown, to keep the page small.")
     if pictures.unreadable:
         notes.append(f"{pictures.unreadable:,} image files are missing or damaged; handful verify names them.")
     missing = {image[0] for image in images if image[1] == 0}
     without = len(first.classes) - len(missing)
     if without:
-        notes.append(f"{without:,} of {len(first.classes):,} classes show no picture.")
+        notes.append(f"{without:,} of {len(first.classes):,} classes have no pictures here.")
     more = [name for run in runs[1:] for name in run.classes if name not in set(first.classes)]
     if more:
-        notes.append(f"Classes of other runs alone are left out: {', '.join(list(dict.fromkeys(more))[:5])}.")
+        notes.append(f"Classes that only other runs have are left out: {', '.join(list(dict.fromkeys(more))[:5])}.")
     return notes

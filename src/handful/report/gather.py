@@ -99,11 +99,13 @@ def gather(path: str | Path, name: str | None = None) -> Shown:
     classes = list(dict.fromkeys(row["class"] for row in rows))
     planned = int(recipe.get("per_class") or 0) * len(recipe.get("classes") or classes) or len(rows)
     if len(rows) < planned:
-        notes.append(f"This run is unfinished: {len(rows):,} of {planned:,} images are there. The same command goes on.")
+        notes.append(
+            f"This run is unfinished: it has {len(rows):,} of {planned:,} images. Repeat the command that made it to continue."
+        )
     drawn = exemplars_of(root)
     folder = drawn.folder if drawn else None
     if folder is not None and not folder.is_dir():
-        kind = "lie in a file" if folder.is_file() else f"are gone: there is no folder {folder}"
+        kind = "are a file of features, without images" if folder.is_file() else f"are missing: there is no folder {folder}"
         notes.append(f"The exemplars {kind}. So they are not shown.")
         folder = None
     evaluations = [each for each in all_kept(root, "evaluation") if isinstance(each.get("result"), dict)]
@@ -133,7 +135,7 @@ def _recipe(root: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise RequestError("run", file, f"it can't be read ({error})".splitlines()[0], _A_RUN) from error
     if not isinstance(data, dict) or not isinstance(data.get("provenance"), dict) or not isinstance(data.get("model"), dict):
-        raise RequestError("run", file, "no run of handful has written it", _A_RUN)
+        raise RequestError("run", file, "it was not written by a run of handful", _A_RUN)
     return data
 
 
@@ -147,7 +149,9 @@ def _rows(root: Path) -> list[dict[str, Any]]:
         try:
             rows += pq.ParquetFile(file).read(use_threads=False).to_pylist()  # without threads: see runs/manifest.py
         except (OSError, pa.ArrowException) as error:
-            raise RequestError("run", file, "it is damaged", "Repeat the handful generate command, which mends it.") from error
+            raise RequestError(
+                "run", file, "it is damaged", "Repeat the handful generate command, which repairs it."
+            ) from error
     return rows
 
 

@@ -155,8 +155,7 @@ def _gains(run: Shown) -> list[Table]:
     tables = []
     for name, comparison in ((run.found or {}).get("gains") or {}).items():
         table = Table(
-            f"What is gained over {name}",
-            ["metric", "value", name, "gain", "90 % interval", "left after transforms", "verdict"],
+            f"Gains over {name}", ["metric", "value", name, "gain", "90 % interval", "left after transforms", "verdict"]
         )
         for metric, gain in comparison["metrics"].items():
             if gain.get("gain") is not None:
@@ -166,9 +165,9 @@ def _gains(run: Shown) -> list[Table]:
                 table.rows.append([str(headings().get(metric, metric)), *cells, kind_of(gain)])
         table.notes.append(
             "A gain above 0 is better, also where a lower value is better. Transforms are small changes, such as JPEG, of real"
-            " and generated images alike. Survives: three quarters or more of the gain are left after them. Partly: less."
-            " Adversarial: less than a quarter, so only the judge sees the gain. May be chance: other images of the same two"
-            " generators could show no gain."
+            " and generated images alike. Survives: three quarters or more of the gain are left after them. Partly: a "
+            "quarter to three quarters. Adversarial: less than a quarter, so only the judge sees the gain. May be chance: "
+            "other images of the same two generators might show no gain."
         )
         tables.append(table)
     return tables
@@ -176,7 +175,7 @@ def _gains(run: Shown) -> list[Table]:
 
 def _comparison(runs: Sequence[Shown]) -> Table:
     """A column for each run that was evaluated."""
-    table = Table("The runs beside each other", ["metric", *(run.name for run in runs)])
+    table = Table("The runs compared", ["metric", *(run.name for run in runs)])
     for metric, heading in headings().items():
         values = [(run.found or {}).get(metric) for run in runs]
         baselines = (runs[0].found or {}).get("gains") or {}
@@ -191,7 +190,7 @@ def _comparison(runs: Sequence[Shown]) -> Table:
     judges = {(run.found["judge"], str((run.evaluations[-1].get("asked") or {}).get("real"))) for run in runs if run.found}
     if len(judges) > 1:
         table.notes.append(
-            "These runs were judged by different judges or on different real images: the numbers do not compare."
+            "These runs were judged by different judges or against different real images: their numbers can't be compared."
         )
     return table
 
@@ -215,7 +214,7 @@ def _classes(run: Shown) -> Table | None:
     if len(groups) > MOST_CLASSES:
         table.notes.append(f"{len(groups) - MOST_CLASSES:,} better classes are left out.")
     if any(scores.get("f1") is None for scores in groups.values()):
-        table.notes.append("A class with too few images for the neighbour has no precision, recall and coverage.")
+        table.notes.append("A class with too few images for this number of neighbours has no precision, recall or coverage.")
     return table
 
 
@@ -227,7 +226,7 @@ def _cost(run: Shown) -> Any:
 
         return cost_of(recipe_from(run.recipe))
     except HandfulError as error:
-        run.notes.append(f"What it cost can't be counted: {first_line(error)}")
+        run.notes.append(f"The cost can't be counted: {first_line(error)}")
         return None
 
 

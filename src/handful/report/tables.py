@@ -29,9 +29,9 @@ COST_PARTS = {
     "denoiser": "denoiser",
     "denoiser backward": "denoiser, back",
     "preview": "decoding for guidance",
-    "preview backward": "decoding for guidance, back",
+    "preview backward": "decoding for guidance, backward",
     "features": "feature extractors",
-    "features backward": "feature extractors, back",
+    "features backward": "feature extractors, backward",
     "other": "distances of features",
     "decode": "decoding the images",
 }
@@ -104,8 +104,9 @@ def evaluation_table(found: Evaluation) -> Table:
         table.notes.append(REAL_AGAINST_REAL)
     if found.transformed:
         table.notes.append(
-            "after jpeg, resample, noise, lowpass: real and generated images are both changed so. Compare such a row with that"
-            " row of another set, not with the row above: its Frechet distance can be smaller though nothing is better"
+            "after jpeg, resample, noise, lowpass: real and generated images are both changed in this way. Compare such a "
+            "row with the same row of another set, not with the row above: the Frechet distance can be smaller there "
+            "although the images are no better"
         )
     table.notes += [
         f"{each.heading}: {each.meaning}{' (lower is better)' * each.lower_is_better}"
@@ -158,9 +159,9 @@ def gains_tables(found: Evaluation) -> list[Table]:
     if tables:
         tables[-1].notes += wrapped(
             [
-                "gain: above 0 is better, also where a lower value is better (Frechet distance, copied).  interval: what other"
-                f" images of the same two generators would give ({DRAWS} bootstrap draws). Recall and Vendi have none, because"
-                " drawing an image twice changes them; so they have no verdict.",
+                "gain: above 0 is better, also where a lower value is better (Frechet distance, copied).  interval: the"
+                f" range to expect with other images of the same two generators ({DRAWS} bootstrap draws). Recall and Vendi"
+                " have no interval and no verdict, because drawing an image twice changes them.",
                 *(
                     ["surviving: the mean gain after the small changes.  share: surviving / gain.", RULE]
                     if found.transformed
@@ -198,15 +199,16 @@ def cost_tables(found: Cost) -> list[Table]:
         )
     ways.notes = [
         *(f"{method}: acts at {steps} of {found.plain.evaluations:g} evaluations" for method, steps in found.guided),
-        "A multiply-add is 2 FLOPs; matrix products, convolutions and attention are counted, the rest is not. Weights are",
-        "frozen, so going back is a gradient towards the input. Peak memory is an estimate for the whole cohort at once: the",
-        "weights and the tensors alive, without the allocator's gaps and kernels' workspace. Where it is too much, state a",
-        "chunk (guidance by an exact jacobian then repeats forward passes), or let --fit 24GB choose.",
+        "A multiply-add is 2 FLOPs; only matrix products, convolutions and attention are counted. Weights are",
+        "frozen, so a backward pass computes only the gradient of the input. Peak memory is an estimate for the whole cohort "
+        "at once: the",
+        "weights and live tensors, without the allocator's gaps and kernels' workspace. If it is too much, set a",
+        "chunk (--set chunk=8; an exact jacobian then repeats forward passes), or let --fit 24GB choose one.",
     ]
-    parts = Table("the recipe by part", ["", "TFLOPs/image", "share"])
+    parts = Table("the recipe's operations, part by part", ["", "TFLOPs/image", "share"])
     for part, flops in found.recipe.parts.items():
         parts.rows.append([COST_PARTS[part], f"{flops / 1e12:.4g}", f"{flops / found.recipe.flops_per_image:.1%}"])
-    once = Table("once a class, not in the above", ["", "TFLOPs"])
+    once = Table("once per class, not included above", ["", "TFLOPs"])
     once.rows = [[name.replace("_", " "), f"{flops / 1e12:.4g}"] for name, flops in found.once_per_class.items()]
     return [ways, parts, *([once] if once.rows else [])]
 

@@ -86,7 +86,7 @@ def _made(root: Path, recipe: Mapping[str, Any]) -> str:
     model, sampler, drawn = (recipe.get(part) or {} for part in ("model", "sampler", "exemplars"))
     terms = [f"`{term.get('method')}` (scale {term.get('scale')})" for term in recipe.get("guidance") or []]
     lines = [
-        f"- model: `{Path(str(model.get('name'))).name}`; its own licence holds for what it makes",
+        f"- model: `{Path(str(model.get('name'))).name}`; the model's licence applies to these images",
         f"- guidance: {', '.join(terms) or 'none'}",
         f"- sampler: `{sampler.get('name')}`, {sampler.get('steps')} steps, seed {recipe.get('seed')}",
     ]
@@ -99,7 +99,7 @@ def _made(root: Path, recipe: Mapping[str, Any]) -> str:
     return (
         "## How it was made\n\n"
         + "\n".join(lines)
-        + "\n\n`recipe.yaml` holds everything; `handful generate recipe.yaml` repeats it."
+        + "\n\n`recipe.yaml` holds all settings; `handful generate recipe.yaml` repeats the run."
     )
 
 
@@ -124,7 +124,7 @@ def _measured(root: Path) -> str:
             lines = [f"Judged by {found.get('judge')}:\n", "| metric | value |", "|---|---|", *lines]
     if utilities and isinstance(found := utilities[-1].get("result"), dict):
         lines += ["", str(found.get("sentence", ""))]
-    return "## What was measured\n\n" + "\n".join(lines or ["Nothing yet: `handful evaluate` and `handful utility` do."])
+    return "## What was measured\n\n" + "\n".join(lines or ["Nothing yet: run `handful evaluate` and `handful utility`."])
 
 
 def _nearest(distances: Sequence[float]) -> str:
@@ -132,9 +132,9 @@ def _nearest(distances: Sequence[float]) -> str:
         return ""
     return (
         "## Copies\n\nGuided images can be near copies of the exemplars. The smallest distance to an exemplar here is"
-        f" {min(distances):.4g} (the median {sorted(distances)[len(distances) // 2]:.4g}, in the features that guided);"
-        " `manifest.parquet` has it for every image. Look at the nearest ones in `handful report` before you publish, above"
-        " all where the exemplars show people or are not yours."
+        f" {min(distances):.4g} (median: {sorted(distances)[len(distances) // 2]:.4g}; in the features that guided);"
+        " `manifest.parquet` has it for every image. Look at the nearest ones in `handful report` before you publish, above "
+        "all if the exemplars show people or are not yours."
     )
 
 

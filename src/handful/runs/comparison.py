@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     unlike: list[str]
     how: list[str]
 
-    def refuse(self, out: Path, problem: str, remedy: str = "Choose another --out, or ask for what was asked then.") -> None:
+    def refuse(self, out: Path, problem: str, remedy: str = "Choose another --out, or use the same settings as then.") -> None:
         """Refuses another request.
 
         Args:

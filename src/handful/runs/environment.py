@@ -90,7 +90,7 @@ def _alone(code: str) -> tuple[bool, str]:
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
-        return False, "it did not answer within two minutes"
+        return False, "the import took longer than two minutes"
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines()
     return done.returncode == 0, said[-1] if said else ""
 
@@ -105,7 +105,9 @@ def _device() -> list[Finding]:
     well, text = _alone(code)
     if well:
         return [Finding("device", "good", text)]
-    return [Finding("device", "broken", f"torch can't be imported: {text}", "Install torch again, as pytorch.org says.")]
+    return [
+        Finding("device", "broken", f"torch can't be imported: {text}", "Install torch again, as described on pytorch.org.")
+    ]
 
 
 def _torchvision() -> Finding:
@@ -136,10 +138,10 @@ def _handful_cache() -> Finding:
         with tempfile.TemporaryFile(dir=cache):
             pass
     except OSError as error:
-        remedy = "Set HANDFUL_CACHE to a folder that you may write into. Until then features are computed each time."
+        remedy = "Set HANDFUL_CACHE to a folder that you may write into. Until then, features are computed again each time."
         return Finding("cache", "broken", f"{cache} can't be written ({error.strerror or error})", remedy)
     size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
-    return Finding("cache", "good", f"{cache}, {size / 1e6:.0f} MB of exemplars' features; delete it when you like")
+    return Finding("cache", "good", f"{cache}, {size / 1e6:.0f} MB of exemplars' features; safe to delete")
 
 
 def _hub_cache() -> Finding:

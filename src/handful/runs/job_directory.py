@@ -21,7 +21,7 @@ from handful.files.locks import held
 from handful.recipe.file import PROVENANCE, parse_yaml
 
 OURS = ".handful"
-_ELSEWHERE = "Choose a new or empty directory with --out; nothing here has been touched."
+_ELSEWHERE = "Choose a new or empty directory with --out; nothing here has been changed."
 
 
 class OwnedDirectory:
@@ -64,12 +64,12 @@ class OwnedDirectory:
             text = (self.path / self._mark).read_text(encoding="utf-8", errors="replace")
             data = parse_yaml(text, "out", self.path / self._mark)
             if not isinstance(data, dict) or not isinstance(data.get(PROVENANCE), dict):
-                problem = f"it is no {self._request} that a {self._job} has written"
+                problem = f"it is not the {self._request} of a {self._job}"
                 raise RequestError("out", self.path / self._mark, problem, _ELSEWHERE)
             return data
         foreign = [name for name in present if name != OURS]
         if foreign:
-            problem = f"it holds something that is no {self._job} of handful: {some_of(foreign)}"
+            problem = f"it holds files that are not from a {self._job} of handful: {some_of(foreign)}"
             raise RequestError("out", self.path, problem, _ELSEWHERE)
         return None
 

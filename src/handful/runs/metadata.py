@@ -90,13 +90,13 @@ def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", reme
     root = root.parent if root.name == "images" else root
     asked, other = exemplars_of(root), f"Name a folder of real images ({remedy})."
     if asked is None:
-        raise RequestError(field, root, "no exemplars guided it, so no real images are known", other)
+        raise RequestError(field, root, "it was made without exemplars, so it does not say where real images are", other)
     if features_file(asked.folder) is not None:
         raise RequestError(field, root, "its exemplars were a file of features, which holds no images", other)
     listed = labelled_files(asked.folder, field=field, flat=True)
     used = drawn(root)
     if not used:
-        raise RequestError(field, root, "which images guided it was not recorded", other)
+        raise RequestError(field, root, "it does not record which images were its exemplars", other)
     channels, height, width = _drawn(root)["shape"]
     listed = listed.only([place for place, name in enumerate(listed.labels) if name in used])
 
@@ -115,7 +115,7 @@ def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", reme
         raise RequestError(
             field,
             asked.folder,
-            f"too few of its images were not used as exemplars: {listed_few}, and at least {needed} of each class must be left",
+            f"too few of its images are left that were not exemplars: {listed_few}; at least {needed} of each class are needed",
             f"Generate with a smaller --k{enough}, add images to the folder, or name another one ({remedy}).",
         )
     return left
@@ -126,7 +126,7 @@ def _drawn(run: str | Path) -> dict[str, Any]:
 
 
 def prompts_of(run: str | Path) -> dict[str, str]:
-    """What the model of a run was told of each class; empty where it was told classes, or it is no run."""
+    """The prompts of each class of a run; empty if its model takes class labels, or if this is no run."""
     return {str(name): str(text) for name, text in _part(_part(_recipe(run), "model"), "prompts").items()}
 
 

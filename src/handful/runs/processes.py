@@ -45,7 +45,7 @@ class Processes:
     Args:
         workers: How many; 1: this process does all, or with `beside` another one does, with as many threads.
         ready: Called once in each process with `arguments`; its answer is passed to each task.
-        note: Is told once, in words, should they be killed: this process goes on alone then.
+        note: Is called once, with a text, if they are killed: this process continues alone then.
         beside: See `workers`.
     """
 
@@ -86,7 +86,7 @@ class Processes:
                 return future.result()
         except BrokenProcessPool:
             if self._pool is not None:
-                self._note("a worker was killed, or could not start: this process goes on alone")
+                self._note("a worker was killed, or could not start: this process continues alone")
                 self._pool = None
         return do(here, task)
 

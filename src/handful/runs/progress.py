@@ -22,7 +22,7 @@ IMAGES = Words("generating", "generated", "images")
 
 
 class Progress:
-    """Is told how a job goes, and tells nobody. Others override what they want to show.
+    """Is notified of a job's progress, and shows nothing. Subclasses override what they want to show.
 
     `begin(total, done)` once, then `advance(amount)` with fractions as they come, `note(text)` any time, `end()` once.
     """
@@ -64,7 +64,7 @@ class Lines(Progress):
     def begin(self, total: int, done: int) -> None:
         self._total, self._before, self._done = total, done, 0.0
         self._began = self._last = self._clock()
-        there = f" ({done} of {total} are there)" if done else ""
+        there = f" ({done} of {total} exist already)" if done else ""
         self._say(f"{self._words.doing} {total - done} {self._words.units}{there}")
 
     def advance(self, amount: float, now: str = "") -> None:

@@ -209,6 +209,6 @@ def explain_full_disk(path: Path) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise RunError(
-            f"out: '{path}': the disk is full ({os.strerror(error.errno or 0)}). The cohorts that were finished are kept: "
-            "free some space and repeat the same command, which goes on from there."
+            f"out: '{path}': the disk is full ({os.strerror(error.errno or 0)}). Finished cohorts are kept: free some space "
+            f"and repeat the same command, which continues from there."
         ) from error

@@ -50,7 +50,7 @@ class Status:
 
     def as_text(self) -> str:
         """Lines for people."""
-        lines = [f"{self.images_done} of {self.images} images, {self.cohorts_done} of {self.cohorts} cohorts are there"]
+        lines = [f"{self.images_done} of {self.images} images, {self.cohorts_done} of {self.cohorts} cohorts are done"]
         if self.rate:
             left = f", {duration(self.seconds_left)} left" if self.seconds_left else ""
             lines.append(f"{self.rate:.3g} images/s{left}")
@@ -69,7 +69,9 @@ def status(out: str | Path) -> Status:
     directory = _opened(out)
     cohorts, marked = directory.plan().cohorts(), directory.marked()
     if not cohorts:
-        raise RequestError("out", directory.path, "it holds no plan of its cohorts", "Repeat the command that made it.")
+        raise RequestError(
+            "out", directory.path, "its plan is missing (.handful/plan.json)", "Repeat the command that made it."
+        )
     claims = Claims(directory.own, "")
     left = [cohort for cohort in cohorts if cohort.key not in marked]
     found = Status(
@@ -119,12 +121,12 @@ class Verified:
 
     def as_text(self) -> str:
         """Lines for people."""
-        lines = [f"{self.images} images in the manifest: " + ("all are there, unchanged" if self.whole else "")]
+        lines = [f"{self.images} images in the manifest: " + ("all exist, unchanged" if self.whole else "")]
         for told, files in (("missing", self.missing), ("changed", self.damaged), ("not in the manifest", self.extra)):
             if files:
                 lines.append(f"{len(files)} {told}: " + ", ".join(files[:5]) + (", ..." if len(files) > 5 else ""))
         if self.missing or self.damaged:
-            lines.append("the command that made the run makes them again")
+            lines.append("repeat the command that made the run: it makes them again")
         return "\n".join(lines)
 
 
@@ -175,7 +177,12 @@ def _listed(directory: RunDirectory) -> Iterator[tuple[str, str]]:
 def _opened(out: str | Path) -> RunDirectory:
     directory = RunDirectory(out)
     if not (directory.path / RECIPE).is_file() or not directory.own.is_dir():
-        raise RequestError("out", directory.path, "it is no run directory of handful", "Give what was --out of generate.")
+        raise RequestError(
+            "out",
+            directory.path,
+            "this is not a run directory of handful",
+            "Give the directory that was --out of handful generate.",
+        )
     with suppress(OSError, yaml.YAMLError, AttributeError):
         asked = yaml.safe_load((directory.path / RECIPE).read_text(encoding="utf-8")).get("output") or {}
         directory.writer = Writer(asked.get("format", "imagefolder"), asked.get("image", "png"))

@@ -184,7 +184,7 @@ def check_class_names(names: Iterable[str], field: str) -> None:
                 field,
                 name,
                 f"this class name can't name a folder: {problem}",
-                "Rename the class, or state other names with model.classes (--class-names).",
+                "Rename the class, or give other names with --class-names.",
             )
         seen[name.casefold()] = name
 
@@ -193,7 +193,7 @@ def _problem(name: str) -> str | None:
     if not name or name != name.strip():
         return "it is empty, or begins or ends with a space"
     if "/" in name or "\\" in name or name in (".", ".."):
-        return "it leads to another folder"
+        return "it contains a path to another folder"
     if name.startswith(".") or name.endswith("."):
         return "it begins or ends with a dot"
     if not name.isprintable():
