@@ -115,7 +115,7 @@ def test_a_run_says_what_it_did_on_stdout_and_the_rest_on_stderr(
 ):
     assert quick(exemplars, tmp_path / "out") == 0
     said = capsys.readouterr()
-    assert said.out.startswith(f"4 images in {tmp_path / 'out'} (2 cohorts made; ")
+    assert said.out.startswith(f"4 images in {tmp_path / 'out'} (cohorts: 2 made; ")
     assert f"next: handful evaluate {tmp_path / 'out'} --judge digits-judge" in said.err.splitlines()
     assert "note: guidance[0].features: pixels, as none are named" in said.err
     assert "generating 4 images" in said.err

@@ -127,7 +127,7 @@ def unconditional(tmp_path: Path) -> str:
 
 
 def test_a_model_that_is_told_nothing_is_refused(unconditional: str, tmp_path: Path):
-    with pytest.raises(RequestError, match="calibration needs to know what each image was asked to be"):
+    with pytest.raises(RequestError, match="calibration needs the class that each image was generated for"):
         prepare(asked(model={"name": unconditional}, classes=None), tmp_path / "out")
 
 

@@ -85,7 +85,7 @@ def test_the_winner_is_made_again_with_other_noise(done: CalibrateSummary):
     again = rows(done, "confirmed", "test")
     assert {row["seed"] for row in again} == {1, 2}
     assert {"none", "chosen"} <= {row["method"] for row in again} <= {"none", "chosen", "plain"}
-    assert any("nothing was chosen by" in note for note in done.result["notes"])
+    assert any("not used to choose" in note for note in done.result["notes"])
     assert not any("calibration alone" in note for note in done.result["notes"])
 
 
@@ -134,10 +134,10 @@ def test_a_folder_without_the_classes_or_a_judge_that_is_none_is_refused_before_
     with pytest.raises(RequestError, match="no folder for class '4'"):
         prepare(asked(tmp_path / "real"), tmp_path / "out")
     pixels = replace(asked(real), trials=TrialsRequest(str(real), "pixels", objective="judge_accuracy"))
-    with pytest.raises(RequestError, match="no classifier"):
+    with pytest.raises(RequestError, match="not a classifier"):
         prepare(pixels, tmp_path / "out")
 
 
 def test_a_judge_that_guides_is_pointed_out(real: Path, tmp_path: Path):
     job = prepare(replace(asked(real), trials=TrialsRequest(str(real), "digits-guide")), tmp_path / "out")
-    assert any("guides and judges too" in note for note in job.notes)
+    assert any("both guides and judges" in note for note in job.notes)

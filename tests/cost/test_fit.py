@@ -87,7 +87,7 @@ def test_amounts_of_memory(text: str, count: float):
 
 @pytest.mark.parametrize("text", ["", "24", "0GB", "24 Bananas", "-3GB"])
 def test_what_is_no_amount_is_refused(text: str):
-    with pytest.raises(RequestError, match="no amount"):
+    with pytest.raises(RequestError, match="not an amount"):
         parse_bytes(text)
 
 

@@ -265,7 +265,7 @@ def test_a_cache_that_cannot_be_written_is_done_without_and_said_once(root, tmp_
     (tmp_path / "file").touch()
     cache = tmp_path / "file" / "cache"  # below a file no folder can be made, not even by root
     drawn = draw(root, k=2)
-    with pytest.warns(RuntimeWarning, match="cannot be written") as told:
+    with pytest.warns(RuntimeWarning, match="can't be written") as told:
         features = exemplar_features(drawn, Counting(), cache)
     assert len(told) == 1
     with warnings.catch_warnings():

@@ -257,7 +257,7 @@ def test_all_unreadable_files_are_reported_at_once(animals, size):
 
 def test_unequal_sizes_are_reported_and_a_size_makes_them_equal(animals):
     save(animals / "cat" / "wide.png", np.zeros((4, 9), np.uint8))
-    with pytest.raises(RequestError, match=r"wide\.png.*4 x 9 pixels where others have 4 x 6.*Give the size"):
+    with pytest.raises(RequestError, match=r"wide\.png.*4 x 9 pixels, but others have 4 x 6.*Give `size`"):
         read_folder(animals, channels=1)
     assert read_folder(animals, channels=1, size=(4, 4)).images.shape == (13, 1, 4, 4)
 

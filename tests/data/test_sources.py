@@ -93,7 +93,7 @@ def test_an_archive_is_never_unpacked_and_a_bad_one_is_refused(folder: Path, tmp
     assert sorted(tmp_path.parent.rglob("*")) == before
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4cut")
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
-    for name, told in (("cut.zip", "no whole zip"), ("no.csv", "columns a, b"), ("none.zip", "no such file")):
+    for name, told in (("cut.zip", "not a complete zip"), ("no.csv", "columns a, b"), ("none.zip", "no such file")):
         with pytest.raises(RequestError, match=told):
             labelled_files(tmp_path / name)
 

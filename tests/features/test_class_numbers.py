@@ -31,8 +31,8 @@ def test_classes_are_found_by_what_is_said_by_name_and_by_number(labels, names, 
 @pytest.mark.parametrize(
     ("labels", "names", "count", "why"),
     [
-        (["airplane", "car"], CIFAR, 4, "no class that is called car, and its classes are airplane, automobile"),
-        (["bird", "cat"], (), 2, "it states no names for its 2 classes"),  # the alphabet says nothing
+        (["airplane", "car"], CIFAR, 4, "no class named car: its classes are airplane, automobile"),
+        (["bird", "cat"], (), 2, "it has no names for its 2 classes"),  # the alphabet says nothing
         (["1", "4"], (), 4, "called 1, 4"),  # counted from 1, or of another judge
         (["0", "1"], ("1", "2"), 2, "its classes are 1, 2"),  # counted from 1 there, from 0 here
         (["01", "1"], (), 2, "called 01, 1"),

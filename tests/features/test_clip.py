@@ -244,7 +244,7 @@ def test_what_this_clip_lacks_is_refused_before_any_work(stable_diffusion: Path,
     config["text_config"]["vocab_size"] = 30
     shutil.copytree(clip, tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(RequestError, match="tokenizer is of another model"):
+    with pytest.raises(RequestError, match="tokenizer belongs to another model"):
         clip_classifier(str(tmp_path / "other"), PROMPTS)
     assert not (tmp_path / "out").exists()
 

@@ -143,10 +143,10 @@ def test_what_is_missing_is_refused_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(RequestError, match=r"fid:/no/such.pt': its weights are not there"):
         load_extractor("fid:/no/such.pt")
     torch.jit.script(nn.Conv2d(3, 2, 3)).save(str(tmp_path / "other.pt"))
-    with pytest.raises(RequestError, match=r"another network than NVIDIA's Inception"):
+    with pytest.raises(RequestError, match=r"not NVIDIA's Inception"):
         load_extractor(f"fid:{tmp_path}/other.pt")
     save_vision_model(tmp_path / "vit", "ViTModel", image_size=224)
-    with pytest.raises(RequestError, match=r"this is no DINOv2"):
+    with pytest.raises(RequestError, match=r"this is not a DINOv2"):
         load_extractor(f"fdd:{tmp_path}/vit")
     with pytest.raises(RequestError, match=r"fdd@112': only models of transformers"):
         load_extractor("fdd@112")

@@ -211,7 +211,7 @@ def test_a_users_file_moves_to_the_meta_device_or_is_refused_by_name(tmp_path):
 def test_only_models_of_transformers_take_another_size(name):
     with pytest.raises(
         RequestError,
-        match=rf"^features: '{name}': only models of transformers and efficientnet-lite0 .* Write {name.split('@')[0]}\.",
+        match=rf"^features: '{name}': only transformers models and efficientnet-lite0 .* Write {name.split('@')[0]}\.",
     ):
         load_extractor(name)
 

@@ -132,8 +132,8 @@ def test_without_normalisation_the_network_sees_images_in_0_to_1(tmp_path):
 @pytest.mark.parametrize(
     ("said", "problem"),
     [
-        ({"image_mean": MEAN, "image_std": STD}, "says no size"),
-        ({"size": 28, "image_std": STD}, "says no image_mean and image_std"),
+        ({"image_mean": MEAN, "image_std": STD}, "has no size"),
+        ({"size": 28, "image_std": STD}, "has no image_mean and image_std"),
         ({**PREPROCESSING, "do_flip_channel_order": True}, "do_flip_channel_order: True"),
         ({**PREPROCESSING, "rescale_factor": 1 / 127.5}, "rescale_factor: 0.0078"),
         ({**PREPROCESSING, "include_top": True}, "include_top: True"),

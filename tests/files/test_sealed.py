@@ -79,7 +79,7 @@ def test_every_flipped_byte_and_every_cut_is_refused(tmp_path: Path):
         read(written(tmp_path, held[:-1]))
     changed = bytearray(held)
     changed[-1] ^= 1
-    with pytest.raises(RequestError, match="damaged: its contents are not those that were written"):
+    with pytest.raises(RequestError, match="damaged: its contents have changed since it was written"):
         read(written(tmp_path, bytes(changed)))
 
 

@@ -183,7 +183,7 @@ class TestCallback:
         denoiser = denoiser_of(pipeline)
         once = GuidanceCallback(pipeline, [chamfer()], PROMPT, latents=noise(), denoiser=denoiser)
         drawn(pipeline, callback_on_step_end=once)
-        with pytest.raises(RequestError, match="those of the last call"):
+        with pytest.raises(RequestError, match="used in the last call"):
             drawn(pipeline, callback_on_step_end=once)
         few = GuidanceCallback(pipeline, [chamfer()], ["a", "b", "c"], latents=noise(), denoiser=denoiser)
         with pytest.raises(RequestError, match=r"prompt: .*the pipeline makes 2 images"):

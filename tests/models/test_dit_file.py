@@ -120,7 +120,7 @@ def test_what_it_lacks_is_refused_with_the_next_step(folder: Path, tmp_path: Pat
         load(folder / "DiT.pt")
     bare = tmp_path / "bare.pt"
     torch.save(state(), bare)
-    with pytest.raises(RequestError, match=r"how many heads.*num_heads"):
+    with pytest.raises(RequestError, match=r"number of heads.*num_heads"):
         load(bare, vae=folder / "pipeline")
     (tmp_path / "bare.json").write_text(json.dumps({"num_heads": HEADS}))
     torch.save({**state(), "blocks.0.norm.weight": torch.zeros(3)}, bare)

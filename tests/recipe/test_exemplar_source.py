@@ -109,7 +109,7 @@ def test_the_recipe_of_a_run_is_run_again_with_the_seed_of_the_draw(digits_folde
     ("changes", "field", "said"),
     [
         ({"guidance": [{"method": "chamfer", "features": "pixels"}]}, "guidance[0].features", "digits-guide at reduce 1"),
-        ({"guidance": [{"method": "chamfer"}]}, "guidance[0].features", "holds none of it"),
+        ({"guidance": [{"method": "chamfer"}]}, "guidance[0].features", "has no features of this extractor"),
         ({"guidance": [GUIDED[0] | {"reduce": 4}]}, "guidance[0].features", "reduce 4"),
         ({"guidance": [{"method": "cfg"}, GUIDED[0] | {"features": "digits-judge"}]}, "guidance[1].features", "digits-judge"),
         ({"exemplars": {"k": 5}}, "exemplars.k", "'1' has 4"),

@@ -175,7 +175,14 @@ def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
         ({}, {"tenc": None}, IMAGENET, 6, "classes", "among its 6; 'tench' is like it. Say"),
         ({}, {"fox": 3}, IMAGENET, 6, "classes", "classes: {fox: NUMBER or NAME}; or by_label: true"),
         ({"classes": {"fox": "wolf"}}, {"fox": 3}, IMAGENET, 6, "classes", "'wolf': the classifier has no class of this name"),
-        ({}, {"CRANE": None}, IMAGENET, 6, "classes", "2 of the classifier's classes are called so: 1 (crane), 3 (crane, mach"),
+        (
+            {},
+            {"CRANE": None},
+            IMAGENET,
+            6,
+            "classes",
+            "2 of the classifier's classes are have this name: 1 (crane), 3 (crane, mach",
+        ),
         (
             {"classes": {"fox": 6}},
             {"fox": 3},
@@ -186,7 +193,7 @@ def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
         ),
         ({"classes": {"fox": -1}}, {"fox": 3}, IMAGENET, 6, "classes.fox", "-1: "),
         ({"by_label": True}, {"fox": 6}, IMAGENET, 6, "by_label, class 'fox'", "6: the classifier has 6 classes"),
-        ({"by_label": True}, {"fox": None}, IMAGENET, 6, "by_label", "takes no labels"),
+        ({"by_label": True}, {"fox": None}, IMAGENET, 6, "by_label", "takes no class labels"),
         ({}, {"fox": 3}, (), 7, "classes", "7 classes have no names, and the model's are unknown"),
         ({"classes": {"fox": "ant"}}, {"fox": 3}, (), 7, "classes", "no class of this name among its 0"),
         ({}, {"a": None}, ("a", "b"), 3, "classifier", "has names of 2 classes, but 3 logits"),
@@ -202,7 +209,7 @@ def test_what_is_not_certain_is_refused_with_what_to_say(said, labels, names, co
 
 def test_of_two_classes_called_alike_the_one_spelt_so_is_meant_if_there_is_one():
     assert targets({}, {"crane": None}) == {"crane": 1}
-    with pytest.raises(RequestError, match="called so"):
+    with pytest.raises(RequestError, match="have this name"):
         targets({}, {"x": None}, ("x", "x", "y"))
     assert targets({"classes": {"x": 1}}, {"x": None}, ("x", "x", "y")) == {"x": 1}
 
@@ -225,10 +232,10 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "misspelt": ({"classifier": "digits-gide"}, {}, "classifier", "Did you mean 'digits-guide'?"),
     "no such file": ({"classifier": "/nowhere.py:net"}, {}, "classifier", "no such Python file"),
     "no such function": ({"classifier": "OWN:nothing"}, {}, "classifier", "FeatureExtractor"),
-    "which function": ({"classifier": "OWN"}, {}, "classifier", "OWN:FUNCTION"),
+    "the name of a function": ({"classifier": "OWN"}, {}, "classifier", "OWN:FUNCTION"),
     "code that fails": ({"classifier": "OWN:fails"}, {}, "classifier", "RuntimeError: no weights here"),
     "another size": ({"classifier": "OWN:wrong_size"}, {}, "classifier", "can't take images of (1, 8, 8)"),
-    "a side of its own": ({"classifier": "digits-guide@16"}, {}, "classifier", "only models of transformers"),
+    "a side of its own": ({"classifier": "digits-guide@16"}, {}, "classifier", "only transformers models"),
     "infinite logits": ({"classifier": "OWN:infinite"}, {}, "classifier", "its logits contain NaN or infinite"),
     "NaN logits": ({"classifier": "OWN:not_a_number"}, {}, "classifier", "its logits contain NaN or infinite"),
     "one number an image": ({"classifier": "OWN:flat"}, {}, "classifier", "for one image it returns the shape (1,)"),

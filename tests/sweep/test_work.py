@@ -234,7 +234,7 @@ def test_a_set_that_fails_is_told_skipped_and_tried_again(digits, tmp_path):
 def test_what_would_make_other_rows_is_refused_with_the_difference(swept, digits, change, said):
     _, out, _ = swept
     before = contents(out)
-    with pytest.raises(RequestError, match="asked for otherwise") as caught:
+    with pytest.raises(RequestError, match="with other settings") as caught:
         sweep(digits_sweep(digits, seeds=[0, 1], **{"utility": {"steps": 10, "seeds": 2, "augment": False}, **change}), out)
     assert said in str(caught.value)
     assert contents(out) == before
@@ -278,7 +278,7 @@ def test_two_processes_do_not_sweep_into_one_directory(swept):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"judge": "pixels", "objective": "judge_accuracy"}, "no classifier"),
+        ({"judge": "pixels", "objective": "judge_accuracy"}, "not a classifier"),
         ({"k": [17]}, "fewer exemplars"),
         ({"neighbours": 16}, "16 neighbours need more"),
         ({"judge": "digits-jugde"}, "digits-judge"),
@@ -299,7 +299,7 @@ def test_the_exemplars_own_images_judge_nothing(digits, tmp_path):
 def test_a_judge_that_guides_is_told(digits, tmp_path):
     guided = {"guidance": [{"method": "chamfer", "features": "digits-judge"}]}
     job = prepare_sweep(digits_sweep(digits, methods={"none": {"guidance": []}, "c": guided}), tmp_path / "out")
-    assert any("guides and judges too" in note for note in job.notes)
+    assert any("both guides and judges" in note for note in job.notes)
 
 
 def test_other_versions_rows_are_not_mixed_unless_it_is_allowed(small, digits, tmp_path):

@@ -141,7 +141,7 @@ class CalibrateJob:
     def plan_text(self) -> str:
         """The plan as lines for people."""
         plan = self.plan()
-        there = "; it is done already" if plan["there"] else ""
+        there = "; already done" if plan["there"] else ""
         return "\n".join(
             [
                 f"out         {plan['out']}{there}",
@@ -201,8 +201,8 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
         raise RequestError(
             "model",
             request.recipe.model.name,
-            "it is told nothing, and calibration needs to know what each image was asked to be",
-            "Use a model that is told classes or prompts.",
+            "it is unconditional, but calibration needs the class that each image was generated for",
+            "Use a model that takes classes or prompts.",
         )
     term = request.classifier.model_copy(update={"softplus": None, "temperatures": (), "tau1": 1.0, "tau2": 1.0, "scale": 1.0})
     with _as_options():
@@ -226,8 +226,8 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     job = CalibrateJob(request, directory, run, classifiers, targets, made, asked, provenance, None, [*run.notes, *notes])
     if job.run.images < FEW:
         job.notes.append(
-            f"{job.run.images} images at a step are few: a perfectly calibrated classifier would show an error too, which "
-            "stands beside each (chance); a larger --per-class tells more apart"
+            f"{job.run.images} images per step are few: with so few even a perfectly calibrated classifier shows an error, "
+            f"which is given beside each value (chance). Raise --per-class to see smaller differences"
         )
     _compare(job, stored)
     _check_space(job)
@@ -406,8 +406,8 @@ def _compare(job: CalibrateJob, stored: dict[str, Any] | None) -> None:
         raise RequestError(
             "out",
             job.directory.path,
-            f"it was begun with other versions ({'; '.join(changed)})",
-            "Install the former versions, or choose another --out.",
+            f"it was begun with other library versions ({'; '.join(changed)})",
+            "Install the earlier versions, or choose another --out.",
         )
 
 
@@ -417,6 +417,6 @@ def _check_space(job: CalibrateJob) -> None:
         raise RequestError(
             "out",
             job.directory.path,
-            f"the disk has {megabytes(free)} free, and the calibration takes {megabytes(needed)} while it runs",
+            f"the disk has {megabytes(free)} free, but the calibration needs {megabytes(needed)} while it runs",
             "Ask for fewer classes, images or --betas.",
         )

@@ -142,10 +142,7 @@ def read_taus(text: str) -> tuple[tuple[float, float], ...]:
             raise RequestError("--taus", part or text, error.problem, "Write for instance --taus 1:1,1:0.5.") from None
         if pair[0] == 0:
             raise RequestError(
-                "--taus",
-                part,
-                "with tau1 0 the class that is asked for has no part in the guidance",
-                "Write for instance --taus 1:1,1:0.",
+                "--taus", part, "with tau1 = 0 the guidance does not depend on the class", "Write for instance --taus 1:1,1:0."
             )
         pairs[pair] = None
     return tuple(pairs)

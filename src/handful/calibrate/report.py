@@ -95,8 +95,10 @@ def calibration_table(result: Mapping[str, Any]) -> Table:
                 ]
             )
     table.notes = [
-        f"{len(shown)} of {len(ordered)} candidates differ in their probabilities (tau2 alone changes none); the best below.",
-        "ECE: mean over the steps ± standard error; chance: what a perfectly calibrated classifier as confident would show of",
+        f"{len(shown)} of {len(ordered)} candidates have different probabilities (tau2 alone changes none); the best are "
+        f"shown.",
+        "ECE: mean over the steps ± standard error; chance: what a perfectly calibrated classifier of the same confidence "
+        "shows with",
         "so few images; linear, sine: weighted by that gain. Roughness: share of the gradient in the upper half of",
         "frequencies; white noise has about 0.75, and a rough gradient is nearer to an adversarial one.",
         *(f"note: {note}" for note in result["notes"]),
@@ -118,7 +120,8 @@ def trials_table(trials: Mapping[str, Any]) -> Table:
         again = "again: " if row in trials["confirmed"] else ""
         table.rows.append([again + row["method"], f"{row['scale']:g}", str(row["seed"]), *(_number(row[c]) for c in columns)])
     table.notes = [
-        f"{len(known)} sets; again: made with other noise, on the half of the real images that nothing was chosen by"
+        f"{len(known)} sets; again: made with other noise, and judged on the half of the real images that was not used to "
+        f"choose"
     ]
     return table
 

@@ -11,10 +11,10 @@ from handful.calibrate.candidates import PLAIN, Candidate
 from handful.guidance.classifier import ClassifierRequest
 
 ADVERSARIAL = (
-    "the choice rests on calibration alone, without real images: a calibrated classifier may still guide adversarially, and "
-    "scale, jacobian and steps are defaults. Give --real and --judge to choose by what survives an audit"
+    "the choice uses calibration alone, without real images: a calibrated classifier may still guide adversarially, and "
+    "scale, jacobian and steps are defaults. Give --real and --judge to choose by gains that survive mild transforms"
 )
-CONSTANT = "the classifier's answer does not depend on the image: it has no gradient, and can't guide"
+CONSTANT = "the classifier's output does not depend on the image: it has no gradient, and can't guide"
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def by_calibration(found: Mapping[str, Found]) -> Choice:
         notes.append(f"it is not clearly better calibrated than the plain classifier: {best.gain:.3f} ± {best.gain_error:.3f}")
     if best.mean("accuracy") < plain.mean("accuracy") - 0.05:
         notes.append(
-            f"it names fewer images rightly ({best.mean('accuracy'):.2f}) than the plain classifier on x0_hat does "
-            f"({plain.mean('accuracy'):.2f}): what says little is easily calibrated"
+            f"it is right on fewer images ({best.mean('accuracy'):.2f}) than the plain classifier on x0_hat "
+            f"({plain.mean('accuracy'):.2f}): an uninformative classifier is easily calibrated"
         )
     return Choice(best.candidate, notes=tuple(notes))

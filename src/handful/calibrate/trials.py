@@ -82,13 +82,13 @@ class TrialsRequest:
             raise RequestError(
                 "--max-cost",
                 self.max_cost,
-                "guidance takes some time: the bound is above 1",
+                "guidance always takes some time, so the bound must be above 1",
                 "Use 1.15 for 15 % more than plain sampling.",
             )
         if not self.scales or not all(0 < scale < 1e6 for scale in self.scales) or len(set(self.scales)) < len(self.scales):
-            raise RequestError("--scales", list(self.scales), "scales are distinct positive numbers", "Use 0.2,0.4,0.8.")
+            raise RequestError("--scales", list(self.scales), "scales must be distinct positive numbers", "Use 0.2,0.4,0.8.")
         if not self.jacobians:
-            raise RequestError("--jacobians", [], "there is no way to take the gradient", "Use gaussian,exact.")
+            raise RequestError("--jacobians", [], "no way to take the gradient is given", "Use gaussian,exact.")
         for jacobian in self.jacobians:
             if jacobian not in get_args(Jacobian):
                 raise RequestError(
@@ -98,7 +98,7 @@ class TrialsRequest:
                     f"Choose of: {', '.join(get_args(Jacobian))}.",
                 )
         if self.per_class < 1:
-            raise RequestError("--trial-per-class", self.per_class, "a set has images", "Use 32.")
+            raise RequestError("--trial-per-class", self.per_class, "a set needs at least one image", "Use 32.")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -193,11 +193,11 @@ def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor)
         raise RequestError(
             "--objective",
             request.objective,
-            f"the judge {request.judge} is no classifier",
-            "Choose another column, or a classifier to judge.",
+            f"the judge {request.judge} is not a classifier, which this objective needs",
+            "Choose another column, or use a classifier as the judge.",
         )
     if judge.digest == classifier.digest or marks(judge) & marks(classifier):
-        return [f"{request.judge} guides and judges too: it is pleased by what pleases itself; take an unrelated judge"]
+        return [f"{request.judge} both guides and judges, so it judges its own work: use an unrelated judge"]
     return []
 
 
@@ -233,8 +233,11 @@ def step_costs(
         added = overheads(job, terms, min(job.recipe.cohort, request.per_class))
         directory.publish(COSTS, (json.dumps(added, indent=1) + "\n").encode())
     if all(affordable(job, each, request.max_cost) is None for each in added.values()):
-        problem = f"guidance on one of {job.levels.steps} steps takes more: it adds {min(added.values()):.0%} to that step"
-        raise RequestError("--max-cost", request.max_cost, problem, "Allow more, or take more sampling steps.")
+        problem = (
+            f"even guidance on a single one of {job.levels.steps} steps takes more: it adds {min(added.values()):.0%} "
+            f"to that step"
+        )
+        raise RequestError("--max-cost", request.max_cost, problem, "Raise --max-cost, or use more sampling steps (--steps).")
     return added
 
 
@@ -275,8 +278,8 @@ def run_trials(
         raise RequestError(
             "--max-cost",
             request.max_cost,
-            "the best calibrated ways to guide take more on even one step",
-            "Allow more, or take more sampling steps.",
+            "the best calibrated candidates take more even on a single step",
+            "Raise --max-cost, or use more sampling steps (--steps).",
         )
     skipped = sum(len(_jacobians(request, each.candidate)) for each in listed) - len(ways)
     sweeping = _Sweeping(request, job, base, found, folder, progress)
@@ -296,7 +299,7 @@ def run_trials(
         notes=list(sweeping.result.failures),
     )
     if skipped:
-        trials.notes.append(f"{skipped} ways to guide take too long on even one step for --max-cost {request.max_cost:g}")
+        trials.notes.append(f"{skipped} candidates take longer than --max-cost {request.max_cost:g} even on a single step")
     trials.confirmed = sweeping.confirmed(best, scale)
     return trials
 
@@ -306,17 +309,19 @@ def by_trials(trials: Trials) -> Choice:
     column, notes = trials.objective, list(trials.notes)
     of = {name: trials.confirmed_mean(name, column) for name in (NONE, _PLAIN, _CHOSEN)}
     told = ", ".join(f"{name} {value:.3f}" for name, value in of.items() if value is not None)
-    notes.append(f"{column} on images and noise that nothing was chosen by: {told}")
+    notes.append(f"{column} with new noise, on real images that were not used to choose: {told}")
     if not better(column, of[_CHOSEN], of[NONE]):
-        notes.append("on these it is no better than no guidance: this classifier does not help this model on so few steps")
+        notes.append(
+            "there the guidance is no better than no guidance: this classifier does not help this model on so few steps"
+        )
     elif of[_PLAIN] is None:
         notes.append("the plain classifier won: no other pre-conditioning was better")
     elif not better(column, of[_CHOSEN], of[_PLAIN]):
-        notes.append("on these the plain classifier is as good: the pre-conditioning brings no lasting gain")
+        notes.append("there the plain classifier is as good: the pre-conditioning brings no lasting gain")
     cost = trials.confirmed_mean(_CHOSEN, "cost_ratio")
     notes.append(
-        f"sampling time in times the unguided: {trials.way.predicted:.2f} from single steps"
-        + ("" if cost is None else f", {cost:.2f} in the sets")
+        f"sampling time relative to no guidance: {trials.way.predicted:.2f} predicted from single steps"
+        + ("" if cost is None else f", {cost:.2f} measured in the sets")
     )
     return Choice(trials.way.candidate, {"scale": trials.scale, **trials.way.settings}, column, tuple(notes))
 
@@ -384,7 +389,7 @@ class _Sweeping:
         self.result = self._sweep(methods, (self._job.recipe.seed,), self._folder / TRIALS, last)
         best = self._best(self.ways)
         if best is None:
-            raise RunError("no trial could be made: " + "; ".join(self.result.failures[:3]))
+            raise RunError("no set could be generated: " + "; ".join(self.result.failures[:3]))
         return best
 
     def _best(self, names: Iterable[str]) -> tuple[Way, float] | None:

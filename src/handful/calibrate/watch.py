@@ -153,7 +153,7 @@ class _Held:
     def step(self, index: int, level: Level, x_t: Tensor, x0_hat: Tensor) -> None:
         where = f"model '{self._job.recipe.model.name}', {self._cohort}, step {index + 1} of {self._job.levels.steps}"
         if not bool(x0_hat.isfinite().all()):
-            raise RunError(f"{where}: the denoised images hold NaN or infinite values; use model.dtype float32")
+            raise RunError(f"{where}: the denoised images contain NaN or infinite values; use --dtype float32")
         size = self._job.recipe.chunk or _AT_ONCE
         for looks in self._looks:
             pull = Pull(jacobian="identity", input=looks)

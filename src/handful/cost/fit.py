@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", text.strip().upper())
     if found is None or not float(found[1]) or found[2] not in UNITS or found[2] == "":
-        raise RequestError("--fit", text, "this is no amount of memory", "Write for instance --fit 24GB.")
+        raise RequestError("--fit", text, "this is not an amount of memory", "Write a number and GB, such as --fit 24GB.")
     return float(found[1]) * UNITS[found[2]]
 
 
@@ -82,10 +82,10 @@ def chosen(parts: list[Settings], recipe: Recipe, most: float, on_cpu: bool, sai
         return gaps * max(part.peak(way) for part in parts) + OWN
 
     found = next((way for way in ways if need(way) <= most), None)
-    spare = f"the prediction times {gaps:g}, for gaps, and {OWN / 1e9:g} GB for the libraries{said}"
+    spare = f"the prediction times {gaps:g} for the allocator's gaps, plus {OWN / 1e9:g} GB for the libraries{said}"
     if found is None:
         least = min(ways, key=need)
-        problem = f"nothing fits: the least is {need(least) / 1e9:.3g} GB ({least.as_text()}; {spare})"
+        problem = f"nothing fits: the smallest need is {need(least) / 1e9:.3g} GB ({least.as_text()}; {spare})"
         raise RequestError("--fit", f"{most / 1e9:.4g} GB", problem, _remedy(recipe, parts, need(least)))
     model = {"vae_slicing": found.vae_slicing, "vae_tiling": found.vae_tiling, "offload": found.offload}
     made = recipe.model_copy(update={"chunk": found.chunk, "model": recipe.model.model_copy(update=model)})

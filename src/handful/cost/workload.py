@@ -198,13 +198,14 @@ class Work:
             raise RequestError(
                 "features",
                 name,
-                f"it can't be counted on images of {self.denoiser.image_shape} without computing ({first_line(error)})",
+                f"its operations on images of {self.denoiser.image_shape} can't be counted without running it "
+                f"({first_line(error)})",
                 "Use another extractor.",
             ) from error
 
     @cached_property  # of each cohort's size: `replace` makes a new one
     def _condition(self) -> Condition:
-        """What the network is told: of any class, as none costs more than another."""
+        """The network's condition: of any class, since all cost the same."""
         asked: Any = [""] * self.cohort if self.denoiser.prompted else [0] * self.cohort
         condition = self.denoiser.condition(asked)
         if self.denoiser.has_null:

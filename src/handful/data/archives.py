@@ -57,12 +57,12 @@ def read_table(path: Path, field: str) -> list[dict[str, Any]]:
             return list(csv.DictReader(stream))
     except UnicodeDecodeError as error:
         wrong = f"it is not UTF-8 (byte 0x{error.object[error.start]:02x})"
-        remedy = "Save it as CSV in UTF-8; of Windows' encoding: iconv -f CP1252 -t UTF-8."
+        remedy = "Save it as CSV in UTF-8. To convert a file with Windows' encoding: iconv -f CP1252 -t UTF-8 OLD.csv > NEW.csv"
         raise RequestError(field, path, wrong, remedy) from None
     except OSError as error:
         raise RequestError(field, path, f"it can't be read ({error.strerror or error})", "Check the path.") from None
     except csv.Error as error:
-        raise RequestError(field, path, f"it is no readable CSV ({error})", "Save it as CSV in UTF-8.") from None
+        raise RequestError(field, path, f"it can't be read as CSV ({error})", "Save it as CSV in UTF-8.") from None
 
 
 def parquet_images(shards: Sequence[Path], field: str) -> Listed:
@@ -90,7 +90,7 @@ def parquet_images(shards: Sequence[Path], field: str) -> Listed:
         if not len(numbers):
             raise RequestError(field, path, "it has no rows", _PARQUET)
     if not all(isinstance(number, str) or (isinstance(number, int) and number >= 0) for number in numbers):
-        raise RequestError(field, shards[0], "a label is neither a text nor a whole number from 0", _PARQUET)
+        raise RequestError(field, shards[0], "a label is neither text nor a whole number of 0 or more", _PARQUET)
     named = _label_names(opened[0][1].schema_arrow, opened[0][3], numbers, paths)
     lock, held = Lock(), {}
 
@@ -120,7 +120,7 @@ def _parquet(path: Path, field: str) -> tuple[Path, pq.ParquetFile, str, str]:
     except FileNotFoundError:
         raise RequestError(field, path, "there is no such file", "Check the path.") from None
     except (OSError, pa.ArrowException) as error:
-        raise RequestError(field, path, f"it is no whole parquet file ({first_line(error)})", _PARQUET) from error
+        raise RequestError(field, path, f"it is not a complete parquet file ({first_line(error)})", _PARQUET) from error
     names = file.schema_arrow.names
     image, label = (next((name for name in known if name in names), None) for known in (_IMAGES, _LABELS))
     if image is None or label is None:
@@ -128,7 +128,7 @@ def _parquet(path: Path, field: str) -> tuple[Path, pq.ParquetFile, str, str]:
         raise RequestError(field, path, f"its {rows} rows have the columns {', '.join(names)}", _PARQUET)
     kind = file.schema_arrow.field(image).type
     if not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
-        raise RequestError(field, path, f"its images are {kind}: an image has no bytes", _PARQUET)
+        raise RequestError(field, path, f"its images are {kind}, without the images' bytes", _PARQUET)
     return path, file, image, label
 
 
@@ -163,7 +163,7 @@ def zip_images(path: Path, field: str) -> Listed:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise RequestError(field, path, f"it is no whole zip file ({first_line(error)})", "Pack it again.") from error
+        raise RequestError(field, path, f"it is not a complete zip file ({first_line(error)})", "Pack it again.") from error
     entries, lock = [entry for entry in archive.infolist() if _is_image(entry.filename)], Lock()
     if any(entry.flag_bits & 1 for entry in entries):
         raise RequestError(field, path, "a password is needed to read it", "Unpack it, and give the folder.")
@@ -204,8 +204,10 @@ def tar_images(shards: Sequence[Path], field: str) -> Listed:
                         if label is not None:  # a JSON names the class, a .cls alone numbers it
                             told[key] = max(told.get(key, label), label)
         except (OSError, tarfile.TarError) as error:
-            problem = f"it is no whole tar file ({first_line(error)})"
-            raise RequestError(field, shard, problem, "Shards are plain tar: unpack what is compressed.") from error
+            problem = f"it is not a complete tar file ({first_line(error)})"
+            raise RequestError(
+                field, shard, problem, "Give plain .tar files; decompress .tar.gz and the like first."
+            ) from error
     lock = Lock()
 
     def content(found: tuple[Path, tarfile.TarInfo]) -> bytes:
@@ -256,7 +258,7 @@ def csv_images(path: Path, field: str) -> Listed:
         raise RequestError(field, path, problem, 'Give it a header with "file" and "label".')
     blank = next((number for number, row in enumerate(rows, 2) if not row[file] or not row[label]), None)
     if blank is not None:
-        raise RequestError(field, path, f"line {blank} names no file or no label", "Complete it, or remove the line.")
+        raise RequestError(field, path, f"line {blank} lacks the file or the label", "Complete it, or remove the line.")
     names, labels = [row[file].strip() for row in rows], [row[label].strip() for row in rows]
 
     def content(place: int) -> bytes:

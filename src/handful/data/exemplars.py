@@ -139,11 +139,11 @@ class Exemplars:
             RequestError: there is no class, or a class's tensor is of another kind.
         """
         if not images:
-            raise RequestError("exemplars", dict(images), "there is no class", "Give at least one class.")
+            raise RequestError("exemplars", dict(images), "there are no classes", "Give at least one class.")
         shape = next(iter(images.values())).shape[1:]
         for name, given in images.items():
             if given.ndim != 4 or len(given) == 0 or given.shape[1] not in (1, 3) or given.shape[1:] != shape:
-                remedy = "Give (k, 1 or 3, height, width) for each class, k at least 1, all images alike."
+                remedy = "Give (k, 1 or 3, height, width) for each class, k at least 1, the same size for all classes."
                 raise RequestError(f"exemplars[{name!r}]", tuple(given.shape), "this is not a set of images", remedy)
             check_images(given, f"exemplars[{name!r}]")
             if not bool((given.abs() <= 1 + 1e-4).all()):
@@ -238,7 +238,7 @@ class Exemplars:
             raise RequestError(
                 "reduce",
                 reduce,
-                f"{self.shape[1]} x {self.shape[2]} images do not divide by it",
+                f"the images' size, {self.shape[1]} x {self.shape[2]}, is not divisible by it",
                 "Use 1, or a common divisor of both sides.",
             )
         images = {name: avg_pool2d(of_class, reduce) for name, of_class in self.images.items()}
@@ -290,8 +290,8 @@ def _refuse_unknown(root: str | Path, found: list[str], known: Sequence[str] | N
     if unknown and known is not None:
         listed = some_of(map(repr, unknown))
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"Did you mean '{close[0]}'?" if close else f"The {len(known)} known ones begin with '{known[0]}'."
-        problem = f"the model does not know class {listed}"
+        hint = f"Did you mean '{close[0]}'?" if close else f"The model has {len(known)} classes, the first is '{known[0]}'."
+        problem = f"the model does not have class {listed}"
         raise RequestError("exemplars", Path(root), problem, f"{hint} Rename the folder or remove it.")
 
 
@@ -306,7 +306,7 @@ def _refuse_few(root: str | Path, counts: dict[str, int], k: int | None, minimum
     if fewest >= minimum:
         remedy = f"Lower k to {fewest}, or add images."
     elif fewest == 1 and minimum == 2:
-        remedy = "Add images: at least 2 are needed, or ask for one alone (--k 1)."
+        remedy = "Add images: at least 2 are needed; or use one exemplar per class (--k 1)."
     else:
         remedy = f"Add images: at least {minimum} are needed."
     problem = f"class {listed}{more}; {needed} exemplars of each are needed"
@@ -368,7 +368,9 @@ def _class_features(exemplars: Exemplars, name: str, extractor: Extractor, cache
         except OSError as error:
             if Path(str(cache)) not in _warned:
                 _warned.add(Path(str(cache)))
-                text = f"The cache {cache} cannot be written ({error.strerror or error}): features are computed each time."
+                text = (
+                    f"The cache {cache} can't be written ({error.strerror or error}), so features are computed again each time."
+                )
                 warning.warn(text, RuntimeWarning, stacklevel=4)
         lock.unlink(missing_ok=True)
     return features

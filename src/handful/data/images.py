@@ -170,7 +170,7 @@ def _tiff_scale(image: Image.Image, name: object) -> _Scale:
     tags: Any = getattr(image, "tag_v2", {})
     bits, kinds, photometric = (tags.get(tag, (1,)) for tag in (258, 339, 262))
     if 2 in kinds and max(bits) < 32:  # Pillow writes its own integers as 32 signed bits
-        problem = "its numbers are signed, so which one is white is not known"
+        problem = "its pixel values are signed integers, so the value of white is not known"
         raise RequestError("image", name, problem, "Rescale it and save it as 8- or 16-bit PNG.")
     wide = image.mode == "F" or image.mode.startswith("I")
     return _Scale(4095.0 if tuple(bits) == (12,) else None, wide and photometric == 0)
@@ -220,7 +220,7 @@ def _pixels(image: Image.Image, scale: _Scale, name: object) -> tuple[Tensor, fl
         values, white = np.asarray(image), scale.white or (1.0 if image.mode == "F" else 65535.0)
         if not (values.min() >= 0 and values.max() <= white):  # so written, NaN fails too
             extremes = f"{values.min()} to {values.max()}"
-            problem = f"its values run from {extremes}, not within 0 (black) to {white:.0f} (white)"
+            problem = f"its values run from {extremes}, outside 0 (black) to {white:.0f} (white)"
             raise RequestError("image", name, problem, "Rescale it and save it as 8- or 16-bit PNG.")
         gray = values.astype(np.float32)
         if isinstance(transparent := image.info.get("transparency"), int):
@@ -276,7 +276,9 @@ def encode_png(image: Tensor) -> bytes:
         RunError: a value is NaN or infinite.
     """
     if image.ndim != 3 or image.shape[0] not in (1, 3) or image.numel() == 0:
-        raise RequestError("image", tuple(image.shape), "this is no image", "Give one (1 or 3, height, width) tensor.")
+        raise RequestError(
+            "image", tuple(image.shape), "this is not an image tensor", "Give one (1 or 3, height, width) tensor."
+        )
     values = to_uint8(image).cpu().permute(1, 2, 0).numpy()
     encoded = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[2] == 1 else values)).save(encoded, "PNG")
@@ -328,7 +330,7 @@ def image_folder(root: str | Path, *, classes: Sequence[str] | None = None, fiel
         RequestError: the folder is missing, no folder, empty, flat, may not be read, or a class is empty or missing.
     """
     root = Path(root).expanduser()
-    per_class = "Put 2 or more images into a folder per class."
+    per_class = "Put 2 or more images of each class into a folder per class."
     try:
         if not root.exists():
             raise RequestError(field, root, "there is no such folder", "Check the path.")
@@ -423,8 +425,8 @@ def read_folder(
         image = read_image(files[index], channels=channels, size=size)
         if image.shape != images.shape[1:]:
             have, want = (f"{shape[-2]} x {shape[-1]}" for shape in (image.shape, images.shape))
-            problem = f"it has {have} pixels where others have {want}"
-            raise RequestError("image", files[index], problem, "Give the size that all shall have.")
+            problem = f"it has {have} pixels, but others have {want}"
+            raise RequestError("image", files[index], problem, "Give `size`, to which all images are resized.")
         images[index] = image
 
     read_all(read, range(len(files)), field=field, root=root, workers=workers)

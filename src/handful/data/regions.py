@@ -99,7 +99,7 @@ def region_images(kind: str, root: Path, each: int | None, field: str) -> Listed
         else:
             found += [(name, layout.regions.get(region, region), file) for name in _objects(objects)]
     if dead:
-        problem = f"{len(dead)} of the {len(rows)} images that it names are not there, first '{dead[0]}'"
+        problem = f"{len(dead)} of the {len(rows)} images that it names are missing, first '{dead[0]}'"
         remedy = f"Unpack {layout.title}'s images beside it, or remove these lines from the index."
         raise RequestError(field, index, problem, remedy)
     if each is not None:
@@ -115,7 +115,7 @@ def _index(layout: Layout, root: Path, field: str) -> Path:
             if (root / folder / name).is_file():
                 return root / folder / name
     names = " or ".join(layout.indexes)
-    raise RequestError(field, root, f"it holds no {names}", f"Give the folder that {layout.title}'s {names} lies in.")
+    raise RequestError(field, root, f"it holds no {names}", f"Give the folder that contains {layout.title}'s {names}.")
 
 
 def _objects(text: str) -> list[str]:

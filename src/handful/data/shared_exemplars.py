@@ -94,7 +94,7 @@ class ExemplarFeatures:
                 raise RequestError(
                     "features",
                     extractor.name,
-                    "these are the images themselves, which the file is not to hold",
+                    "these are the images themselves, which this file must not hold",
                     "Use another extractor, or share the folder of images.",
                 )
             for reduce in reduces:
@@ -230,11 +230,12 @@ class ExemplarFeatures:
             but = ", but of other weights or preprocessing" if same else ""
             remedy = f"Use what it holds ({self.held()}), or give the folder of images (--exemplars DIR)."
             if " softplus " in extractor.name:
-                remedy += " Or make it with handful exemplars --softplus; softplus=null looks without it."
+                remedy += " Or make the file with handful exemplars --softplus; or set softplus=null, which uses features "
+                "without Softplus."
             raise RequestError(
                 "features",
                 extractor.name,
-                f"the exemplars are a file of features, which holds none of it at reduce {reduce}{but}",
+                f"the exemplars are a file of features, which has no features of this extractor at reduce {reduce}{but}",
                 remedy,
             )
         return found
@@ -244,8 +245,8 @@ class ExemplarFeatures:
         pixels = self.shape[0] * self.shape[1] * self.shape[2]
         sizes = {view: next(iter(found.values())).shape[1] for view, found in self.features.items()}
         return [
-            f"{self.names[view]} at reduce {view.reduce} gives {size} features of {pixels // view.reduce**2} pixel values: "
-            "the images may be recoverable from them"
+            f"{self.names[view]} at reduce {view.reduce} keeps {size} features for {pixels // view.reduce**2} pixel values: "
+            f"the images could perhaps be recovered from them"
             for view, size in sizes.items()
             if size * view.reduce**2 >= pixels
         ]

@@ -111,8 +111,8 @@ class LabelledFiles:
         def read(place: int) -> None:
             image = self.image(place, channels=channels, size=size)
             if image.shape != held.shape[1:]:
-                problem = f"it has {image.shape[1]} x {image.shape[2]} pixels where others have {height} x {width}"
-                raise RequestError("image", self.names[place], problem, "Give the size that all shall have.")
+                problem = f"it has {image.shape[1]} x {image.shape[2]} pixels, but others have {height} x {width}"
+                raise RequestError("image", self.names[place], problem, "Give `size`, to which all images are resized.")
             held[place] = image
 
         read_all(read, range(len(self)), field=field, root=self.root, workers=workers)
@@ -164,7 +164,7 @@ def split_source(source: str | Path, field: str = "data") -> tuple[str, Path, in
     if not at or Path(rest).expanduser().exists():
         return kind, Path(rest).expanduser(), None
     if not count.isdecimal() or int(count) < 1:
-        problem, remedy = "what follows @ is no number of images", f"Write {kind}:{folder}@180, or {kind}:{folder}."
+        problem, remedy = "the text after @ is no number of images", f"Write {kind}:{folder}@180, or {kind}:{folder}."
         raise RequestError(field, str(source), problem, remedy)
     return kind, Path(folder).expanduser(), int(count)
 
@@ -217,7 +217,7 @@ def overlooked(root: str | Path, files: Mapping[str, Sequence[Path]]) -> list[st
     notes, others = [], Counter[str]()
     folders = [of_class[0].parent for of_class in files.values() if of_class] or [root]
     if files and (beside := len(list_images(folders[0].parent))):
-        notes.append(f"{beside} images lie in '{folders[0].parent}' itself, in no class folder: they are left out")
+        notes.append(f"{beside} images lie in '{folders[0].parent}' itself, in no class folder, and are left out")
     for folder in folders:
         images = {path.name for path in list_images(folder)}
         for path in folder.iterdir():
@@ -227,12 +227,12 @@ def overlooked(root: str | Path, files: Mapping[str, Sequence[Path]]) -> list[st
                 inner = sum(1 for each in path.rglob("*") if each.suffix.lower() in EXTENSIONS)
                 if inner and path.name != "__MACOSX":
                     where = "inside a class" if files else "below it"
-                    notes.append(f"{inner} images lie in the folder '{path}' {where}: they are left out")
+                    notes.append(f"{inner} images lie in the folder '{path}' {where}, and are left out")
             elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
                 others[path.suffix.lower() or "no suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(others.items()))
-        notes.append(f"{sum(others.values())} files in '{root}' are not known as images by their suffix: {kinds}: left out")
+        notes.append(f"{sum(others.values())} files in '{root}' do not have an image's suffix ({kinds}), and are left out")
     return notes
 
 

@@ -32,7 +32,7 @@ def target_files(root: str | Path) -> list[Path]:
         raise RequestError(
             "targets",
             folder,
-            f"it holds {len(by_class)} folders of images, and one set of targets is fitted",
+            f"it holds {len(by_class)} folders of images, but one set of targets is needed",
             f"Give one of them, such as '{folder / next(iter(by_class))}'.",
         )
     return next(iter(by_class.values()))
@@ -67,9 +67,9 @@ def read_targets(files: list[Path], root: str | Path, shape: tuple[int, int, int
     if any(resized):
         notes.append(f"targets: {sum(resized)} of {len(files)} have another size than {height} x {width}: cropped and resized")
     if channels == 3 and any(gray):
-        notes.append(f"targets: {sum(gray)} of {len(files)} are gray, and the model's images have colours")
+        notes.append(f"targets: {sum(gray)} of {len(files)} are gray, but the model makes colour images")
     if channels == 1 and not all(gray):
-        notes.append(f"targets: {len(files) - sum(gray)} of {len(files)} have colours, and are taken as gray")
+        notes.append(f"targets: {len(files) - sum(gray)} of {len(files)} have colours, and are converted to gray")
     for content, count in Counter(hashes).items():
         if count > 1:
             same = " = ".join(file.name for file, each in zip(files, hashes, strict=True) if each == content)

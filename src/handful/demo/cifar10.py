@@ -55,9 +55,9 @@ COLUMNS = {
 }
 NOTES = (
     "Judge: cifar10-judge, of the guide's family; SSL: cifar10-simclr, which learned without labels, after the transforms.",
-    "accuracy: share that the judge names as asked.  rob.: mean after mild transforms of real and generated images alike.",
+    "accuracy: share in which the judge sees the right class.  rob.: mean after mild transforms of real and generated images.",
     "copied: share nearer to an exemplar, in the judge's features, than 99 % of real test images are.",
-    "Believe what both judges see after the transforms, and the pictures.",
+    "Trust what both judges see after the transforms, and the pictures.",
     "utility: accuracy on the real images of a small classifier trained on the set alone; measured with --real.",
 )
 
@@ -76,7 +76,9 @@ class FeaturesJudge(Judge):
 
     def __init__(self, real: RealFeatures, extractor: FeatureExtractor, *, k: int = 5) -> None:
         if real.judge != extractor.digest:
-            raise RunError(f"the packaged real features are not {extractor.name}'s: make them again (tools/package_cifar10.py)")
+            raise RunError(
+                f"the packaged real features were not computed by {extractor.name}: make them again (tools/package_cifar10.py)"
+            )
         views = {AS_IS: UNTOUCHED, **{name: name for name in TRANSFORMS if name in real.features}}
         features = {view: real.features[name].numpy() for view, name in views.items()}
         super().__init__(features, real.labels, extractor, k=k, ceiling=False, classes=CLASSES)

@@ -193,9 +193,13 @@ def check_size(seeds: int, per_class: int) -> None:
         RequestError: Naming the field.
     """
     if seeds < 1:
-        raise RequestError("seeds", seeds, "the demo needs at least one seed", "Give 1 or more; 3 show the spread.")
+        raise RequestError(
+            "seeds", seeds, "the demo needs at least one seed", "Give 1 or more; 3 are enough to see the spread."
+        )
     if per_class < FEWEST:
-        raise RequestError("per_class", per_class, "too few to measure precision and coverage of", f"Give {FEWEST} or more.")
+        raise RequestError(
+            "per_class", per_class, "too few images to measure precision and coverage", f"Give {FEWEST} or more."
+        )
 
 
 def begin(out: Path, settings: Row) -> list[Row]:
@@ -211,12 +215,12 @@ def begin(out: Path, settings: Row) -> list[Row]:
             raise RequestError(
                 "out",
                 str(out),
-                f"it holds a demo of other settings ({mark.read_text().strip()})",
+                f"it holds a demo with other settings ({mark.read_text().strip()})",
                 "Choose another directory, or remove this one.",
             )
         return json.loads(results.read_text()) if results.is_file() else []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError("out", str(out), "it is not empty and holds no demo", "Choose a new or empty directory.")
+        raise RequestError("out", str(out), "it is not empty, and holds no demo", "Choose a new or empty directory.")
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(mark, (json.dumps(settings) + "\n").encode())
     return []

@@ -195,7 +195,7 @@ def answer(means: list[Row]) -> str:
     plain, first = of["none"], of[best]
     chance = 2 * hypot(*(max(CHANCE, mean.get("both_spread") or 0) for mean in (plain, first)))  # it is the best of several
     ahead = first["both"] - plain["both"]
-    verdict = "no method beats plain images"
+    verdict = "no method is better than no guidance"
     if best != "none":
         verdict = (
             f"{best} is highest with {first['both']:.1%}, {ahead * 100:.1f} points above plain images, where chance makes up to"

@@ -31,12 +31,12 @@ def number_of(name: str, asked: str, names: Sequence[str], places: Places) -> in
     found = exact if len(exact) == 1 else places.get(plain(asked), [])
     if len(found) == 1:
         return found[0]
-    remedy = f"Say which it is: classes: {{{name}: NUMBER}}."
+    remedy = f"Give its number: classes: {{{name}: NUMBER}}."
     if found:
         listed = ", ".join(f"{number} ({names[number]})" for number in found[:5])
-        raise RequestError("classes", asked, f"{len(found)} of the classifier's classes are called so: {listed}", remedy)
+        raise RequestError("classes", asked, f"{len(found)} of the classifier's classes have this name: {listed}", remedy)
     near = difflib.get_close_matches(plain(asked), places, n=1)
-    hint = f"; '{near[0]}' is like it" if near else ""
+    hint = f"; the nearest is '{near[0]}'" if near else ""
     raise RequestError(
         "classes",
         asked,
@@ -63,7 +63,7 @@ def class_numbers(
         RequestError: If what the user says names a class that is not there.
     """
     if names and len(names) != count:
-        return None, f"the judge names {len(names)} classes and gives {count} logits"
+        return None, f"the judge has names of {len(names)} classes, but {count} logits"
     places, found = places_of(names), {}
     for label, meant in (said or {}).items():
         if label not in labels:
@@ -100,9 +100,9 @@ def class_numbers(
         if len({*meant.values(), *found.values()}) == len(others) + len(set(found.values())):
             by_name, unknown = meant, []
     if unknown:
-        has = f"its classes are {some_of(names, 8)}" if names else f"it states no names for its {count} classes"
-        remedy = f"say which it is: --judge-class {unknown[0]}={names[0] if names else 'NUMBER'}"
-        return None, f"the judge has no class that is called {some_of(unknown, 8)}, and {has}; {remedy}"
+        has = f"its classes are {some_of(names, 8)}" if names else f"it has no names for its {count} classes"
+        remedy = f"give the judge's class: --judge-class {unknown[0]}={names[0] if names else 'NUMBER'}"
+        return None, f"the judge has no class named {some_of(unknown, 8)}: {has}; {remedy}"
     return {label: (found | by_name)[label] for label in dict.fromkeys(labels)}, ""
 
 

@@ -161,7 +161,7 @@ def _tokens(name: str, prompts: Mapping[str, str], config: Any) -> list[Tensor]:
     # where its files are missing, transformers makes one that knows nothing but its special tokens
     unfit = set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens)
     if unfit or any(int(tokens.max()) >= config.vocab_size for tokens in told):
-        problem = "its tokenizer's files are missing" if unfit else "its tokenizer is of another model"
+        problem = "its tokenizer's files are missing" if unfit else "its tokenizer belongs to another model"
         raise RequestError(
             "features", name, problem, "Copy the whole model again, with tokenizer.json or vocab.json and merges.txt."
         )

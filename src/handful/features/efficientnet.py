@@ -101,7 +101,7 @@ def efficientnet_lite0(side: int | None = None, *, meta: bool = False) -> Featur
         RequestError: If the weights are not installed or damaged, or the side is out of range.
     """
     if side is not None and not SMALLEST <= side <= SIDE:
-        problem = f"it takes sides of {SMALLEST} to {SIDE} pixels"
+        problem = f"the side must be {SMALLEST} to {SIDE} pixels"
         raise RequestError("features", f"{NAME}@{side}", problem, f"Write {NAME}@112, or {NAME} for {SIDE}.")
     with torch.device("meta"):
         network = EfficientNetLite0()

@@ -54,7 +54,9 @@ class FeatureExtractor(nn.Module):
         if (mean is None) != (std is None):
             raise ValueError("give mean and std together, or neither")
         if mean is not None and std is not None and (len(mean) != len(std) or len(mean) != (channels or len(mean))):
-            raise ValueError(f"give one mean and one std a channel: {len(mean)} and {len(std)} for {channels} channels")
+            raise ValueError(
+                f"give one mean and one std per channel: there are {len(mean)} and {len(std)} for {channels} channels"
+            )
         self.name, self.channels, self.size, self.classes = name, channels, size, tuple(classes)
         self.network = network.eval()
         for parameter in network.parameters():  # not the module's own requires_grad_, which TorchScript lacks
@@ -73,7 +75,7 @@ class FeatureExtractor(nn.Module):
             raise RequestError(
                 "images",
                 tuple(images.shape),
-                "features are taken of (n, 1 or 3, h, w)",
+                "images must have the shape (n, 1 or 3, h, w)",
                 "Pass a batch of gray or RGB images in [-1, 1].",
             )
         if not images.requires_grad:  # what guidance takes gradients at leaves the range

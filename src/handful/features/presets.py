@@ -44,8 +44,10 @@ def fdd(given: str = "", *, meta: bool = False) -> FeatureExtractor:
     network: Any = made.network
     embeddings = getattr(network.model, "embeddings", None)
     if getattr(network.model.config, "model_type", "") != "dinov2" or embeddings is None:
-        problem = "this is no DINOv2, whose features FDD compares"
-        raise RequestError("features", f"fdd:{given}", problem, "Name a DINOv2 of transformers, or fdd alone for ViT-L/14.")
+        problem = "this is not a DINOv2, and FDD compares DINOv2 features"
+        raise RequestError(
+            "features", f"fdd:{given}", problem, "Name a DINOv2 in transformers' format, or write fdd alone for ViT-L/14."
+        )
     grid = SIDE // network.model.config.patch_size
     embeddings.position_embeddings = nn.Parameter(_positions(embeddings.position_embeddings, grid), requires_grad=False)
     name = f"fdd:{given}" if given else "fdd"
@@ -81,15 +83,21 @@ def fid(given: str = "", *, meta: bool = False) -> FeatureExtractor:
         else next((each for each in (kept, *nvidia.glob(f"*{INCEPTION}")) if each.is_file()), kept)
     )
     if not file.is_file():
-        problem = f"its weights are not there ({file})"
+        problem = f"its weights are missing ({file})"
         raise RequestError(
-            "features", f"fid:{given}" if given else "fid", problem, f"Fetch {_URL} as '{kept}', or name it: fid:FILE."
+            "features",
+            f"fid:{given}" if given else "fid",
+            problem,
+            f"Download {_URL} to '{kept}', or name your copy: fid:FILE.",
         )
     made = from_torchscript(file, "meta" if meta else "cpu")
     if made.mean is None:  # not asked for features by name
-        problem = "it is another network than NVIDIA's Inception, whose forward has return_features"
+        problem = "it is not NVIDIA's Inception network, whose forward has return_features"
         raise RequestError(
-            "features", f"fid:{given}", problem, f"Fetch {_URL}; a network of your own is judged with as {file}."
+            "features",
+            f"fid:{given}",
+            problem,
+            f"Download {_URL}. To judge with a network of your own, write {file} without fid:.",
         )
     made.name = f"fid:{given}" if given else "fid"
     return made

@@ -40,8 +40,8 @@ def from_file(path: Path, attribute: str) -> FeatureExtractor:
         raise RequestError(
             "features",
             f"{path}:{attribute}",
-            "it gives no handful.features.FeatureExtractor",
-            "Name a function of that file without arguments that returns one.",
+            "it does not return a handful.features.FeatureExtractor",
+            "Name a function of that file that takes no arguments and returns one.",
         )
     made.digest = hashlib.sha256(made.digest.encode() + path.read_bytes()).hexdigest()
     return made
@@ -81,12 +81,12 @@ def extractor_skeleton(name: str) -> FeatureExtractor:
             "features",
             name,
             f"it can't be moved to the meta device ({first_line(error)})",
-            "Count the cost with another extractor of its size.",
+            "Predict the cost with another extractor of similar size.",
         ) from error
 
 
 def name_and_side(asked: str) -> tuple[str, int | None]:
-    """`dinov2@112` -> dinov2, 112; None where no side is told.
+    """`dinov2@112` -> dinov2, 112; None where no side is given.
 
     Raises:
         RequestError: If what follows the @ is no number.
@@ -95,7 +95,7 @@ def name_and_side(asked: str) -> tuple[str, int | None]:
         return asked, None
     name, _, told = asked.rpartition("@")
     if not told.isdecimal():
-        raise RequestError("features", asked, "the side after @ is no number", f"Write {name}@112, or {name}.")
+        raise RequestError("features", asked, "the side after @ is not a number", f"Write {name}@112, or {name}.")
     return name, int(told)
 
 
@@ -106,7 +106,7 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
     preset, _, given = name.partition(":")
     if side is not None and (name in PACKAGED or preset in PRESETS or path.endswith(".py") or name.endswith(TORCHSCRIPT)):
         raise RequestError(
-            "features", asked, "only models of transformers and efficientnet-lite0 take another size", f"Write {name}."
+            "features", asked, "only transformers models and efficientnet-lite0 can take another size", f"Write {name}."
         )
     if preset in PRESETS:
         return PRESETS[preset](given, meta=meta)
@@ -144,7 +144,7 @@ def _extractor(asked: str, *, meta: bool) -> FeatureExtractor:
     if path.endswith(".py"):
         return from_file(Path(path), attribute)
     if name.endswith(".py"):
-        raise RequestError("features", name, "which function of the file is not said", f"Write {name}:FUNCTION.")
+        raise RequestError("features", name, "the name of a function is missing", f"Write {name}:FUNCTION.")
     if Path(name).is_file() or (name.endswith(TORCHSCRIPT) and not Path(name).is_dir()):
         return from_torchscript(Path(name), "meta" if meta else "cpu")
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)

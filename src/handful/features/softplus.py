@@ -50,13 +50,13 @@ def softened(extractor: FeatureExtractor, beta: float) -> FeatureExtractor:
     """
     if isinstance(beta, bool) or not isinstance(beta, int | float) or not (math.isfinite(beta) and beta > 0):
         raise RequestError(
-            "softplus", beta, "beta is a finite number above 0", "EluCD took 3 and 5; leave softplus out for ReLU."
+            "softplus", beta, "beta is a finite number above 0", "EluCD uses 3 and 5; leave softplus out to keep ReLU."
         )
     if any(isinstance(part, torch.jit.ScriptModule) for part in extractor.modules()):
         raise RequestError(
             "softplus",
             beta,
-            f"'{extractor.name}' holds a TorchScript program, whose ReLUs can't be reached",
+            f"'{extractor.name}' is a TorchScript program, whose ReLUs can't be replaced",
             "Leave softplus out, or give the network as a torch module (FILE.py:FUNCTION).",
         )
     made = _Softened(extractor, beta)

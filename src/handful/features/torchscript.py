@@ -52,7 +52,7 @@ def from_torchscript(path: Path, device: torch.device | str = "cpu") -> FeatureE
             "features",
             str(path),
             f"it is no TorchScript file that torch can load ({first_line(error)[:120]})",
-            "Weights alone don't say how to compute features: save the network with torch.jit.script(network)"
+            "Weights alone are not enough to compute features: save the network with torch.jit.script(network)"
             ".save(...), or wrap it in a FILE.py:FUNCTION.",
         ) from error
     arguments = {argument.name: argument for argument in schema.arguments[1:]}  # the first is self
@@ -61,7 +61,7 @@ def from_torchscript(path: Path, device: torch.device | str = "cpu") -> FeatureE
         raise RequestError(
             "features",
             str(path),
-            f"its forward is not called with images alone and answered with a tensor ({schema})",
+            f"its forward does not take one tensor of images and return one tensor ({schema})",
             "Script a module that takes one tensor and returns one.",
         )
     if "return_features" in arguments:

@@ -188,7 +188,7 @@ def read_config(name: str) -> Any:
         raise RequestError("features", name, error.problem, error.remedy + packaged) from error
     if config is None:
         raise RequestError(
-            "features", name, "it holds no config.json", "Give a model that transformers' save_pretrained wrote."
+            "features", name, "it holds no config.json", "Give a directory that transformers' save_pretrained wrote."
         )
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -199,7 +199,7 @@ def read_config(name: str) -> Any:
 def unreadable(name: str, error: Exception) -> RequestError:
     """What to say where transformers can't load something."""
     remedy = "Give a directory that save_pretrained wrote, with safetensors weights" + (
-        "." if Path(name).is_dir() else f", or fetch it into the hub's cache: hf download {name}."
+        "." if Path(name).is_dir() else f", or download it into the hub's cache: hf download {name}."
     )
     return RequestError("features", name, f"transformers can't load it ({first_line(error)})", remedy)
 
@@ -221,7 +221,7 @@ def plan_model(name: str, config: Any, said: dict[str, Any] | None, side: int | 
                 raise RequestError(
                     "features",
                     f"{name}@{side}",
-                    f"the side is no multiple of the network's patch, {one}",
+                    f"the side is not a multiple of the network's patch size, {one}",
                     f"Write {name}@{near} or {name}@{near + one}.",
                 )
         name, size = f"{name}@{side}", (side, side)
@@ -250,7 +250,9 @@ def plan_model(name: str, config: Any, said: dict[str, Any] | None, side: int | 
         raise RequestError("features", name, problem, _WRAP) from error
     if not classifier:
         if getattr(answer, "pooler_output", None) is None:
-            raise RequestError("features", name, f"a {kind.__name__} has no pooled output, and is no image classifier", _WRAP)
+            raise RequestError(
+                "features", name, f"a {kind.__name__} has no pooled output and is not an image classifier", _WRAP
+            )
         held = tuple(saved.state_dict())
         if any("pooler" in key and not any(one.endswith(key) for one in held) for key in model.state_dict()):
             problem = f"it was saved as a {type(saved).__name__}, without the weights of a pooled output"
@@ -275,9 +277,7 @@ def _kind(name: str, config: Any) -> tuple[Any, Any, bool]:
     kind = kinds[0] if kinds else MODEL_MAPPING.get(type(config), None)
     if kind is None or isinstance(kind, tuple):
         wanted = next(iter(config.architectures or ()), config.model_type)
-        raise RequestError(
-            "features", name, f"transformers {transformers.__version__} can't load a {wanted} by its name", _WRAP
-        )
+        raise RequestError("features", name, f"transformers {transformers.__version__} has no {wanted}", _WRAP)
     if kind.main_input_name != "pixel_values":
         raise RequestError("features", name, f"a {kind.__name__} takes {kind.main_input_name}, not images", _WRAP)
     return kind, config, bool(kinds)
@@ -304,14 +304,14 @@ def _preprocessing(name: str, said: dict[str, Any]) -> tuple[tuple[int, int], tu
     for key, value in usual.items():
         if key in said and abs(said[key] - value) > 1e-6:
             raise RequestError(
-                "features", name, f"its preprocessor_config.json says {key}: {said[key]}, which is not known here", _WRAP
+                "features", name, f"its preprocessor_config.json has {key}: {said[key]}, which handful does not support", _WRAP
             )
     crop = said.get("crop_size") if said.get("do_center_crop", True) else None
     size: Any = crop or said.get("size") or {}
     sides: dict[str, Any] = {"shortest_edge": size} if isinstance(size, int) else dict(size)
     height, width = (sides.get("shortest_edge") or sides.get(side) for side in ("height", "width"))
     if not height or not width:
-        raise RequestError("features", name, "its preprocessor_config.json says no size", _WRAP)
+        raise RequestError("features", name, "its preprocessor_config.json has no size", _WRAP)
     if said.get("do_normalize") is False:
         return (height, width), (0.0,) * 3, (1.0,) * 3
     mean, std = said.get("image_mean"), said.get("image_std")
@@ -319,8 +319,8 @@ def _preprocessing(name: str, said: dict[str, Any]) -> tuple[tuple[int, int], tu
         raise RequestError(
             "features",
             name,
-            "its preprocessor_config.json says no image_mean and image_std",
-            "Write those of its training images there.",
+            "its preprocessor_config.json has no image_mean and image_std",
+            "Add those of its training images to that file.",
         )
     return (height, width), tuple(mean), tuple(std)
 

@@ -21,7 +21,7 @@ def write_atomically(path: Path, data: bytes, temporary: Path | None = None) -> 
         OSError: It can't be written; nothing is left behind.
     """
     if path.exists() and not path.is_file():  # a folder, or a device such as /dev/null: it would be replaced
-        raise OSError(errno.EINVAL, "this is no regular file", str(path))
+        raise OSError(errno.EINVAL, "this is not a regular file", str(path))
     # Hidden, so that no listing takes it for an image; not named after the file, whose name may be as long as can be.
     temporary = temporary or path.parent / f".{secrets.token_hex(8)}.tmp"
     try:

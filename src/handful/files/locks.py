@@ -31,7 +31,7 @@ def take(path: Path, seconds: float = 0) -> BaseFileLock | None:
         except OSError as error:
             if error.errno not in _NONE or name is not path:
                 raise
-    raise OSError(errno.ENOLCK, "no kind of lock works here", str(path))
+    raise OSError(errno.ENOLCK, "this file system supports no kind of file lock", str(path))
 
 
 @contextmanager

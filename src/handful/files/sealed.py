@@ -61,7 +61,7 @@ def unseal(path: str | Path, kind: str, version: int, *, field: str, remedy: str
     except Exception as error:  # safetensors raises kinds of its own for damaged files
         raise RequestError(field, Path(path), f"it is damaged or cut short ({first_line(error)})", remedy) from error
     if not whole:
-        raise RequestError(field, Path(path), "it is damaged: its contents are not those that were written", remedy)
+        raise RequestError(field, Path(path), "it is damaged: its contents have changed since it was written", remedy)
     return settings, tensors
 
 

@@ -47,7 +47,7 @@ class GuidanceCallback:
     """Guidance terms as the `callback_on_step_end` of a Stable Diffusion, SDXL, Stable Diffusion 3 or Flux pipeline.
 
     The images of one call are one cohort. With DDIM, leave the pipeline's `eta` at 0. What else the pipeline is told, the
-    denoiser must be told as well: `from_pipeline(pipeline, resolution=(height, width), embedded_guidance=...)`.
+    denoiser needs it as well: `from_pipeline(pipeline, resolution=(height, width), embedded_guidance=...)`.
 
     Args:
         pipeline: The pipeline that will call it.
@@ -95,7 +95,7 @@ class GuidanceCallback:
             raise RequestError(
                 "latents",
                 tuple(x_t.shape),
-                f"the pipeline's have the shape {tuple(x_s.shape)}",
+                f"the pipeline's latents have the shape {tuple(x_s.shape)}",
                 "Give the callback the same latents as the pipeline.",
             )
         start = _plain(x_t.float(), self.denoiser.shape)
@@ -103,7 +103,7 @@ class GuidanceCallback:
             raise RequestError(
                 "prompt",
                 self.prompts,
-                f"the pipeline makes {len(start)} images of other prompts",
+                f"the pipeline makes {len(start)} images, with other prompts",
                 "Give the callback the same prompts as the pipeline.",
             )
         each = len(start) // len(self.prompts)
@@ -121,7 +121,7 @@ class GuidanceCallback:
             raise RequestError(
                 "latents",
                 tuple(self.latents.shape),
-                "they were those of the last call of the pipeline",
+                "these latents were used in the last call of the pipeline",
                 "Make a GuidanceCallback for each call.",
             )
         scheduler = pipeline.scheduler
@@ -273,8 +273,8 @@ class _Told(Denoiser):
         assert self._x0_hat is not None
         if len(x_t) != len(self._x0_hat):
             raise RunError(
-                f"out of memory with {len(self._x0_hat)} images at once, which the guider of a pipeline can't "
-                "take in parts: make fewer at once, or take the jacobian as gaussian"
+                f"out of memory with {len(self._x0_hat)} images at once, and a pipeline's guider can't split them: generate "
+                f"fewer at once, or use jacobian='gaussian'"
             )
         if not (torch.is_grad_enabled() and x_t.requires_grad):
             return self._x0_hat
@@ -309,8 +309,8 @@ def level_of_time(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
         raise RequestError(
             "denoiser",
             type(levels).__name__,
-            "the time that a pipeline tells its network does not say its levels",
-            "Use a denoiser of a diffusers pipeline.",
+            "the noise level can't be found from the time that a pipeline gives its network",
+            "Use a denoiser made from a diffusers pipeline.",
         )
     low = time.floor().clamp(0, len(levels) - 2).long()
     log_ratio = (levels.sigma / levels.alpha).clamp(max=LARGEST_RATIO).log()
@@ -320,13 +320,13 @@ def level_of_time(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_terms(terms: Sequence[Guidance]) -> None:
-    """Refuses terms that move the sample itself, or change what the network is told: both are the pipeline's own."""
+    """Refuses terms that move the sample itself, or change the network's condition: the pipeline controls both."""
     for term in terms:
         if isinstance(term, Potential) and term.pull.rule != "shift":
             raise RequestError(
                 "terms",
                 f"{term.name}, rule {term.pull.rule}",
-                "it moves the sample itself, which a pipeline's scheduler keeps to itself",
+                "it moves the sample itself, which is hidden inside the pipeline's scheduler",
                 "Use the rule shift, or handful's own samplers.",
             )
         if not term.shifts:
@@ -345,8 +345,8 @@ def _refuse_scheduler(scheduler: Any) -> None:
         raise RequestError(
             "pipeline.scheduler",
             kind,
-            "it takes steps of several evaluations, or draws noise, so that what a "
-            "shift of x0_hat does to the latents is not known after the step",
+            "it uses several evaluations per step, or draws noise: so after the step the effect of a shift of x0_hat on the "
+            "latents is not known",
             remedy,
         )
     for name in ("clip_sample", "thresholding", "stochastic_sampling"):
@@ -354,8 +354,8 @@ def _refuse_scheduler(scheduler: Any) -> None:
             raise RequestError(
                 f"pipeline.scheduler.{name}",
                 True,
-                "a step is then not linear in x0_hat, or draws noise",
-                f"Set it off: {kind}.from_config(pipeline.scheduler.config, {name}=False).",
+                "with it a step is not linear in x0_hat, or draws noise",
+                f"Switch it off: pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {name}=False).",
             )
 
 
@@ -385,7 +385,7 @@ def _plain(latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
         raise RequestError(
             "latents",
             tuple(latents.shape),
-            f"the denoiser's are (n, {', '.join(map(str, shape))})",
+            f"the denoiser's latents are (n, {', '.join(map(str, shape))})",
             "Give denoiser=handful.models.from_pipeline(pipeline, resolution=(height, width)).",
         )
     return unpacked(latents, height // PATCH, width // PATCH) if latents.ndim == 3 else latents

@@ -32,7 +32,7 @@ def as_features(value: Any, name: str) -> np.ndarray:
             value = value.float()
     array = np.asarray(value)
     if array.ndim != 2:
-        raise RequestError(name, array.shape, "features must have the shape (n, D)", "Give one row per image.")
+        raise RequestError(name, array.shape, "features must have the shape (n, D)", "Give one row of features per image.")
     if 0 in array.shape:
         raise RequestError(name, array.shape, "this shape is empty", "Give at least one image and one feature.")
     if array.dtype.kind in "biu":
@@ -59,8 +59,8 @@ def _raise_unusable(block: np.ndarray, start: int, name: str) -> None:
 def require_same_width(first: np.ndarray, second: np.ndarray, first_name: str, second_name: str) -> None:
     """Raises RequestError where two sets differ in D."""
     if first.shape[1] != second.shape[1]:
-        problem = f"D differs from that of `{first_name}`, {first.shape[1]}"
-        raise RequestError(second_name, second.shape[1], problem, "Extract both with one extractor.")
+        problem = f"the number of features differs from that of `{first_name}`, {first.shape[1]}"
+        raise RequestError(second_name, second.shape[1], problem, "Extract both with the same extractor.")
 
 
 def as_pair(real: Any, generated: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ def posterior(logits: Tensor, tau1: float = 1.0, temperature: float = 1.0) -> Te
         raise RequestError(
             "logits",
             tuple(logits.shape),
-            "a classifier gives (n, classes), with two classes or more",
+            "logits must have the shape (n, classes), with two classes or more",
             "Give a row for each image.",
         )
     if not bool(logits.isfinite().all()):

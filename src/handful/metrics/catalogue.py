@@ -96,7 +96,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("vendi", "Vendi", lambda sets: vendi(sets.generated), "how many entirely different images the set is worth",
            audited=False, brief=False),
     Metric("vendi_real", "Vendi of real", lambda sets: vendi(sets.real.features), audited=False, compared=False),
-    per_image("judge_accuracy", "accuracy", "share of the generated images that the judge names as asked"),
+    per_image("judge_accuracy", "accuracy", "share of the generated images in which the judge sees the class that was asked "
+    "for"),
     per_image("copied", "copied", "share of the generated images that are nearer to an exemplar of their class than 99 % of the"
               " real images are (in pixels); 0.01 is expected", lower_is_better=True, audited=False),
     per_image("clip_score", "CLIPScore", "100 times the cosine of image and prompt in CLIP, not below 0", audited=False,
@@ -106,7 +107,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("frechet_infinity", "Frechet inf.", lambda sets: frechet_at_infinity(sets.real.features, sets.generated),
            "Frechet distance of infinitely many images, by extrapolation", lower_is_better=True, audited=False, usual=False),
     Metric("authenticity", "authenticity", lambda sets: authenticity(sets.real.features, sets.generated),
-           "share farther from its nearest real image than that is from another real one", audited=False, usual=False),
+           "share whose nearest real image is nearer to another real image than to it", audited=False, usual=False),
     Metric("cmmd", "CMMD", lambda sets: cmmd(sets.real.features, sets.generated),
            "1,000 times the squared MMD of unit features (meant for CLIP's)", lower_is_better=True, usual=False),
 )

@@ -118,7 +118,7 @@ def intra_distance(
         RequestError: If a set is empty, the sets differ in size or channels, or `most` is below 2.
     """
     if most is not None and as_count(most, "most") < 2:
-        raise RequestError("most", most, "one image has no distance to others", "Give 2 or more; 50 is usual.")
+        raise RequestError("most", most, "a single image has no distances to others", "Give 2 or more; 50 is usual.")
     generated, targets = as_image_pair(generated, targets, "generated", "targets")
     owner = nearest_targets(generated, targets, distance, most_values=most_values)[1]
     values, sizes, compared = [], [], []
@@ -201,7 +201,10 @@ def reconstruction(real: Tensor, reconstructed: Tensor, distance: PerceptualDist
     real, reconstructed = as_image_pair(real, reconstructed, "real", "reconstructed")
     if len(real) != len(reconstructed):
         raise RequestError(
-            "reconstructed", len(reconstructed), f"so many reconstructions of {len(real)} images", "Give one for each."
+            "reconstructed",
+            len(reconstructed),
+            f"this is the number of reconstructions, for {len(real)} images",
+            "Give one for each image.",
         )
     window = ssim_window(*real.shape[2:])
     squares = (real - reconstructed).double().square().flatten(1).mean(1).cpu().numpy()
@@ -268,7 +271,7 @@ def ssim(first: Tensor, second: Tensor, *, most_pixels: int = _PIXELS) -> np.nda
     """
     first, second = as_image_pair(first, second, "first", "second")
     if len(first) != len(second):
-        raise RequestError("second", len(second), f"so many images for {len(first)} in `first`", "Give pairs.")
+        raise RequestError("second", len(second), f"this is the number of images, but `first` has {len(first)}", "Give pairs.")
     return _ssim(first, second, most_pixels)
 
 

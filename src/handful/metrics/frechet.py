@@ -89,13 +89,13 @@ def frechet_from_moments(mean1: Any, cov1: Any, mean2: Any, cov2: Any) -> float:
             raise RequestError(f"cov{number}", cov.shape, problem, "Give both moments of one set.")
         asymmetry = float(np.abs(cov - cov.T).max())
         if asymmetry > 1e-6 * np.abs(cov).max():
-            problem = "the matrix and its transpose differ by this much"
+            problem = "the matrix is not symmetric: this is its largest difference from its transpose"
             raise RequestError(f"cov{number}", asymmetry, problem, "Give numpy.cov(features, rowvar=False).")
         means.append(centre)
         factors.append(_factor((cov + cov.T) / 2, f"cov{number}"))
     if len(means[0]) != len(means[1]):
-        problem = f"D differs from that of `mean1`, {len(means[0])}"
-        raise RequestError("mean2", len(means[1]), problem, "Extract both with one extractor.")
+        problem = f"the number of features differs from that of `mean1`, {len(means[0])}"
+        raise RequestError("mean2", len(means[1]), problem, "Extract both with the same extractor.")
     return _distance(means[0], factors[0], means[1], factors[1])
 
 
@@ -120,7 +120,7 @@ def _factor(cov: np.ndarray, name: str) -> np.ndarray:
     values, vectors = np.linalg.eigh(cov)
     noise = len(values) * np.finfo(np.float64).eps * np.abs(values).max()
     if values[0] < -max(noise, 1e-6 * values[-1]):
-        problem = "this is its smallest eigenvalue, and a covariance has none below 0"
+        problem = "this is its smallest eigenvalue, but a covariance has none below 0"
         raise RequestError(name, float(values[0]), problem, "Give numpy.cov(features, rowvar=False).")
     keep = values > noise
     return (vectors[:, keep] * np.sqrt(values[keep])).T

@@ -108,8 +108,8 @@ class Lpips(nn.Module):
             raise RequestError(
                 "images",
                 f"{images.shape[-2]} x {images.shape[-1]}",
-                f"LPIPS with {self.name} sees nothing in less than {smallest} x {smallest} pixels",
-                "Take an extractor's features as the distance, such as a classifier of such images.",
+                f"LPIPS with {self.name} needs images of at least {smallest} x {smallest} pixels",
+                "Use the features of an extractor as the distance, such as a classifier of such images.",
             )
         x = (images.to(self.shift).expand(-1, 3, -1, -1) - self.shift) / self.scale
         embedded = []
@@ -135,21 +135,21 @@ def load_lpips(network: str, backbone: str | Path, linear: str | Path | None = N
             another shape, or a learned weight is negative.
     """
     if network not in NETWORKS:
-        raise RequestError("network", network, "LPIPS is made of no such network here", "Take vgg or alex.")
+        raise RequestError("network", network, "LPIPS is not available with this network", "Use vgg or alex.")
     made = Lpips(network)
     convolutions = {f"features.{key}": tuple(value.shape) for key, value in made.features.state_dict().items()}
     lines = {f"lin{place}.model.1.weight": (1, len(weight), 1, 1) for place, weight in enumerate(made.linear)}
     file = NETWORKS[network].file
     learned = Path(linear) if linear is not None else _of_torchmetrics(network)
-    held = _weights(learned, lines, "linear", "Take a file of LPIPS 0.1 for the same network, or leave it out.")
-    held |= _weights(Path(backbone), convolutions, "backbone", f"Take torchvision's {file}.")
+    held = _weights(learned, lines, "linear", "Give a file of LPIPS 0.1 for the same network, or leave it out.")
+    held |= _weights(Path(backbone), convolutions, "backbone", f"Give torchvision's {file}.")
     for key in lines:
         if (held[key] < 0).any():
             raise RequestError(
                 "linear",
                 str(learned),
-                f"{key} has negative values, and LPIPS' weights are none",
-                "Take a file of LPIPS 0.1, or leave it out.",
+                f"{key} has negative values, but LPIPS' weights are never negative",
+                "Give a file of LPIPS 0.1, or leave it out.",
             )
     state = {key: held[key].float() for key in convolutions}
     made.load_state_dict(state | {f"linear.{place}": held[key].float().flatten() for place, key in enumerate(lines)})
@@ -165,7 +165,10 @@ def _of_torchmetrics(network: str) -> Path:
         if file.is_file():
             return file
     raise RequestError(
-        "linear", None, "this torchmetrics comes without LPIPS' learned weights", "Give their file (lin0.model.1.weight ...)."
+        "linear",
+        None,
+        "this version of torchmetrics has no learned LPIPS weights",
+        "Give the file of these weights (lin0.model.1.weight ...).",
     )
 
 

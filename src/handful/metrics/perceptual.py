@@ -62,7 +62,10 @@ class PerceptualDistance:
         first, second = as_image_pair(first, second, "first", "second")
         if len(first) != len(second):
             raise RequestError(
-                "second", len(second), f"so many images for {len(first)} in `first`", "Give pairs, or ask for `pairs`."
+                "second",
+                len(second),
+                f"this is the number of images, but `first` has {len(first)}",
+                "Give pairs, or ask for `pairs`.",
             )
         blocks = _Embedded(self, second, most_values=0)
         found = [self._measured(a - blocks.block(rows)) for rows, a in _Embedded(self, first, most_values=0).blocks()]
@@ -237,7 +240,7 @@ def as_image_pair(first: Tensor, second: Tensor, first_name: str, second_name: s
     """
     first, second = as_images(first, first_name), as_images(second, second_name)
     if first.shape[1] != second.shape[1]:
-        problem = f"so many channels, where `{first_name}` has {first.shape[1]}"
+        problem = f"this is the number of channels, but `{first_name}` has {first.shape[1]}"
         raise RequestError(second_name, second.shape[1], problem, "Make both gray, or both RGB (read_image does).")
     if first.shape[2:] != second.shape[2:]:
         (h, w), (other_h, other_w) = second.shape[2:], first.shape[2:]

@@ -138,7 +138,7 @@ def summarize(
         if not ceiling:
             return None
         if len(second) == 0:
-            return Scores(len(first), 0, note=f"{len(first)} real image: no two halves to compare")
+            return Scores(len(first), 0, note=f"with only {len(first)} real image there are no two halves to compare")
         values = {name: each[second] for name, each in (real_per_image or {}).items()}
         return scores(Sets(Reference(real[first], k), real[second], values), asked)
 
@@ -165,7 +165,9 @@ def rows_by_label(labels: Iterable[Any], n: int, name: str) -> dict[str, np.ndar
     """The rows of each label, which is compared as text; `name` is what errors call the labels."""
     values = getattr(labels, "tolist", lambda: list(labels))()  # numpy and torch: plain Python values
     if len(values) != n:
-        raise RequestError(name, len(values), f"so many labels for {n} images", "Give one per row of the features.")
+        raise RequestError(
+            name, len(values), f"this is the number of labels, for {n} images", "Give one per row of the features."
+        )
     names, positions = np.unique(np.array([str(value) for value in values]), return_inverse=True)
     ends = np.cumsum(np.bincount(positions))[:-1]
     return dict(zip(names.tolist(), np.split(np.argsort(positions, kind="stable"), ends), strict=True))

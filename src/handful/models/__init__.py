@@ -134,7 +134,7 @@ def _part(options: ModelOptions, name: str) -> Source:
     given, file = str(getattr(options, name)), "scheduler_config.json" if name == "scheduler" else "config.json"
     found = find_source(given)
     if found is None or found.file is not None or not (found.read_json(file) or found.read_json(f"{name}/{file}")):
-        problem = f"there is no {file} in it, or it is no directory and no hub name"
+        problem = f"it holds no {file}, or it is neither a directory nor a hub name"
         raise RequestError(f"model.{name}", given, problem, f"Give the directory of a {name} as diffusers saves it.")
     return found
 
@@ -173,7 +173,7 @@ def _by_parts(index: dict[str, Any]) -> str | None:
     parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     more = [f"{name}/" for name in parts if name in ("controlnet", "adapter", "motion_adapter", "prior")]
     if more or (more := [f"{word}, not saved with it" for word in STEERED if word in kind]):
-        raise RequestError("model", kind, f"it is steered by more than a prompt ({', '.join(more)})", BASE)
+        raise RequestError("model", kind, f"it needs more inputs than a prompt ({', '.join(more)})", BASE)
     if parts.get("transformer") in TRANSFORMERS:
         return TRANSFORMERS[parts["transformer"]]
     clip = str(parts.get("text_encoder")).startswith("CLIPText")

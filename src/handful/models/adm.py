@@ -205,8 +205,8 @@ def state_of(file: Path, device: str) -> State:
             raise RequestError(
                 "model",
                 str(file),
-                f"its pickle asks for {asked[1]}, so reading it would run code",
-                "Save its tensors alone, torch.save(network.state_dict(), FILE), where you trust it.",
+                f"its pickle contains {asked[1]}, so reading it would run code",
+                "If you trust it, load it in Python and save only its tensors: torch.save(network.state_dict(), FILE).",
             ) from error
         raise RequestError(
             "model",
@@ -257,8 +257,8 @@ def _architecture(file: Path, state: State) -> Architecture:
         raise RequestError(
             "model",
             str(file),
-            f"its network takes {in_channels} channels, not an image's"
-            + (": it is an upsampler, which is told a small image" if in_channels == 6 else ""),
+            f"its network takes {in_channels} channels, not 1 or 3"
+            + (": it is an upsampler, which needs a small image as input" if in_channels == 6 else ""),
             "Give a checkpoint that generates images from noise alone.",
         )
     # each level but the first ends, on the way up, in a layer that doubles the resolution
@@ -322,7 +322,7 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
         raise RequestError(
             "model",
             str(file),
-            f"no published checkpoint is like it (base {told.base}, levels of {told.channels} channels, "
+            f"it matches no published checkpoint (base {told.base}, levels of {told.channels} channels, "
             f"{told.blocks} blocks each, {told.labels} classes), and its file can't tell {', '.join(missing)}",
             f"Write them into {beside}, as it was trained, for instance: {json.dumps(example)}; the schedule is linear or "
             "cosine, and num_heads goes in num_head_channels' stead where their number is fixed.",
@@ -332,7 +332,7 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
         raise RequestError(
             "model",
             str(beside),
-            f"image_size {settings.image_size} can't be halved {halvings} times, as the network does",
+            f"the network halves the size {halvings} times, which image_size {settings.image_size} does not allow",
             f"Give a multiple of {2**halvings}.",
         )
     return settings

@@ -117,7 +117,7 @@ class PipelineDenoiser(Prompted, LatentDenoiser):
         pipeline: The diffusers pipeline.
         heard: How its network is called.
         prediction, levels, resolution, preview_vae: As for `LatentDenoiser`.
-        prompts: Gives what the network is told, by the names of its arguments.
+        prompts: Gives the network's inputs for the prompts, by the names of its arguments.
     """
 
     def __init__(
@@ -210,10 +210,10 @@ def refuse_other_purposes(kind: str, name: str) -> None:
     if word := next((word for word in PICTURES if word in kind), None):
         raise RequestError("model", name, f"it is a {kind}, which needs an image beside the prompt ({word})", base)
     if any(word in kind for word in TOKENS):
-        problem = f"it is a {kind}, which fills in tokens: it has no noise that guidance could act on"
+        problem = f"it is a {kind}, which predicts tokens: it has no noise levels, so guidance can't act on it"
         raise RequestError("model", name, problem, "Use a diffusion model of images or latents.")
     if "prompt" not in told:
-        raise RequestError("model", name, f"it is a {kind}, a family that is not known and is told no prompt", own_file(kind))
+        raise RequestError("model", name, f"it is a {kind}, an unknown family without a prompt", own_file(kind))
 
 
 def own_file(kind: str) -> str:
@@ -269,7 +269,11 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> PipelineDenoiser:
     )
     _check_decoding(kind, denoiser, one)
     if "pag_scale" in inspect.signature(pipeline.__call__).parameters:
-        denoiser.notes = (*denoiser.notes, "model: its perturbed-attention guidance is left out; say what guides by guidance")
+        denoiser.notes = (
+            *denoiser.notes,
+            "model: the pipeline's own perturbed-attention guidance is not used; only the "
+            "guidance of the recipe acts (--guidance)",
+        )
     return denoiser
 
 
@@ -287,7 +291,7 @@ def network_of(pipeline: Any) -> str:
 
 
 def _strange(kind: str, what: str) -> RequestError:
-    return RequestError("model", kind, f"it can't be listened to: {what}", own_file(kind))
+    return RequestError("model", kind, f"its network can't be used outside the pipeline: {what}", own_file(kind))
 
 
 def _listened(
@@ -392,7 +396,7 @@ def _roles(kind: str, network: Any, heard: _Heard) -> tuple[str, str]:
     latents = next(iter(told))
     names = [name for name in told if name in ("timestep", "timesteps", "t")]
     if len(names) != 1 or not isinstance(told[names[0]], Tensor):
-        raise _strange(kind, f"{type(network).__name__} is told {', '.join(told)}, none of which is the time")
+        raise _strange(kind, f"{type(network).__name__} takes {', '.join(told)}, and none of these is the time")
     return latents, names[0]
 
 
@@ -437,7 +441,7 @@ def _arguments(kind: str, one: _Heard, two: _Heard, roles: tuple[str, str]) -> t
             raise _strange(kind, f"the network's argument {name} depends on how many images there are")
         constant[name] = value
     if not any(first[name].is_floating_point() and first[name].ndim >= 2 for name in told):
-        raise _strange(kind, "the network is told nothing of a prompt")
+        raise _strange(kind, "the network does not get the prompt")
     return told, constant, frozenset(listed)
 
 
@@ -468,21 +472,21 @@ def _check_input(kind: str, heard: _Heard, latents: str, prediction: str) -> Non
     for told, (_, _, sample, _) in zip(heard.calls, heard.steps, strict=False):
         x = told[latents].float()
         if x.shape != sample.shape:
-            raise _strange(kind, f"the network is given {tuple(x.shape)} for latents of {tuple(sample.shape)}")
+            raise _strange(kind, f"the network gets {tuple(x.shape)} for latents of {tuple(sample.shape)}")
         factor = (x * sample).sum() / sample.float().square().sum()
         if not _near(x, factor * sample.float()) or (prediction == "flow" and abs(float(factor) - 1) > 1e-3):
-            raise _strange(kind, "the network is given something else than the latents")
+            raise _strange(kind, "the network gets something else than the latents")
 
 
 def _levels(
     pipeline: Any, kind: str, config: dict[str, Any], heard: _Heard, time: str, asked: Mapping[str, Any]
 ) -> tuple[Schedule, Prediction, Callable[[Tensor], Tensor]]:
-    """The levels; what the network predicts; and how it is told the time."""
+    """The levels; what the network predicts; and how it takes the time."""
     levels, prediction = schedule_of(config)
     if prediction != "flow":
         times, given = _times(heard, time), [float(each[1]) for each in heard.steps]
         if any(abs(a - b) > 0.5 for a, b in zip(times, given, strict=False)):
-            raise _strange(kind, f"the network is told the times {times} for the steps {given}")
+            raise _strange(kind, f"the network gets the times {times} for the steps {given}")
         return levels, prediction, lambda t: t
     found: dict[int, Tensor] = {}
 
@@ -502,7 +506,7 @@ def _levels(
 
 
 def clock_of(s: Tensor, told: Tensor) -> Callable[[Tensor], Tensor]:
-    """How a network is told the times of a flow, by what it was told at many of them, (m,) each.
+    """How a network takes the times of a flow, from its inputs at many of them, (m,) each.
 
     It is scale * s, 1 - s or kin, exactly; or that rounded down; or, where a pipeline shifts s and not what it tells, what
     was heard, interpolated.
@@ -537,7 +541,8 @@ def _resolution(pipeline: Any, heard: _Heard) -> tuple[int, int]:
 def _null(
     pipeline: Any, options: ModelOptions, asked: Mapping[str, Any], told: list[str], plain: Mapping[str, Any]
 ) -> dict[str, Tensor] | None:
-    """What the network is told for no prompt, heard of the pipeline's own classifier-free guidance; None where it has none."""
+    """What the network takes as no prompt, recorded from the pipeline's own classifier-free guidance; None where it has "
+    "none."""
     own = inspect.signature(pipeline.__call__).parameters
     scale = "true_cfg_scale" if "true_cfg_scale" in own else "guidance_scale"
     if scale not in own:

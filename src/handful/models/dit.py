@@ -62,7 +62,7 @@ class DiTDenoiser(LatentDenoiser):
             raise RequestError(
                 "model",
                 f"out_channels {config.out_channels}",
-                "the transformer predicts neither the latents alone nor latents and variance",
+                "the transformer's output is neither the latents alone nor latents and variance",
                 "Use one with as many output as input channels, or twice as many.",
             )
         side = config.sample_size * factor_of(latents)

@@ -26,7 +26,7 @@ from handful.models.source import Source
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published S, B, L and XL: the file can't tell
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SCHEDULER |= {"num_train_timesteps": 1000, "clip_sample": False}
-TIMES = "its tensors are named as DiT's; so are those of SiT, which predicts a flow and would give noise here"
+TIMES = "the file is taken for a DiT. SiT files have the same tensor names, but predict a flow and would give only noise here"
 OWN = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight", "pos_embed")
 VAE = "Name it: --vae stabilityai/sd-vae-ft-ema, or its directory."
 # Names of the original, as patterns, and of diffusers'.
@@ -105,7 +105,7 @@ def _config(source: Source, state: Mapping[str, Tensor]) -> dict[str, Any]:
             problem = f"num_heads can't be read ({type(error).__name__}: {first_line(error)})"
             raise RequestError("model", str(beside), problem, 'Write {"num_heads": 16}.') from error
     if not isinstance(heads, int) or heads < 1 or width % heads:
-        problem = f"no published DiT is {width} wide, and its tensors can't tell how many heads it has"
+        problem = f"no published DiT has the width {width}, and the number of heads can't be read from its tensors"
         remedy = f'Write it into {beside}: {{"num_heads": 16}}; it divides {width}.'
         raise RequestError("model", source.name, problem, remedy)
     side = math.isqrt(state["pos_embed"].shape[1])
@@ -138,7 +138,7 @@ def _converted(source: Source, state: Mapping[str, Tensor], blocks: int) -> dict
         else:
             old = next((old for old in RENAMED if re.match(old, name)), None)
             if old is None:
-                problem = f"it holds {name}, which no DiT has"
+                problem = f"it holds {name}, which a DiT does not have"
                 raise RequestError("model", source.name, problem, "Give a checkpoint of facebookresearch/DiT.")
             held[re.sub(f"^{old}", RENAMED[old], name)] = tensor
     return held

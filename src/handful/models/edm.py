@@ -34,7 +34,7 @@ class EDMDenoiser(NetworkDenoiser):
     """A network that is its own denoiser: x (n, c, h, w) and sigma (n,) -> E[x0 | x].
 
     Labels are 0 to label_dim - 1, told to the network as one-hot rows. With `null_class=label_dim` there is one label more,
-    told as a row of zeros: that is "no class" to networks that were trained with label dropout. Nothing in a network says
+    given as a row of zeros: that is "no class" to networks that were trained with label dropout. Nothing in a network says
     whether it was, so without that statement there is no null class.
 
     x reaches the network in float32 whatever precision its weights have: it adds c_skip x to its output, and x rounded to 8
@@ -66,8 +66,9 @@ class EDMDenoiser(NetworkDenoiser):
             raise RequestError(
                 "model",
                 f"img_channels {shape[0]}",
-                "its images are neither gray nor RGB: a network of latents, whose autoencoder is not known here",
-                "Use one of pixels, or return a handful.models.latent.LatentDenoiser from FILE.py:FUNCTION.",
+                "its images have neither 1 nor 3 channels: it makes latents, and the autoencoder that decodes them is not "
+                "known",
+                "Use a network of pixels, or return a handful.models.latent.LatentDenoiser from FILE.py:FUNCTION.",
             )
         lowest = max(SIGMA_MIN, float(getattr(network, "sigma_min", SIGMA_MIN)))
         highest = min(SIGMA_MAX, float(getattr(network, "sigma_max", SIGMA_MAX)))
@@ -110,7 +111,7 @@ class EDMDenoiser(NetworkDenoiser):
         return self.network(scaled, time, one_hot.to(scaled.dtype))
 
     def place(self, device: torch.device | str, dtype: torch.dtype) -> None:
-        """As `Denoiser.place`; a network that casts itself keeps its weights, and is told whether to use float16.
+        """As `Denoiser.place`; a network that casts itself keeps its weights, and takes whether to use float16.
 
         Raises:
             RequestError: If it knows float16 only, and bfloat16 is asked for.
@@ -120,7 +121,10 @@ class EDMDenoiser(NetworkDenoiser):
             return
         if dtype == torch.bfloat16:
             raise RequestError(
-                "model.dtype", "bfloat16", "this network casts by itself, to float16 or float32 only", "Use one of those."
+                "model.dtype",
+                "bfloat16",
+                "this network chooses its own precision, float16 or float32 only",
+                "Use one of those.",
             )
         network: Any = self.network
         network.use_fp16 = dtype == torch.float16
@@ -170,7 +174,7 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
         raise RequestError(
             "model",
             source.name,
-            f"it gives no denoiser and no network ({type(made).__name__})",
+            f"it returns neither a denoiser nor a network, but a {type(made).__name__}",
             "Name a function without arguments that returns a handful.core.denoiser.Denoiser, or a torch module "
             "called as net(x, sigma, class_labels).",
         )
@@ -201,9 +205,8 @@ def _unpickled(file: Path, options: ModelOptions) -> object:
         raise RequestError(
             "model",
             file,
-            "it is a pickle, and loading one runs the code of whoever made it, who could then do "
-            "whatever you can on this machine",
-            "If you trust them, set model.trust_pickle: true (--trust-pickle).",
+            "it is a pickle: loading it runs code from whoever made it, with all your rights on this machine",
+            "If you trust its maker, add --trust-pickle (model.trust_pickle: true).",
         )
     try:
         with file.open("rb") as opened:
@@ -215,7 +218,7 @@ def _unpickled(file: Path, options: ModelOptions) -> object:
         remedy = f"Install {missing}, or put the folder that holds it on PYTHONPATH."
         if missing in ("torch_utils", "dnnlib"):
             remedy = "Clone https://github.com/NVlabs/edm, and put its folder on PYTHONPATH."
-        raise RequestError("model", file, f"its code needs the module {missing}, which is not there", remedy) from error
+        raise RequestError("model", file, f"its code needs the module {missing}, which is not installed", remedy) from error
     except Exception as error:  # the pickle's own code may raise anything
         raise RequestError(
             "model",
@@ -228,7 +231,7 @@ def _unpickled(file: Path, options: ModelOptions) -> object:
             raise RequestError(
                 "model",
                 file,
-                f"its dictionary has no 'ema' network, but {', '.join(map(str, held))}",
+                f"its dictionary holds {', '.join(map(str, held))}, but no 'ema' network",
                 "Use a network snapshot (network-snapshot-*.pkl).",
             )
         return held["ema"]

@@ -45,7 +45,7 @@ def scheduler_of(source: Source) -> Any:
         raise RequestError(
             "model",
             source.name,
-            f"no scheduler can be made of its config ({first_line(error)})",
+            f"no scheduler can be made from its config ({first_line(error)})",
             "Copy scheduler_config.json again: it is damaged.",
         ) from error
 
@@ -56,7 +56,7 @@ def flow_levels(scheduler: Any, tokens: int, *, time_scale: float, given_times: 
     Args:
         scheduler: A `FlowMatchEulerDiscreteScheduler`; it stays as it is.
         tokens: Patches to an image, which the shift grows with where the scheduler shifts by resolution.
-        time_scale: What the network is told, by s.
+        time_scale: The time that the network takes, divided by s.
         given_times: Whether the pipeline gives the scheduler the times 1 ... 1 / steps (Flux), or lets it space them itself,
             from the largest to the smallest that it was trained on (Stable Diffusion 3).
 
@@ -165,8 +165,8 @@ def refuse_channels(name: str, takes: int, latents: int) -> None:
         raise RequestError(
             "model",
             name,
-            f"its transformer takes {takes} channels and its latents have {latents}: it is told "
-            "an image too, as inpainting models are, or the parts are not of one model",
+            f"its transformer takes {takes} channels and its latents have {latents}: it also needs an image, as inpainting "
+            f"models do, or its parts come from different models",
             "Use the family's model for text to image.",
         )
 

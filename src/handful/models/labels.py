@@ -26,7 +26,7 @@ def set_labels(denoiser: Denoiser, label_count: int, classes: Sequence[str], nul
         raise RequestError(
             "null_class",
             null_class,
-            f"the model's labels are 0 to {label_count - 1}" if label_count else "the model takes no labels",
+            f"the model's labels are 0 to {label_count - 1}" if label_count else "the model takes no class labels",
             "Name the label it was trained on for images without a class, or leave it out.",
         )
     known = label_count - (null_class is not None)
@@ -35,13 +35,13 @@ def set_labels(denoiser: Denoiser, label_count: int, classes: Sequence[str], nul
             "classes",
             f"{len(classes)} names",
             f"the model has {known} classes",
-            "Give one name a class, in the order of the labels, without the null class.",
+            "Give one name per class, in the order of the labels, without the null class.",
         )
     denoiser.label_count, denoiser.classes, denoiser.null_class = label_count, tuple(classes), null_class
 
 
 def label_condition(denoiser: NetworkDenoiser, labels: Sequence[int] | Sequence[str] | Tensor) -> Condition:
-    """n labels -> their condition; a denoiser without labels takes any, and is told none.
+    """n labels -> their condition; a denoiser without labels accepts and ignores any.
 
     Raises:
         RequestError: If they are no labels, or not the model's.
@@ -50,7 +50,7 @@ def label_condition(denoiser: NetworkDenoiser, labels: Sequence[int] | Sequence[
         given = torch.as_tensor(labels, dtype=torch.int64)  # type: ignore[arg-type]  # texts raise, and are told below
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(
-            "labels", labels, "this model is told labels, not prompts", "Give a whole number for each image."
+            "labels", labels, "this model takes class labels, not prompts", "Give a whole number for each image."
         ) from error
     if not denoiser.label_count:
         return Condition(None)

@@ -64,7 +64,7 @@ class LatentDenoiser(NetworkDenoiser):
                 raise RequestError(
                     "model.resolution",
                     list(resolution),
-                    f"{side} is not a multiple of {factor * patch}, which this model's latents come in",
+                    f"{side} is not a multiple of {factor * patch}, as this model's latents require",
                     f"Use {near}.",
                 )
         tiny: Any = None if preview_vae is None else preview_vae.config
@@ -72,15 +72,15 @@ class LatentDenoiser(NetworkDenoiser):
             raise RequestError(
                 "model.preview_decoder",
                 f"latents of {tiny.latent_channels} channels",
-                f"this model's have {channels_of(config)}",
-                "Name one of this model's latents.",
+                f"this model's latents have {channels_of(config)}",
+                "Name an autoencoder made for this model's latents.",
             )
         if tiny and 2 ** (len(tiny.decoder_block_out_channels) - 1) != factor:
             raise RequestError(
                 "model.preview_decoder",
                 f"{len(tiny.decoder_block_out_channels)} blocks",
-                "its images are of another size than this model's",
-                "Name one of this model's latents.",
+                "its images differ in size from this model's",
+                "Name an autoencoder made for this model's latents.",
             )
         height, width = (side // factor for side in resolution)
         super().__init__(network, prediction, (channels_of(config), height, width), levels)

@@ -96,4 +96,4 @@ def refuse_options(options: ModelOptions, *names: str) -> None:
     """
     for each in fields(options):
         if each.name in names and (given := getattr(options, each.name)) != each.default:
-            raise RequestError(f"model.{each.name}", given, "this model has no use for it", "Leave it out.")
+            raise RequestError(f"model.{each.name}", given, "this model does not use it", "Leave it out.")

@@ -47,7 +47,7 @@ def on_meta(kind: str, config: dict[str, Any]) -> nn.Module:
         raise RequestError(
             "model",
             f"{kind}'s config",
-            f"no network can be made of it ({first_line(error)})",
+            f"no network can be made from it ({first_line(error)})",
             "Copy config.json again: it is damaged.",
         ) from error
 
@@ -155,7 +155,7 @@ def _merge_lora(pipeline: Any, path: Path, weight: float) -> None:
         problem = "there is no such file, or it is no .safetensors"
         raise RequestError("model.lora", str(path), problem, "Give the file of a LoRA, FILE.safetensors.")
     if not hasattr(pipeline, "load_lora_weights"):
-        raise RequestError("model.lora", str(path), f"diffusers adds no LoRA to a {kind}", "Leave it out.")
+        raise RequestError("model.lora", str(path), f"diffusers can't add a LoRA to a {kind}", "Leave it out.")
     if importlib.util.find_spec("peft") is None:
         raise RequestError("model.lora", str(path), "diffusers needs the package peft for it", "Install it: pip install peft.")
     before = _sums(pipeline)
@@ -167,7 +167,7 @@ def _merge_lora(pipeline: Any, path: Path, weight: float) -> None:
         problem = f"it does not fit this {kind} ({first_line(error)})"
         raise RequestError("model.lora", str(path), problem, "Give the LoRA's own base model, or leave it out.") from error
     if weight and _sums(pipeline) == before:
-        problem = f"nothing in it belongs to a part of this {kind}"
+        problem = f"none of its weights fit a part of this {kind}"
         raise RequestError("model.lora", str(path), problem, "Give the LoRA's own base model, or leave it out.")
 
 
@@ -182,7 +182,7 @@ def _teach(pipeline: Any, word: str, path: Path) -> None:
         problem = "there is no such file, or it is no .safetensors"
         raise RequestError("model.embeddings", str(path), problem, "Give WORD: FILE.safetensors, of textual inversion.")
     if not hasattr(pipeline, "load_textual_inversion"):
-        problem = f"diffusers teaches a {type(pipeline).__name__} no words"
+        problem = f"diffusers can't add words to a {type(pipeline).__name__}"
         raise RequestError("model.embeddings", word, problem, "Leave it out.")
     try:
         held: Any = load_file(path)
@@ -195,7 +195,7 @@ def _teach(pipeline: Any, word: str, path: Path) -> None:
             pipeline.load_textual_inversion(held, token=word)
     except Exception as error:
         problem = f"it does not fit this {type(pipeline).__name__} ({first_line(error)})"
-        remedy = "Give one of this model's text encoders, and a word that its tokenizer does not know yet."
+        remedy = "Give an embedding trained with this model's text encoders, and a word that its tokenizer does not have yet."
         raise RequestError("model.embeddings", f"{word}: {path}", problem, remedy) from error
 
 
@@ -266,9 +266,9 @@ def with_variant(source: Source, options: ModelOptions) -> tuple[ModelOptions, l
     if len(shared) != 1:
         choices = ", ".join(sorted(set.union(*needed.values())))
         raise RequestError(
-            "model.variant", None, f"the weights lie there in several variants ({choices})", "Name one: model.variant."
+            "model.variant", None, f"it holds weights in several variants ({choices})", "Choose one: --set model.variant=NAME."
         )
-    note = f"model.variant: {shared[0]}, as there are no other weights of {', '.join(sorted(needed))}"
+    note = f"model.variant is {shared[0]}, since {', '.join(sorted(needed))} have no other weights"
     return replace(options, variant=shared[0]), [note.replace(" of .", "")]
 
 
@@ -279,7 +279,7 @@ def _refuse_lacking(network: nn.Module, field: str, name: str, which: str = "") 
             field,
             name,
             f"it lacks {len(absent)} tensors{which}, first {absent[0]}",
-            "Copy weights and configs of the same model.",
+            "Copy weights and configs from the same model.",
         )
 
 
@@ -306,12 +306,16 @@ def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int 
         with _quiet():
             tiny: Any = AutoencoderTiny.from_pretrained(name, torch_dtype=options.dtype or torch.float32, use_safetensors=True)
     except Exception as error:
-        get = "" if is_path else f" Of a hub name that is not in the cache ({hub_cache()}): hf download {name}, once online."
+        get = (
+            ""
+            if is_path
+            else f" If it is a hub name that is not in the cache ({hub_cache()}), download it once online: hf download {name}."
+        )
         raise RequestError(
             "model.preview_decoder",
             name,
             f"it can't be loaded ({first_line(error)})",
-            f"Name an AutoencoderTiny of these latents: madebyollin/taesd or kin.{get}",
+            f"Name an AutoencoderTiny for these latents, such as madebyollin/taesd.{get}",
         ) from error
     _refuse_lacking(tiny, "model.preview_decoder", name)
     return tiny
@@ -321,7 +325,7 @@ def remedy(source: Source) -> str:
     """What to do about a model that can't be loaded."""
     if source.folder or source.file:
         return "Copy the whole model again, with its safetensors weights."
-    return f"Get the whole of it into the hub's cache ({hub_cache()}), once online: hf download {source.name}."
+    return f"Download the whole model into the hub's cache ({hub_cache()}) once online: hf download {source.name}."
 
 
 def hub_cache() -> str:

@@ -47,9 +47,9 @@ def check_placement(denoiser: NetworkDenoiser, asked: Placement) -> None:
             raise RequestError(f"model.{name}", True, "this model has no autoencoder", "Leave it out.")
     if asked.offload != "none":
         if not getattr(denoiser, "can_offload", False):
-            raise RequestError("model.offload", asked.offload, "this model is no pipeline", "Leave it out.")
+            raise RequestError("model.offload", asked.offload, "this model is not a diffusers pipeline", "Leave it out.")
         if asked.device.type == "cpu":
-            raise RequestError("model.offload", asked.offload, "the model runs on the CPU anyway", "Leave it out.")
+            raise RequestError("model.offload", asked.offload, "the model runs on the CPU already", "Leave it out.")
     if asked.attention is not None:
         _check_attention(denoiser, asked.attention)
 
@@ -72,25 +72,25 @@ def try_once(denoiser: Denoiser, levels: Levels, told: Sequence[Any]) -> None:
         if denoiser.code_sha256 is not None:  # a user's own code may decode in ways of its own
             shape = tuple(denoiser.decode(answer).shape)
             if shape != (1, *denoiser.image_shape):
-                raise ValueError(f"it decodes to {shape}, and its image_shape is {denoiser.image_shape}")
+                raise ValueError(f"it decodes to {shape}, but its image_shape is {denoiser.image_shape}")
     except HandfulError:
         raise
     except Exception as error:  # a network may raise anything
         remedy = "Build its denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser."
         if is_out_of_memory(error):
             remedy = "Use model.dtype bfloat16, or model.offload."
-        problem = f"it can't be asked for one image of shape {denoiser.shape} ({type(error).__name__}: {first_line(error)})"
+        problem = f"it fails on one image of shape {denoiser.shape} ({type(error).__name__}: {first_line(error)})"
         raise RequestError("model", kind, problem, remedy) from error
     if answer.shape != noise.shape:
-        problem = f"it answers {tuple(answer.shape)} to one image of shape {denoiser.shape}"
-        raise RequestError("model", kind, problem, "Say its shape right, or what it predicts.")
+        problem = f"for one image of shape {denoiser.shape} it returns {tuple(answer.shape)}"
+        raise RequestError("model", kind, problem, "Correct its `shape`, or what it predicts.")
 
 
 def _check_attention(denoiser: NetworkDenoiser, name: str) -> None:
     """Refuses a name that diffusers does not know, and a network whose layers it passes over in silence."""
     processors = [getattr(module, "processor", None) for module in denoiser.modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
-        raise RequestError("model.attention", name, "this network's attention has no choice of back ends", "Leave it out.")
+        raise RequestError("model.attention", name, "this network has no choice of attention back ends", "Leave it out.")
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     known = [backend.value for backend in AttentionBackendName]
@@ -116,7 +116,7 @@ def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
                 "model.attention",
                 asked.attention,
                 f"diffusers refuses it ({first_line(error)})",
-                "Name a back end that this machine has, or leave it out.",
+                "Name a back end that works on this machine, or leave it out.",
             ) from error
     vae: Any = getattr(denoiser, "vae", None)
     if asked.vae_slicing:

@@ -25,7 +25,7 @@ class Prompts:
 
     Args:
         encode: Prompts -> embeddings by name, (n, ...) each.
-        encode_null: What the network is told for no prompt, (1, ...) each; None where there is no such thing.
+        encode_null: What the network takes as no prompt, (1, ...) each; None where it has none.
         free: Lets the text encoders go; None where nothing can be freed.
         readers: By name, each tokenizer and how many tokens of it the network is told; see `unread`.
     """
@@ -52,7 +52,7 @@ class Prompts:
         """
         for prompt in dict.fromkeys(prompts):
             if not isinstance(prompt, str):
-                raise RequestError("prompt", prompt, "this model takes prompts, not labels", "Give a text for each image.")
+                raise RequestError("prompt", prompt, "this model takes prompts, not labels", "Give a prompt for each image.")
             if prompt in self._kept:
                 continue
             encode = self._encode
@@ -60,7 +60,7 @@ class Prompts:
                 raise RequestError(
                     "prompt",
                     prompt,
-                    "the text encoders have been freed, and it was not encoded before",
+                    "the text encoders have been freed from memory, and this prompt was not encoded before",
                     "Encode all prompts first (encode_prompts), or load the model again.",
                 )
             self._kept[prompt] = {name: each.detach().cpu() for name, each in encode([prompt]).items()}
@@ -80,7 +80,9 @@ class Prompts:
             for text, each in lost.items():
                 of = f"{len(each)} of {len(self._readers)} text encoders" if len(self._readers) > 1 else "the text encoder"
                 shown = prompt if len(prompt) <= 40 else f"{prompt[:40]}..."
-                notes.append(f"the prompt {shown!r} is too long: {of} reads {each[0]} tokens, and not the end {text!r}")
+                notes.append(
+                    f"the prompt {shown!r} is too long: {of} reads only {each[0]} tokens, and ignores the end {text!r}"
+                )
         return notes
 
     def free(self) -> None:
@@ -93,7 +95,7 @@ class Prompts:
         """The condition for n prompts."""
         self.remember(prompts)
         if not len(prompts):
-            raise RequestError("prompt", list(prompts), "there is none", "Give a text for each image.")
+            raise RequestError("prompt", list(prompts), "it is empty", "Give a prompt for each image.")
         names = self._kept[prompts[0]]
         if len(set(prompts)) == 1:  # one row, seen n times: no memory for the copies
             joined = {name: names[name].to(device).expand(len(prompts), *names[name].shape[1:]) for name in names}
@@ -118,7 +120,7 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 class Prompted:
-    """What denoisers that are told prompts share; stands beside `LatentDenoiser` among a class's bases.
+    """What denoisers that take prompts share; a base class beside `LatentDenoiser`.
 
     Attributes:
         prompts: Their `Prompts`.
@@ -203,7 +205,7 @@ def runs_on(module: Any) -> torch.device:
 
 
 def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
-    """Refuses what a pipeline that is told prompts can't follow.
+    """Refuses options that a pipeline with prompts does not have.
 
     Args:
         spare: Components that it can do without.
@@ -224,6 +226,6 @@ def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
             raise RequestError(
                 "model.without",
                 component,
-                "this pipeline can't do without it, or has none of that name",
-                f"Leave it out; only these can be missing: {', '.join(spare)}.",
+                "this pipeline needs this part, or has no part of that name",
+                f"Remove it from model.without; only these parts can be left out: {', '.join(spare)}.",
             )

@@ -52,7 +52,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
             raise RequestError(
                 "model",
                 f"{kind} with prediction_type {predicts} and use_flow_sigmas {str(flows).lower()}",
-                "the two contradict each other: one speaks of a rectified flow, the other does not",
+                "these two settings contradict each other: only one of them is for a rectified flow",
                 "Correct scheduler_config.json: a flow has prediction_type flow_prediction and use_flow_sigmas true.",
             )
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -61,7 +61,7 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
         raise RequestError(
             "model",
             f"{kind}'s config",
-            f"no scheduler can be made of it ({first_line(error)})",
+            f"no scheduler can be made from it ({first_line(error)})",
             "Copy scheduler_config.json again: it is damaged.",
         ) from error
     raise RequestError(

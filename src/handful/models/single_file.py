@@ -59,7 +59,7 @@ def identified(source: Source, options: ModelOptions) -> tuple[str, Source, Mode
     if found is None:
         raise _no_config(source, name, "it has no model_index.json")
     if found.get("_class_name") != kind:
-        raise _no_config(source, name, f"it is of a {found.get('_class_name')}, and the file holds a {kind}")
+        raise _no_config(source, name, f"it is for a {found.get('_class_name')}, but the file holds a {kind}")
     return kind, configs, replace(options, config=name)
 
 
@@ -118,7 +118,7 @@ def _header_shapes(file: Path) -> Shapes:
         header.pop("__metadata__", None)
         ends = [entry["data_offsets"][1] for entry in header.values()]
         if file.stat().st_size != 8 + length + max(ends, default=0):
-            raise ValueError("it is not as long as its header says")
+            raise ValueError("its length differs from what its header says, so it is damaged or incomplete")
         return {name: tuple(entry["shape"]) for name, entry in header.items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise RequestError("model", str(file), f"it can't be read ({first_line(error)})", "Copy the file again.") from error
@@ -139,7 +139,7 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
             raise RequestError(
                 "model",
                 name,
-                f"it is a {other} model, a family that is not known",
+                f"it is a {other} model, which handful can't read from a single file",
                 "Use a model of Stable Diffusion or FLUX.1.",
             )
     for key, kind in TRANSFORMERS.items():
@@ -161,7 +161,8 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
         raise RequestError(
             "model",
             name,
-            f"its UNet takes {first[1]} channels and its latents have {latents}: it is told an image, as inpainting models are",
+            f"its UNet takes {first[1]} channels and its latents have {latents}: it also needs an image, as inpainting "
+            f"models do",
             "Use the family's base model for text to image.",
         )
     if _any(shapes, "conditioner.embedders.1."):
@@ -170,7 +171,7 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
         raise RequestError(
             "model",
             name,
-            "it is a refiner of SDXL, which is told an aesthetic score",
+            "it is a refiner of SDXL, which also needs an aesthetic score",
             "Use the family's base model for text to image.",
         )
     if not _any(shapes, "cond_stage_model."):
@@ -200,7 +201,7 @@ def _no_config(source: Source, name: str, problem: str) -> RequestError:
     return RequestError(
         "model.config",
         name,
-        f"'{source.name}' is a single file without configs, and these can't be used ({problem})",
+        f"'{source.name}' is a single file without configs, and the configs that it needs can't be used ({problem})",
         "Give config: a directory with the pipeline's configs and tokenizers, as "
         "save_pretrained writes them (model_index.json, unet/config.json, scheduler/, ...).",
     )

@@ -58,7 +58,7 @@ class Source:
         try:
             data = json.loads(found.read_text(encoding="utf-8"))
             if not isinstance(data, dict):
-                raise ValueError("it holds no object")
+                raise ValueError("it does not hold a JSON object")
         except (OSError, ValueError) as error:
             raise RequestError(
                 "model", str(found), f"it can't be read ({first_line(error)})", "Copy the model again: the file is damaged."
@@ -134,10 +134,13 @@ class Source:
             return None
         except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
             remedy = "Check the name and revision, accept its licence on the hub, and run hf auth login."
-            raise RequestError("model", self.name, f"the hub does not give it ({first_line(error)})", remedy) from error
+            raise RequestError("model", self.name, f"the hub refuses it ({first_line(error)})", remedy) from error
         except (OSError, ValueError, hub.HfHubHTTPError) as error:  # a name that can't be one is a ValueError
             raise RequestError(
-                "model", self.name, f"the hub can't be reached ({first_line(error)})", "Give a local directory, or try again."
+                "model",
+                self.name,
+                f"the hub can't be reached ({first_line(error)})",
+                "Give a local directory, or try again later.",
             ) from error
 
     def _is_cached(self) -> bool:

@@ -31,7 +31,7 @@ UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a 
 TOLD_MORE = {
     "class_embed_type": "a class or a level of noise, as upscalers are",
     "num_class_embeds": "a class or a level of noise, as upscalers are",
-    "encoder_hid_dim_type": "an image, by an IP-Adapter or kin",
+    "encoder_hid_dim_type": "an image, as with an IP-Adapter",
 }
 SIZES = 6  # SDXL is told (height, width) of the original, of the crop's corner, and of the target
 
@@ -81,7 +81,7 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
 
 
 def guidance_waves(scale: float, width: int) -> Tensor:
-    """A guidance scale as latent consistency models are told it, sines then cosines of 1000 (scale - 1): (1, width), float32.
+    """A guidance scale as latent consistency models take it, sines then cosines of 1000 (scale - 1): (1, width), float32.
 
     Meng et al. 2023 (arXiv 2210.03142), section 3; VDM's embedding of times, as diffusers' pipeline has it.
     """
@@ -231,28 +231,28 @@ def _refuse(
     other = "Use the family's base model for text to image."
     needed = ("unet", "vae", "scheduler", "text_encoder", "tokenizer", *(("text_encoder_2", "tokenizer_2") if xl else ()))
     if index.get("requires_aesthetics_score") or (xl and pooled is not None and pooled != _pooled_width(unet)):
-        raise RequestError("model", name, "it is a refiner of SDXL, which is told an aesthetic score", other)
+        raise RequestError("model", name, "it is a refiner of SDXL, which also needs an aesthetic score", other)
     if absent := [component for component in needed if component in missing]:
         raise RequestError(
             "model",
             name,
             f"the pipeline has no {' and no '.join(absent)}",
-            "Load it with all its parts; refiners of SDXL, which have one text encoder, won't do.",
+            "Load it with all its parts; refiners of SDXL, which have one text encoder, can't be used.",
         )
     if unet["in_channels"] != vae["latent_channels"]:
         raise RequestError(
             "model",
             name,
-            f"its UNet takes {unet['in_channels']} channels and its latents have "
-            f"{vae['latent_channels']}: it is told an image, as inpainting models are",
+            f"its UNet takes {unet['in_channels']} channels and its latents have {vae['latent_channels']}: it also needs an "
+            f"image, as inpainting models do",
             other,
         )
     for field, what in TOLD_MORE.items():
         if unet.get(field) is not None:
-            raise RequestError("model", name, f"its UNet is told {what} ({field} {unet[field]})", other)
+            raise RequestError("model", name, f"its UNet also needs {what} ({field} {unet[field]})", other)
     if unet.get("addition_embed_type") not in (None, "text_time"):
         raise RequestError(
-            "model", name, f"its UNet is told more than a prompt (addition_embed_type {unet['addition_embed_type']})", other
+            "model", name, f"its UNet needs more than a prompt (addition_embed_type {unet['addition_embed_type']})", other
         )
 
 

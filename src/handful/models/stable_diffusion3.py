@@ -73,8 +73,8 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
             raise RequestError(
                 "model.resolution",
                 [height, width],
-                f"the transformer's positions end at {largest}",
-                f"Use {largest} or less a side.",
+                f"the transformer has positions for {largest} pixels per side at most",
+                f"Use {largest} or less per side.",
             )
         patch = config.patch_size
         levels = flow_levels(

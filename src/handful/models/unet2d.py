@@ -27,7 +27,7 @@ AUTOENCODERS = ("vae", "vqvae")
 
 
 class _Labelled:
-    """How a `UNet2DModel` is told its labels; stands before a denoiser among a class's bases."""
+    """How a `UNet2DModel` takes its class labels; a base class listed before a denoiser."""
 
     network: Any
     null_may_be_unstated: bool = True  # diffusers' config has no field for it; other families say whether they have one
@@ -67,7 +67,7 @@ class UNet2DDenoiser(_Labelled, NetworkDenoiser):
             raise RequestError(
                 "model",
                 f"in_channels {channels}",
-                "its images are neither gray nor RGB: it is a UNet of latents, and no autoencoder lies beside it",
+                "its images have neither 1 nor 3 channels: it is a UNet of latents, and its directory has no autoencoder",
                 "Give the whole pipeline's directory, with the autoencoder in vae/ or vqvae/.",
             )
         super().__init__(network, prediction, (channels, height, width), levels)
@@ -100,8 +100,8 @@ class LatentUNetDenoiser(_Labelled, LatentDenoiser):
             raise RequestError(
                 "model",
                 f"in_channels {channels}",
-                f"its autoencoder's latents have {latents.latent_channels}: it is told an image too, as upscalers are",
-                "Use a model that is told labels or nothing.",
+                f"its autoencoder's latents have {latents.latent_channels}: it also needs an image, as upscalers do",
+                "Use a model that takes class labels or nothing.",
             )
         factor = factor_of(latents)
         super().__init__(network, vae, prediction, levels, (height * factor, width * factor), preview_vae=preview_vae)
@@ -128,15 +128,15 @@ def _shape(network: nn.Module) -> tuple[int, int, int]:
         raise RequestError(
             "model",
             f"out_channels {config.out_channels}",
-            "the UNet predicts neither the image alone nor image and variance",
+            "the UNet's output is neither the image alone nor image and variance",
             "Use a UNet2DModel with as many output as input channels, or twice as many.",
         )
     if config.class_embed_type is not None:
         raise RequestError(
             "model",
             f"class_embed_type {config.class_embed_type}",
-            "the UNet is told numbers or vectors, not labels",
-            "Say what it is told in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
+            "the UNet takes numbers or vectors as conditions, not class labels",
+            "Build its denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
         )
     height, width = (side, side) if isinstance(side, int) else side
     return config.in_channels, height, width
@@ -199,7 +199,7 @@ def _autoencoder(source: Source) -> str | None:
         raise RequestError(
             "model",
             source.name,
-            f"it is a {index.get('_class_name')}, a family that is not known: its UNet is told more ({', '.join(strange)})",
+            f"it is a {index.get('_class_name')}, an unknown family: its UNet needs more inputs ({', '.join(strange)})",
             "Build the denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
         )
     return next((name for name in AUTOENCODERS if name in parts), None)
@@ -227,14 +227,14 @@ def _denoiser(
         raise RequestError(
             "classes",
             said[0],
-            f"the handful.json of '{source.name}' does not hold a list of names there",
+            f"in the handful.json of '{source.name}' this is not a list of names",
             'Write {"classes": ["name of label 0", ...]}.',
         )
     if said[1] is not None and type(said[1]) is not int:  # JSON's true is an int to isinstance
         raise RequestError(
             "null_class",
             said[1],
-            f"the handful.json of '{source.name}' does not hold a label there",
+            f"in the handful.json of '{source.name}' this is not a label",
             "Write a whole number, or leave it out.",
         )
     words: dict[str, Any] = {

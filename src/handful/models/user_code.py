@@ -42,7 +42,7 @@ def run_user_file(path: Path, attribute: str, field: str) -> Any:
     except HandfulError:
         raise  # says itself what is wrong, and better
     except (Exception, SystemExit) as error:  # whatever the user's own code raises, sys.exit too
-        remedy = f"Mend {path}: python {path} shows where."
+        remedy = f"Fix {path}: run python {path} to see where it fails."
         if isinstance(error, ModuleNotFoundError):
             remedy = "Install it, or put the folder that holds it on PYTHONPATH."
         raise RequestError(

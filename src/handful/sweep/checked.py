@@ -175,7 +175,7 @@ def _known_of(job: SweepJob, tried: Sequence[_Tried]) -> dict[str, Any]:
     guides = {name: digest for each in tried for name, digest in each.provenance["features_sha256"].items()}
     weights, own = {name: of for each in tried for name, of in each.guides.items()}, marks(job.judge)
     same = [name for name, digest in guides.items() if digest == job.judge.digest or weights[name] & own]
-    job.notes += [f"{name} guides and judges too (the same weights): take an unrelated judge" for name in same]
+    job.notes += [f"{name} both guides and judges (the same weights): use an unrelated judge" for name in same]
     return {
         **{name: first[name] for name in (*DECIDING, "python", "device", "threads", "model_sha256")},
         "judge_sha256": job.judge.digest,
@@ -215,9 +215,7 @@ def _check_pool(pool: Folder, sets: Sequence[PlannedSet]) -> None:
     most = max(each.setting.k for each in sets)
     few = [f"'{name}' has {len(files)}" for name, files in pool.files.items() if len(files) < most]
     if few:
-        raise RequestError(
-            "k", most, f"there are fewer exemplars in '{pool.root}': {some_of(few)}", "Ask for fewer, or add images."
-        )
+        raise RequestError("k", most, f"'{pool.root}' holds fewer exemplars: {some_of(few)}", "Ask for fewer, or add images.")
 
 
 def _check_judge(job: SweepJob, request: SweepRequest) -> None:
@@ -226,18 +224,18 @@ def _check_judge(job: SweepJob, request: SweepRequest) -> None:
         raise RequestError(
             "objective",
             request.objective,
-            f"the judge {request.judge} is no classifier",
-            "Choose another column, or a classifier to judge.",
+            f"the judge {request.judge} is not a classifier, which this column needs",
+            "Choose another column, or use a classifier as the judge.",
         )
 
 
 def _check_versions(job: SweepJob, stored: dict[str, Any], known: dict[str, Any]) -> None:
     changed = changed_versions(stored[PROVENANCE], known)
     if changed and not job.allow_version_change:
-        problem = f"it was begun with other versions ({'; '.join(changed)}), whose rows may differ from these ones'"
-        remedy = "Install the former versions, choose another --out, or accept it with --allow-version-change."
+        problem = f"it was begun with other library versions ({'; '.join(changed)}), which may give other rows"
+        remedy = "Install the earlier versions, choose another --out, or add --allow-version-change to continue anyway."
         raise RequestError("out", job.directory.path, problem, remedy)
-    job.notes += [f"versions: {'; '.join(changed)}: rows of both may lie here"] if changed else []
+    job.notes += [f"versions: {'; '.join(changed)}: this directory may hold rows of both"] if changed else []
     for name in ("device", "threads"):
         if name in known and stored[PROVENANCE].get(name) != known[name]:
             job.notes.append(

@@ -43,7 +43,7 @@ def _reasons(best: Pick, objective: str) -> list[str]:
         f"  validation half (chosen by): {_shown(best, VALIDATION, objective)}",
     ]
     if best.test is not None:
-        lines.append(f"  test half (had no say):      {_shown(best, TEST, objective)}")
+        lines.append(f"  test half (reported on):     {_shown(best, TEST, objective)}")
     return [*lines, "", "  handful generate chosen.yaml --out out"]
 
 

@@ -75,7 +75,8 @@ def pareto_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
     bar.set_label(f"sampling time, x {request.baseline}", fontsize=9)
     _legend(figure, request, [setting.method for setting in found])
     figure.suptitle(
-        f"{_what(found)}; beside points: scales (or k); ringed: chosen of the method by {request.objective}, bold: of all",
+        f"{_what(found)}; numbers at points: scales (or k); ring: each method's best by {request.objective}, bold ring: the "
+        f"best of all",
         fontsize=9,
     )
     canvas.draw()
@@ -214,7 +215,8 @@ def over_k_png(rows: Sequence[Row], request: SweepRequest) -> bytes | None:
         panel.set_visible(False)
     _legend(figure, request, [request.baseline, *growing, *levels], dashes=levels)
     figure.suptitle(
-        f"{_what(found)}; gains over {request.baseline}, at each k the scale that {request.objective} chose", fontsize=9
+        f"{_what(found)}; gains over {request.baseline}, for each k at the scale that is best by {request.objective}",
+        fontsize=9,
     )
     return _png(figure)
 

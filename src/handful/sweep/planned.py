@@ -137,7 +137,7 @@ def _numbers(request: SweepRequest, name: str) -> tuple[int, ...]:
         )
     if name == request.baseline and len(request.k) > 1:
         raise RequestError(
-            "baseline", name, "it has several k, so it is not one setting", f"State methods.{name}.k, or name another method."
+            "baseline", name, "it has several k, but one setting is needed", f"State methods.{name}.k, or name another method."
         )
     return request.k
 

@@ -15,7 +15,8 @@ from handful.sweep.results import Mean, Row, means
 
 _NOTES = (
     "*: the method's best setting, **: the best of all, both by the objective on the validation half.  rob.: after mild",
-    "transforms of real and generated images alike.  acc.: share that the judge names as asked.  copied: share nearer to an",
+    "transforms of real and generated images alike.  acc.: share in which the judge sees the right class.  copied: share "
+    "nearer to an",
     "exemplar than 99 % of the real images.  utility: accuracy on real images of a classifier trained on the set alone.",
 )
 
@@ -52,7 +53,8 @@ def plan_table(job: SweepJob) -> Table:
         )
         total += flops or 0.0
     table.notes = [
-        f"{total / 1e12:.4g} TFLOPs in all, without measuring; x plain: over plain sampling's, a range where k differ in it",
+        f"{total / 1e12:.4g} TFLOPs in all, without measuring; x plain: relative to sampling without guidance, a range if it "
+        f"depends on k",
         _halves(job),
     ]
     return table
@@ -108,7 +110,7 @@ def results_table(rows: Sequence[Row], request: SweepRequest, choice: Choice) ->
 def choice_table(choice: Choice) -> Table:
     """What was chosen, of each method and of all, and how far it is ahead."""
     table = Table(
-        f"chosen by {choice.objective}: on the validation half, then as the test half has it",
+        f"chosen by {choice.objective}: its value on the validation half, then on the test half",
         ["", "setting", "validation", "test", "next best", "ahead by", ""],
     )
     for name, pick in choice.methods.items():
@@ -119,7 +121,7 @@ def choice_table(choice: Choice) -> Table:
             table.rows.append(["", "", "", "of other methods", *_ahead(choice.over_methods)])
     else:
         table.notes.append("nothing can be chosen")
-    table.notes += [f"passed over: {setting}: {why}" for setting, why in choice.passed_over.items()]
+    table.notes += [f"not considered: {setting}: {why}" for setting, why in choice.passed_over.items()]
     return table
 
 

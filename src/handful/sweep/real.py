@@ -73,8 +73,8 @@ def refuse_shared(real: Folder, exemplars: Folder) -> list[str]:
         raise RequestError(
             "real",
             real.root,
-            f"{len(same)} of its {len(real.contents)} images are among the exemplars' "
-            f"('{exemplars.root}'), and sets must not be judged by what guided them",
+            f"{len(same)} of its {len(real.contents)} images are also among the exemplars ('{exemplars.root}'), and sets "
+            f"must not be judged by images that guided them",
             "Give other real images, or move these out of one of the folders.",
         )
     return [f"{len(same)} of the real images are also in the exemplars' folder"] if same else []
@@ -94,7 +94,7 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
         raise RequestError(
             "real",
             single[0],
-            "this class has one image, which can't both choose and report",
+            "this class has one image, but one is needed to choose by and one to report on",
             "Give 2 or more real images of each class; 50 or more give useful numbers.",
         )
     halves: dict[str, dict[str, list[int]]] = {VALIDATION: {}, TEST: {}}
@@ -109,7 +109,7 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
             raise RequestError(
                 "real",
                 real.root,
-                f"its {split} half has {count} images, and {neighbours} neighbours need more",
+                f"its {split} half has {count} images, too few for {neighbours} neighbours",
                 "Add real images, or lower neighbours.",
             )
     return halves
@@ -166,7 +166,7 @@ def read_real(
         raise RequestError(
             "utility.test",
             test.root,
-            f"all its images of class '{missing[0]}' are what settings are chosen by",
+            f"all its images of class '{missing[0]}' are already used to choose settings",
             "Give other images to test on, or leave it out.",
         )
     return RealImages(halves, {VALIDATION: tests[VALIDATION], TEST: left})

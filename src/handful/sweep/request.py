@@ -163,14 +163,14 @@ def check_request(request: SweepRequest) -> None:
 
 def _check_recipe(recipe: Recipe) -> None:
     instead = {
-        "guidance": (recipe.guidance or (), "State it under methods.NAME.guidance."),
-        "seed": (recipe.seed, "State it under seeds."),
-        "exemplars.seed": (recipe.exemplars.seed, "State it under seeds."),
+        "guidance": (recipe.guidance or (), "Write it under methods.NAME.guidance."),
+        "seed": (recipe.seed, "Write it under seeds."),
+        "exemplars.seed": (recipe.exemplars.seed, "Write it under seeds."),
     }
     for field, (given, remedy) in instead.items():
         if given:
             shown = [term.method for term in given] if isinstance(given, tuple) else given
-            raise RequestError(f"recipe.{field}", shown, "a sweep has its own for each set", remedy)
+            raise RequestError(f"recipe.{field}", shown, "a sweep sets it for each run itself", remedy)
 
 
 def _check_methods(request: SweepRequest) -> None:
@@ -178,7 +178,10 @@ def _check_methods(request: SweepRequest) -> None:
         field = f"methods.{name}"
         if not _NAME.fullmatch(name):
             raise RequestError(
-                "methods", name, "a method's name becomes a folder's", "Use letters, digits, and . _ + - within the name."
+                "methods",
+                name,
+                "a method's name becomes the name of a folder",
+                "Use letters, digits, and . _ + - within the name.",
             )
         if (method.scales or method.term) and method.term >= len(method.guidance):
             shown, problem = (
@@ -202,7 +205,7 @@ def _check_methods(request: SweepRequest) -> None:
         raise RequestError(
             "baseline",
             request.baseline,
-            "it has several scales or k, so it is not one setting",
+            "it has several scales or k, but one setting is needed",
             "Give it one, or name another method: `none: {guidance: []}` is usual.",
         )
 
@@ -220,6 +223,8 @@ def _check_choice(request: SweepRequest) -> None:
             if name not in numbers():
                 raise RequestError(field, name, "there is no such column", did_you_mean(name, numbers(), "Columns"))
             if not request.audit and name.removeprefix("gain_") in robust():
-                raise RequestError(field, name, "it is not measured without the audit", "Use audit: true, or another column.")
+                raise RequestError(
+                    field, name, "it is not measured without the audit", "Set audit: true, or choose another column."
+                )
             if request.utility is None and "utility" in name:
-                raise RequestError(field, name, "it is not measured: utility is null", "State utility, or another column.")
+                raise RequestError(field, name, "it is not measured: utility is null", "Add utility, or choose another column.")

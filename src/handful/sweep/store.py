@@ -29,7 +29,7 @@ MARK, RESULTS, CHOSEN, PARETO, OVER_K = "sweep.yaml", "results.parquet", "chosen
 _DECIDING = ("recipe", "real", "judge", "judge_class", "neighbours", "audit", "utility", "validation")
 _CONTENTS = ("model_sha256", "exemplars_sha256", "real_sha256", "test_sha256", "judge_sha256")
 _ASK_OTHERWISE = (
-    "Choose another --out, or ask for what was asked then. Methods, scales, k and seeds may be added; objective, within and "
+    "Choose another --out, or use the same settings as then. Methods, scales, k and seeds may be added; objective, within and "
     "baseline may change."
 )
 
@@ -104,7 +104,7 @@ def check_same_sweep(
         if each not in unlike:  # else it is told of the whole sweep
             more = f" (and {len(names) - 1} more sets)" if len(names) > 1 else ""
             unlike.append(f"{names[0]}{more}: {each.removeprefix('recipe.')}")
-    Comparison(unlike, []).refuse(directory.path, "it holds a sweep that was asked for otherwise", _ASK_OTHERWISE)
+    Comparison(unlike, []).refuse(directory.path, "it holds a sweep with other settings", _ASK_OTHERWISE)
 
 
 def _renewed(stored: Mapping[str, Any]) -> dict[str, Any]:

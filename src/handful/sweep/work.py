@@ -105,7 +105,10 @@ def run_sweep(
     with explain_full_disk(directory.path), directory.locked():
         if directory.stored() != job.stored:
             raise RequestError(
-                "out", directory.path, "another process has begun or gone on there meanwhile", "Repeat the same command."
+                "out",
+                directory.path,
+                "meanwhile another process has begun or continued a run there",
+                "Repeat the same command.",
             )
         records = read_records(directory, job.sets)
         result.resumed = sum(bool(record.get("measured")) for record in records.values())

@@ -33,7 +33,7 @@ def zoo_path(name: str) -> Path:
     """
     if name not in ZOO:
         known = ", ".join(ZOO)
-        raise RequestError("model", name, "is not a packaged model", f"Take one of: {known}.")
+        raise RequestError("model", name, "is not a packaged model", f"Use one of: {known}.")
     return Path(str(files(__name__))) / name
 
 

@@ -42,7 +42,7 @@ def load_cifar10_classifier(name: str) -> CifarResNet | CifarViT:
         RequestError: There is no such classifier.
     """
     if name not in CLASSIFIERS:
-        raise RequestError("classifier", name, "is not a packaged classifier", f"Take one of: {', '.join(CLASSIFIERS)}.")
+        raise RequestError("classifier", name, "is not a packaged classifier", f"Use one of: {', '.join(CLASSIFIERS)}.")
     folder = zoo_path("cifar10") / name
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classifier = CLASSIFIERS[name](**config["network"])

@@ -78,7 +78,7 @@ def typical(images: Tensor, labels: Tensor, share: float = 0.4) -> Tensor:
         RequestError: `share` is outside (0, 1].
     """
     if not 0 < share <= 1:
-        raise RequestError("share", share, "is not a share of each class", "Give a number above 0, at most 1.")
+        raise RequestError("share", share, "this is not a share of each class", "Give a number above 0, at most 1.")
     chosen = []
     for label in labels.unique():
         members = torch.nonzero(labels == label).flatten()
@@ -104,7 +104,7 @@ def load_digits_classifier(name: Literal["guide", "judge", "uci-judge"]) -> Digi
     """
     if name not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
-        raise RequestError("classifier", name, "is not a packaged classifier", f"Take one of: {known}.")
+        raise RequestError("classifier", name, "is not a packaged classifier", f"Use one of: {known}.")
     folder = zoo_path("digits") / name
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     classifier = DigitsClassifier(**config["network"])
