@@ -237,7 +237,7 @@ def test_two_flat_folders_are_compared_as_one_set_each_and_no_accuracy_is_claime
         (tmp_path / name).mkdir()
         for file in folder.rglob("*.png"):
             (tmp_path / name / f"{file.parent.name}-{file.name}").write_bytes(file.read_bytes())
-    with pytest.warns(Note, match="no accuracy: the images are not in folders of a class"):
+    with pytest.warns(Note, match="no accuracy: the images are not in class folders"):
         assert handful("evaluate", tmp_path / "made", "--real", tmp_path / "real", "--judge", "digits-judge") == 0
     rows = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
     assert "pooled" in rows

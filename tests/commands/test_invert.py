@@ -218,10 +218,10 @@ def test_targets_of_other_sizes_and_colours_are_taken_with_a_note(
     assert handful("invert", root, "--model", "digits", "--out", tmp_path / "gray", *QUICK) == 0
     said = capsys.readouterr().err
     assert "note: targets: 1 of 3 have another size than 8 x 8: cropped and resized" in said
-    assert "note: targets: 1 of 3 have colours, and are taken as gray" in said
+    assert "note: targets: 1 of 3 have colours, and are converted to gray" in said
     assert "note: targets: the same image more than once: 0.png = copy.png" in said
     assert handful("invert", root, "--model", models["plain"], "--out", tmp_path / "colour", *QUICK) == 0
-    assert "note: targets: 2 of 3 are gray, and the model's images have colours" in capsys.readouterr().err
+    assert "note: targets: 2 of 3 are gray, but the model makes colour images" in capsys.readouterr().err
     kept = Embeddings.load(tmp_path / "colour")
     assert torch.equal(kept.x0[2], read_image(root / "large.png", channels=3, size=(8, 8)))
     assert torch.equal(kept.x0[0], kept.x0[1])

@@ -44,7 +44,7 @@ def test_the_table_the_choice_and_the_files_are_told_on_stdout(swept, file, caps
     assert lines[0] == "test half of the real images, judged by digits-judge; mean of 1 seed"
     assert lines[1].split()[:3] == ["setting", "precision", "recall"]
     assert [line[3:].split("  ")[0] for line in lines[2:5]] == ["none", "chamfer 0.1 k=4", "chamfer 0.3 k=4"]
-    assert "chosen by coverage: on the validation half, then as the test half has it" in lines
+    assert "chosen by coverage: its value on the validation half, then on the test half" in lines
     assert lines[-1] == f"sets: 0 measured, 3 already done, 0 failed; results.parquet, chosen.yaml, pareto.png in {swept}"
     assert read_recipe(swept / "chosen.yaml").model.name == "digits"
 

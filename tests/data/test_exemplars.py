@@ -107,7 +107,7 @@ def test_too_few_images_are_refused_with_what_to_do(root, tmp_path):
 
 def test_a_class_that_the_model_does_not_know_is_refused_and_fewer_are_fine(root):
     assert draw(root, classes=["dog", "cat", "2", "10", "horse"]).classes == ["2", "10", "cat", "dog"]
-    with pytest.raises(RequestError, match=r"does not know class 'dog'.*Did you mean 'dogs'"):
+    with pytest.raises(RequestError, match=r"does not have class 'dog'.*Did you mean 'dogs'"):
         draw(root, classes=["dogs", "cat", "2", "10"])
 
 

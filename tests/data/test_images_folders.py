@@ -205,8 +205,8 @@ def test_unusable_folders_are_refused_with_their_remedy(tmp_path, animals):
     cases = {
         "none": "no such folder",
         "flat/a.png": "this is a file",
-        "empty": "the folder is empty. Put 2 or more images into a folder per class",
-        "flat": r"its images \(1\) are not in folders of a class. Put .* into a folder per class",
+        "empty": "the folder is empty. Put 2 or more images of each class into a folder per class",
+        "flat": r"its images \(1\) are not in class folders. Put .* into a folder per class",
         "nested": f"no image in class 'train'. If its folders are the classes, give '{tmp_path}/nested/train'",
         "texts": "no image in class 'cat'",
     }

@@ -159,7 +159,7 @@ def broken(root: Path, **change: object) -> str:
 
 def test_what_is_wrong_with_an_index_is_told_before_any_work(tmp_path, dollarstreet):
     dead = broken(tmp_path / "dead")
-    with pytest.raises(RequestError, match=r"real: .*index.csv': 1 of the 3 images that it names are not there, first '2.jpg'"):
+    with pytest.raises(RequestError, match=r"real: .*index.csv': 1 of the 3 images that it names are missing, first '2.jpg'"):
         evaluate(tmp_path / "dead", dead, "pixels")
     with pytest.raises(RequestError, match=r"exemplars: .*1 of the 3 images .*Unpack GeoDE's images beside it"):
         Exemplars.from_folder(dead, channels=3, size=(8, 8))

@@ -104,7 +104,7 @@ def test_what_the_file_does_not_hold_is_refused_with_what_it_holds():
         made().seen_by(blurred(), 4)
     with pytest.raises(RequestError, match="of other weights or preprocessing"):
         made().seen_by(FeatureExtractor("blurred", nn.AdaptiveAvgPool2d(2), channels=1), 1)
-    with pytest.raises(RequestError, match="holds none of it at reduce 1\\."):
+    with pytest.raises(RequestError, match="has no features of this extractor at reduce 1\\."):
         made().seen_by(blurred(4, "sharper"), 1)
 
 

@@ -118,7 +118,7 @@ def test_what_lies_in_a_folder_and_is_no_image_of_a_class_is_counted_aloud(folde
 
 def test_images_alone_are_one_class_where_that_is_allowed(folder: Path):
     assert labelled_files(folder / "cat", flat=True).counts == {"images": 3}
-    with pytest.raises(RequestError, match="no class folder"):
+    with pytest.raises(RequestError, match="not in class folders"):
         labelled_files(folder / "cat")
 
 

@@ -37,7 +37,7 @@ def test_classes_are_found_by_what_is_said_by_name_and_by_number(labels, names, 
         (["0", "1"], ("1", "2"), 2, "its classes are 1, 2"),  # counted from 1 there, from 0 here
         (["01", "1"], (), 2, "called 01, 1"),
         (["ten", "1", "2"], (), 4, "called 1, 2"),  # "ten" is 2, so "2" must be another
-        (["cat"], CIFAR, 5, "names 4 classes and gives 5 logits"),
+        (["cat"], CIFAR, 5, "has names of 4 classes, but 5 logits"),
     ],
 )
 def test_where_nothing_is_certain_there_is_no_answer_and_the_reason(labels, names, count, why):

@@ -76,7 +76,7 @@ def test_fdd_is_dgm_evals_resizing_normalising_and_distance(sets, tmp_path):
     found = evaluate(sets / "made", sets / "real", f"fdd:{tmp_path}", audit=False, ceiling=False, cache=tmp_path / "cache")
     assert found.judge == f"fdd:{tmp_path}"
     assert found.summary.pooled.generated.values["frechet"] == pytest.approx(wanted, rel=1e-4)
-    assert any("224 x 224 whole, in bytes, as dgm-eval does" in note for note in found.notes)
+    assert any("224 x 224 without cropping and rounded to 8 bits, as dgm-eval does" in note for note in found.notes)
     again = evaluate(sets / "made", sets / "real", f"fdd:{tmp_path}", audit=False, ceiling=False, cache=tmp_path / "cache")
     assert again.summary.pooled.generated.values == found.summary.pooled.generated.values
     other = evaluate(sets / "made", sets / "real", str(tmp_path), audit=False, ceiling=False, cache=tmp_path / "cache")
@@ -136,11 +136,11 @@ def test_what_is_missing_is_refused_with_the_remedy(tmp_path, monkeypatch):
             file = tmp_path / folder / "cat" / f"{number}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((8, 8, 3), 9 * number + len(folder), np.uint8)).save(file)
-    with pytest.raises(RequestError, match=r"judge: 'fid': its weights are not there .*https://.*inception-2015-12-05.pt as '"):
+    with pytest.raises(RequestError, match=r"judge: 'fid': its weights are missing .*https://.*inception-2015-12-05.pt to '"):
         evaluate(tmp_path / "made", tmp_path / "real", "fid")
     with pytest.raises(RequestError, match=r"judge: 'facebook/dinov2-large'.*hf download facebook/dinov2-large"):
         evaluate(tmp_path / "made", tmp_path / "real", "fdd")
-    with pytest.raises(RequestError, match=r"fid:/no/such.pt': its weights are not there"):
+    with pytest.raises(RequestError, match=r"fid:/no/such.pt': its weights are missing"):
         load_extractor("fid:/no/such.pt")
     torch.jit.script(nn.Conv2d(3, 2, 3)).save(str(tmp_path / "other.pt"))
     with pytest.raises(RequestError, match=r"not NVIDIA's Inception"):
@@ -148,7 +148,7 @@ def test_what_is_missing_is_refused_with_the_remedy(tmp_path, monkeypatch):
     save_vision_model(tmp_path / "vit", "ViTModel", image_size=224)
     with pytest.raises(RequestError, match=r"this is not a DINOv2"):
         load_extractor(f"fdd:{tmp_path}/vit")
-    with pytest.raises(RequestError, match=r"fdd@112': only models of transformers"):
+    with pytest.raises(RequestError, match=r"fdd@112': only transformers models"):
         load_extractor("fdd@112")
 
 

@@ -199,7 +199,9 @@ def test_another_side_is_fed_to_the_network_with_its_positions_interpolated(tmp_
 def test_a_side_that_is_no_multiple_of_the_patch_is_refused_naming_both_that_are_near(tmp_path, side):
     save_vision_model(tmp_path, "Dinov2Model")
     near = "@14 or .*@28" if side == 0 else "@28 or .*@42"
-    with pytest.raises(RequestError, match=rf"^features: .*@{side}': .*multiple of the network's patch, 14\. Write .*{near}"):
+    with pytest.raises(
+        RequestError, match=rf"^features: .*@{side}': .*multiple of the network's patch size, 14\. Write .*{near}"
+    ):
         load_extractor(f"{tmp_path}@{side}")
 
 
@@ -222,7 +224,7 @@ def test_a_network_that_takes_one_size_only_is_refused_another(tmp_path):
         ("DetrForObjectDetection", "a DetrModel can't be run on images of 28 x 28"),
         ("YolosForObjectDetection", "saved as a YolosForObjectDetection, without the weights of a pooled output"),
         ("ViTForMaskedImageModeling", "saved as a ViTForMaskedImageModeling, without the weights of a pooled output"),
-        ("ViTMAEModel", "a ViTMAEModel has no pooled output, and is no image classifier"),
+        ("ViTMAEModel", "a ViTMAEModel has no pooled output and is not an image classifier"),
         ("Siglip2VisionModel", "a Siglip2VisionModel can't be run on images of 28 x 28"),
     ],
 )

@@ -111,7 +111,7 @@ def test_the_images_that_guided_nothing_are_known_by_content(digits_folder: Path
     taken = {path.name for path in (photos / "1").iterdir()} - {Path(name).name for name in left.names}
     shutil.copy(photos / "1" / sorted(taken)[0], photos / "1" / "copy.png")
     assert unused_images(out).counts == {"1": 4}, "a copy of an exemplar under another name is no test image"
-    with pytest.raises(RequestError, match=r"'1' has 4 of 9, and at least 5 of each class must be left.*smaller --k"):
+    with pytest.raises(RequestError, match=r"'1' has 4 of 9; at least 5 of each class are needed.*smaller --k"):
         unused_images(out, needed=5)
     shutil.rmtree(photos)
     with pytest.raises(RequestError, match="no such folder"):
@@ -155,7 +155,9 @@ def test_shards_hold_the_same_images_and_the_real_loaders_read_them(model: str, 
         exact = read_image(plain / "images/0/000000.png", channels=1)
         assert (image - exact).abs().max() < (1e-6 if kind == "webp-lossless" else 0.4)
     handful.generate(tiny_recipe(model, per_class=2, classes=["1"], output={"format": "parquet"}), tmp_path / "grows")
-    with pytest.raises(RequestError, match=r"shards name their classes \(1\), so none can be added.*another --out"):
+    with pytest.raises(
+        RequestError, match=r"files have a fixed list of classes \(1\), so no class can be added.*another --out"
+    ):
         handful.generate(tiny_recipe(model, per_class=2, classes=["0", "1"], output={"format": "parquet"}), tmp_path / "grows")
     with pytest.raises(RequestError, match=r"output.image.*jpeg:0.*no such image format"):
         tiny_recipe(model, output={"image": "jpeg:0"})

@@ -46,7 +46,7 @@ def test_numbers_synsets_and_names_mean_the_same_class(entries):
 
 def test_lists_that_are_none_are_refused(tmp_path):
     for name, content, said in (
-        ("a.txt", "tench\n", "line 1 is no synset and a name"),
+        ("a.txt", "tench\n", "line 1 does not hold a synset and a name"),
         ("b.txt", "n01440764 tench\nn014 x\n", "line 2 is no synset"),
         ("c.txt", "", "line 1 is no synset"),
         ("d.json", "{", "can't be read"),
@@ -101,13 +101,13 @@ def test_utility_tests_on_imagenets_folders_and_says_what_is_left_out(tmp_path):
     assert one.tests["r"].among_own[0] >= one.tests["r"].mean
     assert one.tests["v2"].among_own is None
     told = "\n".join(found.notes)
-    assert "sketch: 1 of its 4 folders are not clearly a generated class and are left out: n01491361" in told
+    assert "sketch: 1 of its 4 folders can't be matched with a generated class and are left out: n01491361" in told
     assert "r: it has no image of 1 of the 3 generated classes: shark" in told
     assert "v2: 3 folders have another name than their class: 0 is tench, Tinca tinca" in told
-    assert "r: where only its own classes may be answered, exemplars alone " in told
+    assert "r: if the classifier may answer only with classes of these images, exemplars alone " in told
     (tmp_path / "pairs.csv").write_text("folder,class\n0,goldfish\n1,shark\n")
     with pytest.raises(
-        RequestError, match=r"^ood: .*none of its 3 folders \(0, 1, 2\) is a generated class .*--ood-classes FILE"
+        RequestError, match=r"^ood: .*none of its 3 folders \(0, 1, 2\) has the name of a generated class .*--ood-classes FILE"
     ):
         worth(made, **{**asked, "test": made, "ood": {"v2": sets["v2"]}})
     with pytest.raises(RequestError, match="this is already the name of the images of --test"):

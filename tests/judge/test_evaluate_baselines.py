@@ -60,7 +60,7 @@ def test_without_the_audit_gains_are_plain(tmp_path, folders, halves):
 def test_a_baselines_gains_do_not_depend_on_the_other_baselines(tmp_path, folders, halves):
     made, real = folders
     others = {name: write(tmp_path / name, *some(halves, start, start + 10)) for name, start in (("a", 3), ("b", 8))}
-    with pytest.warns(UserWarning, match="the baseline [ab] has 100 images, the set 250") as told:
+    with pytest.warns(UserWarning, match="the baseline [ab] has 100 images and this set has 250") as told:
         both = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines=others)
     with pytest.warns(UserWarning, match="the baseline [ab] has 100 images"):
         alone = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines={"b": others["b"]})
@@ -91,7 +91,7 @@ def test_what_is_no_baseline_is_refused_by_name(tmp_path, folders, halves):
     images, labels = some(halves, 0, 9)
     refused(write(tmp_path / "large", images.repeat(1, 1, 2, 2), labels), "^baseline: .*16 x 16 pixels, .* 8 x 8")
     few = write(tmp_path / "few", *some(halves, 0, 1))
-    with pytest.raises(RequestError, match=r"^baseline: .*it has 10 images, and 12 neighbours need more"):
+    with pytest.raises(RequestError, match=r"^baseline: .*it has 10 images, too few for 12 neighbours"):
         evaluate(made, real, "no-such-judge", neighbours=12, baselines={"it": few})
 
 

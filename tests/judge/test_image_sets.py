@@ -133,7 +133,7 @@ def test_a_thumbnail_that_sorts_first_changes_no_other_image(tmp_path, folders):
     alone = evaluate(made, real, "digits-judge", neighbours=3, audit=False)
     other = copied(made, tmp_path / "other")
     write_png(other / "0" / "!.png", torch.zeros(1, 4, 4))
-    with pytest.warns(UserWarning, match=r"several sizes \(180 of 8 x 8, 1 of 4 x 4\): each is resized once to 8 x 8"):
+    with pytest.warns(UserWarning, match=r"several sizes \(180 of 8 x 8, 1 of 4 x 4\): all are resized to 8 x 8"):
         found = evaluate(other, real, "digits-judge", neighbours=3, audit=False)
     assert abs(value(found.row()["precision"]) - value(alone.row()["precision"])) < 0.03
     with pytest.warns(UserWarning, match="8 x 8, the usual one of the generated set"):
@@ -204,11 +204,13 @@ def test_a_set_judged_by_itself_is_warned_of(folders, tmp_path):
     for file in copied(made, tmp_path / "again").rglob("*.png"):
         Image.open(file).save(file.with_suffix(".bmp"))
         file.unlink()
-    with pytest.warns(UserWarning, match="90 of the baseline again are real images too, to the judge, number for number"):
+    with pytest.warns(
+        UserWarning, match="90 of the baseline again are also among the real images, with the same features of the judge"
+    ):
         evaluate(real, made, "pixels", neighbours=3, audit=False, ceiling=False, baselines={"again": tmp_path / "again"})
     with pytest.raises(RequestError, match="judge_class: '0': the judge pixels is not a classifier"):
         evaluate(made, real, "pixels", neighbours=3, judge_class={"0": 1})
-    with pytest.warns(UserWarning, match="90 of the generated images are real images too, byte for byte"):
+    with pytest.warns(UserWarning, match="90 of the generated images are also among the real images, byte for byte"):
         found = evaluate(made, made, "pixels", neighbours=3, audit=False, ceiling=False)
     assert "byte for byte" in " ".join(found.notes)
     assert not evaluate(made, real, "pixels", neighbours=3, audit=False, ceiling=False).notes

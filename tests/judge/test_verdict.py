@@ -40,7 +40,7 @@ def test_the_worst_metric_beside_real_images_decides(values, said):
 def test_a_judge_that_fails_on_real_images_says_nothing_of_the_generated_ones():
     first, second = verdict(found({"precision": 0.9, "judge_accuracy": 0.2}, precision=0.9, judge_accuracy=0.1))
     assert first == "Good: they look like the real ones (precision 0.900; real images 0.900)."
-    assert second.startswith("This judge names only 20 % of the real images")
+    assert second.startswith("This judge gives only 20 % of the real images")
 
 
 def test_copies_are_a_sentence_of_their_own_and_nothing_measured_says_nothing():

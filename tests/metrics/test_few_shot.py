@@ -87,7 +87,7 @@ def test_bad_requests_are_refused_by_name():
         intra_distance(GENERATED[:0], TARGETS, PLAIN)
     with pytest.raises(RequestError, match=r"^targets: .*this set is empty"):
         intra_distance(GENERATED, TARGETS[:0], PLAIN)
-    with pytest.raises(RequestError, match=r"^targets: 3: so many channels, where `generated` has 1"):
+    with pytest.raises(RequestError, match=r"^targets: 3: this is the number of channels, but `generated` has 1"):
         intra_distance(images(2), images(2, channels=3), PLAIN)
     with pytest.raises(RequestError, match=r"^targets: '9 x 9': this size differs from that of `generated`, 8 x 8"):
         intra_distance(images(2), images(2, side=9), PLAIN)
@@ -150,7 +150,7 @@ def test_ssim_of_flat_images_is_the_luminance_term_alone():
 def test_too_small_images_are_refused():
     with pytest.raises(RequestError, match=r"^images: '2 x 9': they are too small for SSIM"):
         ssim(torch.zeros(1, 1, 2, 9), torch.zeros(1, 1, 2, 9))
-    with pytest.raises(RequestError, match=r"^second: 3: so many images for 2"):
+    with pytest.raises(RequestError, match=r"^second: 3: this is the number of images, but `first` has 2"):
         ssim(images(2), images(3))
 
 
@@ -212,7 +212,7 @@ def test_one_image_has_no_standard_error_and_without_a_distance_none_is_told():
 
 
 def test_reconstructions_that_do_not_fit_are_refused_by_name():
-    with pytest.raises(RequestError, match=r"^reconstructed: 2: so many reconstructions of 3 images"):
+    with pytest.raises(RequestError, match=r"^reconstructed: 2: this is the number of reconstructions, for 3 images"):
         reconstruction(images(3), images(2))
-    with pytest.raises(RequestError, match=r"^reconstructed: 3: so many channels, where `real` has 1"):
+    with pytest.raises(RequestError, match=r"^reconstructed: 3: this is the number of channels, but `real` has 1"):
         reconstruction(images(3), images(3, channels=3))

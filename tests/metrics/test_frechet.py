@@ -140,7 +140,7 @@ GOOD = np.random.default_rng(0).normal(size=(12, 4))
     [
         (GOOD[:1], GOOD, "real: 1: one image has no covariance. Give at least 2"),
         (GOOD, GOOD[:1], "generated: 1: one image has no covariance"),
-        (GOOD, GOOD[:, :2], "generated: 2: D differs from that of `real`, 4"),
+        (GOOD, GOOD[:, :2], "generated: 2: the number of features differs from that of `real`, 4"),
         (GOOD * np.nan, GOOD, "real: nan: at row 0, column 0"),
         (GOOD, GOOD.ravel(), r"generated: \(48,\): features must"),
     ],
@@ -154,11 +154,8 @@ def test_errors_name_the_argument_the_value_and_the_remedy(real, generated, mess
     ("moments", "message"),
     [
         ((np.zeros(3), np.eye(2), np.zeros(3), np.eye(3)), r"cov1: \(2, 2\): not \(D, D\) with the D of mean1, 3"),
-        ((np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "mean2: 2: D differs from that of `mean1`, 3"),
-        (
-            (np.zeros(2), np.eye(2), np.zeros(2), np.array([[1.0, 0.5], [0, 1]])),
-            "cov2: 0.5: the matrix and its transpose differ",
-        ),
+        ((np.zeros(3), np.eye(3), np.zeros(2), np.eye(2)), "mean2: 2: the number of features differs from that of `mean1`, 3"),
+        ((np.zeros(2), np.eye(2), np.zeros(2), np.array([[1.0, 0.5], [0, 1]])), "cov2: 0.5: the matrix is not symmetric"),
         ((np.zeros(2), np.diag([1.0, -1]), np.zeros(2), np.eye(2)), "cov1: -1.0: this is its smallest eigenvalue"),
         ((np.array([np.nan, 0]), np.eye(2), np.zeros(2), np.eye(2)), "mean1: nan: at row 0, column 0"),
     ],

@@ -141,7 +141,7 @@ def test_an_image_too_small_for_the_network_is_refused_and_the_smallest_is_measu
 def test_missing_weights_are_named(named: str, state: dict[str, Tensor], files: tuple[Path, Path], tmp_path: Path):
     file = tmp_path / "weights.pth"
     torch.save({key: value for key, value in state.items() if key != "features.10.bias"}, file)
-    with pytest.raises(RequestError, match=r"^backbone: .*weights.pth': it lacks features.10.bias\. Take torchvision's"):
+    with pytest.raises(RequestError, match=r"^backbone: .*weights.pth': it lacks features.10.bias\. Give torchvision's"):
         load_lpips(named, file)
     lines = lines_of(named)
     torch.save({key: value for key, value in lines.items() if key[3] in "024"}, file)

@@ -117,7 +117,7 @@ def test_what_is_no_set_of_images_is_refused_by_its_name(given: torch.Tensor, pr
 def test_sets_of_other_sizes_or_channels_are_refused_by_name():
     with pytest.raises(RequestError, match=r"^second: '4 x 4': this size differs from that of `first`, 8 x 8"):
         PLAIN.pairs(images(2), images(2, side=4))
-    with pytest.raises(RequestError, match=r"^second: 3: so many channels, where `first` has 1"):
+    with pytest.raises(RequestError, match=r"^second: 3: this is the number of channels, but `first` has 1"):
         PLAIN.pairs(images(2), images(2, channels=3))
-    with pytest.raises(RequestError, match=r"^second: 3: so many images for 2"):
+    with pytest.raises(RequestError, match=r"^second: 3: this is the number of images, but `first` has 2"):
         PLAIN(images(2), images(3))

@@ -254,11 +254,16 @@ GOOD = np.random.default_rng(0).normal(size=(12, 4))
 @pytest.mark.parametrize(
     ("real", "generated", "k", "message"),
     [
-        (GOOD[0], GOOD, 5, r"real: \(4,\): features must have the shape \(n, D\). Give one row per image"),
+        (GOOD[0], GOOD, 5, r"real: \(4,\): features must have the shape \(n, D\). Give one row of features per image"),
         (GOOD, GOOD[None], 5, r"generated: \(1, 12, 4\): "),
         (GOOD[:0], GOOD, 5, r"real: \(0, 4\): this shape is empty"),
         (GOOD[:, :0], GOOD, 5, r"real: \(12, 0\): this shape is empty"),
-        (GOOD, GOOD[:, :3], 5, r"generated: 3: D differs from that of `real`, 4. Extract both with one"),
+        (
+            GOOD,
+            GOOD[:, :3],
+            5,
+            r"generated: 3: the number of features differs from that of `real`, 4. Extract both with the same",
+        ),
         (GOOD[:5], GOOD, 5, r"real: 5: too few images for k = 5 .*Give at least 6, or k <= 4\.$"),
         (GOOD, GOOD[:3], 5, r"generated: 3: too few images for k = 5 .*or k <= 2\.$"),
         (GOOD, GOOD[:1], 1, r"generated: 1: too few images for k = 1 .*Give at least 2\.$"),
@@ -283,7 +288,7 @@ def test_a_k_that_an_error_proposes_works():
 def test_helpers_refuse_what_prdc_refuses():
     with pytest.raises(RequestError, match=r"features: 5: too few images for k = 5"):
         neighbour_radii(GOOD[:5], 5)
-    with pytest.raises(RequestError, match=r"keys: 2: D differs from that of `queries`, 4"):
+    with pytest.raises(RequestError, match=r"keys: 2: the number of features differs from that of `queries`, 4"):
         nearest(GOOD, GOOD[:, :2])
     with pytest.raises(RequestError, match=r"keys: \(0, 4\): this shape is empty"):
         nearest(GOOD, GOOD[:0])

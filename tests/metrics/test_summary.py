@@ -125,7 +125,7 @@ def test_single_images_of_a_class_leave_only_vendi():
     alone = found.per_class["dog"]
     assert (alone.generated.precision, alone.generated.frechet, alone.generated.vendi) == (None, None, 1)
     assert "Frechet distance needs 2 of each" in alone.generated.note
-    assert alone.ceiling == Scores(1, 0, note="1 real image: no two halves to compare")
+    assert alone.ceiling == Scores(1, 0, note="with only 1 real image there are no two halves to compare")
 
 
 def test_labels_may_be_any_kind_and_meet_as_strings():
@@ -166,11 +166,11 @@ def test_classes_on_one_side_only_are_named():
 
 def test_errors_name_the_argument_the_value_and_the_remedy():
     real, generated, labels = three_classes()
-    with pytest.raises(RequestError, match="real_labels: 119: so many labels for 120 images"):
+    with pytest.raises(RequestError, match="real_labels: 119: this is the number of labels, for 120 images"):
         summarize(real, generated, labels[1:], labels)
     with pytest.raises(RequestError, match="generated: 5: too few images for k = 5"):
         summarize(real, generated[:5], ["a"] * 120, ["a"] * 5)
-    with pytest.raises(RequestError, match="generated: 9: D differs"):
+    with pytest.raises(RequestError, match="generated: 9: the number of features differs"):
         summarize(real, generated[:, :9], labels, labels)
     with pytest.raises(RequestError, match="k: 0: this is too small"):
         summarize(real, generated, labels, labels, k=0)

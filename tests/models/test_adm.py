@@ -424,7 +424,7 @@ def without(name: str) -> Any:
     ("make", "said"),
     [
         (classifier, "it is a classifier"),
-        (upsampler, "takes 6 channels, not an image's: it is an upsampler"),
+        (upsampler, "takes 6 channels, not 1 or 3: it is an upsampler"),
         (
             lambda v: {"conv_in.weight": torch.zeros(1), "down_blocks.0.resnets.0.norm1.weight": torch.zeros(1)},
             "diffusers' own",

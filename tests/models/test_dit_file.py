@@ -124,7 +124,7 @@ def test_what_it_lacks_is_refused_with_the_next_step(folder: Path, tmp_path: Pat
         load(bare, vae=folder / "pipeline")
     (tmp_path / "bare.json").write_text(json.dumps({"num_heads": HEADS}))
     torch.save({**state(), "blocks.0.norm.weight": torch.zeros(3)}, bare)
-    with pytest.raises(RequestError, match=r"blocks\.0\.norm\.weight, which no DiT has"):
+    with pytest.raises(RequestError, match=r"blocks\.0\.norm\.weight, which a DiT does not have"):
         load(bare, vae=folder / "pipeline")
     torch.save({name: tensor for name, tensor in state().items() if "blocks.1.mlp.fc2.bias" not in name}, bare)
     with pytest.raises(RequestError, match="1 differ"):

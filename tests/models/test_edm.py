@@ -177,7 +177,7 @@ def test_an_unconditional_network_is_told_none():
     denoiser = EDMDenoiser(network)
     assert denoiser.label_count == 0
     assert heard(denoiser, denoiser.condition([5, 9])) is None
-    with pytest.raises(RequestError, match=r"^null_class: 0: the model takes no labels"):
+    with pytest.raises(RequestError, match=r"^null_class: 0: the model takes no class labels"):
         EDMDenoiser(network, null_class=0)
 
 
@@ -332,7 +332,7 @@ def test_a_denoiser_without_a_network_is_taken_and_placed(own):
     assert denoiser.shape == (1, 4, 4)
     check_placement(denoiser, Placement(torch.device("cpu")))
     place(denoiser, Placement(torch.device("cpu")))
-    with pytest.raises(RequestError, match=r"^null_class: 0: the model takes no labels"):
+    with pytest.raises(RequestError, match=r"^null_class: 0: the model takes no class labels"):
         load(f"{own}:Zero", null_class=0)
 
 
@@ -340,7 +340,7 @@ def test_a_denoiser_without_a_network_is_taken_and_placed(own):
     ("function", "said"),
     [
         ("number", r"own\.py:number': it gives neither a denoiser nor a network \(int\)"),
-        ("absent", r"own\.py:absent': it gives no denoiser"),
+        ("absent", r"own\.py:absent': it returns neither a denoiser"),
         ("fails", r"own\.py:fails': running it failed \(KeyError: 'weights\.pt'\)"),
         ("needs", r"own\.py:needs': running it failed \(TypeError"),
         ("imports", r"no_such_package_at_all.*PYTHONPATH"),
@@ -435,7 +435,7 @@ open("network.pkl", "wb").write(pickle.dumps({"ema": Network()}))
     [
         (b"", r"can't be unpickled \(EOFError"),
         (b"\x80\x04\x95", r"can't be unpickled"),
-        (pickle.dumps({"net": 1, "opt": 2}), r"no 'ema' network, but net, opt"),
+        (pickle.dumps({"net": 1, "opt": 2}), r"holds net, opt, .*but no 'ema' network"),
         (pickle.dumps([1, 2]), r"neither a denoiser nor a network \(list\)"),
         (b"cno_such_package_at_all\nThing\n.", r"needs the module no_such_package_at_all"),
     ],

@@ -142,7 +142,7 @@ def test_a_config_that_is_no_pipelines_is_refused(stored, tmp_path, offline):
     with pytest.raises(RequestError, match=r"^model\.config: .*no model_index\.json"):
         load(stored[0], config=tmp_path)
     tiny_sdxl(tmp_path / "xl")
-    with pytest.raises(RequestError, match=r"of a StableDiffusionXLPipeline, and the file holds a StableDiffusionPipeline"):
+    with pytest.raises(RequestError, match=r"for a StableDiffusionXLPipeline, but the file holds a StableDiffusionPipeline"):
         load(stored[0], config=tmp_path / "xl")
     with pytest.raises(RequestError, match=r"^model\.config: .*Give config"):
         load(stored[0], config="no such/folder/at all")

@@ -196,7 +196,7 @@ def test_an_unconditional_model_takes_any_labels_and_tells_its_network_none(tmp_
     with torch.no_grad():
         eps = unet(x_t, denoiser.levels.time(at).float().expand(3), return_dict=False)[0]
     torch.testing.assert_close(denoiser(x_t, at, condition), (x_t - at.sigma * eps) / at.alpha, rtol=1e-5, atol=1e-5)
-    with pytest.raises(RequestError, match=r"null_class: 0: the model takes no labels"):
+    with pytest.raises(RequestError, match=r"null_class: 0: the model takes no class labels"):
         UNet2DDenoiser(unet, "eps", VP.linear(), null_class=0)
 
 
@@ -380,7 +380,7 @@ def test_a_unet_that_is_told_vectors_instead_of_labels_is_refused(tmp_path, kind
 def test_weights_of_a_variant_alone_are_found_and_used_with_a_note(tmp_path):
     plain, half = load(save(tmp_path / "plain")), load(save(tmp_path / "half", variant="fp16"))
     assert plain.notes == ()
-    assert half.notes == ("model.variant: fp16, as there are no other weights of unet",)
+    assert half.notes == ("model.variant is fp16, the only one that unet can be loaded from",)
     assert torch.equal(plain.network.conv_in.weight, half.network.conv_in.weight)
     save(tmp_path / "half", variant="ema")
     with pytest.raises(RequestError, match=r"^model\.variant: .*\(ema, fp16\)"):

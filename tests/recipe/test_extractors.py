@@ -172,7 +172,7 @@ def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
 @pytest.mark.parametrize(
     ("said", "labels", "names", "count", "field", "text"),
     [
-        ({}, {"tenc": None}, IMAGENET, 6, "classes", "among its 6; 'tench' is like it. Say"),
+        ({}, {"tenc": None}, IMAGENET, 6, "classes", "among its 6; the nearest is 'tench'. Give"),
         ({}, {"fox": 3}, IMAGENET, 6, "classes", "classes: {fox: NUMBER or NAME}; or by_label: true"),
         ({"classes": {"fox": "wolf"}}, {"fox": 3}, IMAGENET, 6, "classes", "'wolf': the classifier has no class of this name"),
         (
@@ -181,7 +181,7 @@ def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
             IMAGENET,
             6,
             "classes",
-            "2 of the classifier's classes are have this name: 1 (crane), 3 (crane, mach",
+            "2 of the classifier's classes have this name: 1 (crane), 3 (crane, mach",
         ),
         (
             {"classes": {"fox": 6}},

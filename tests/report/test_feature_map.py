@@ -49,7 +49,9 @@ def test_what_cannot_be_mapped_is_refused():
         feature_map({"generated": np.eye(3)})
     with pytest.raises(RequestError, match=r"^features: 9: all images have the same features"):
         feature_map({"generated": np.ones((9, 4))})
-    with pytest.raises(RequestError, match=r"^features of targets: 3: D differs from that of `features of source`, 4"):
+    with pytest.raises(
+        RequestError, match=r"^features of targets: 3: the number of features differs from that of `features of source`, 4"
+    ):
         feature_map({"source": np.eye(4), "targets": np.eye(3)})
     with pytest.raises(RequestError, match=r"^perplexity: 0\.5"):
         feature_map(clouds(), perplexity=0.5)

@@ -78,11 +78,11 @@ def test_the_same_images_are_the_same_bytes():
 
 
 def test_rows_that_do_not_fit_the_targets_are_refused_by_name():
-    with pytest.raises(RequestError, match=r"^reconstructions, eta = 8: 2: so many images for 3 targets"):
+    with pytest.raises(RequestError, match=r"^reconstructions, eta = 8: 2: this is the number of images, for 3 targets"):
         few_shot_figure_png(flat(3, 0.0), flat(2, 0.0), reconstructions={8: flat(2, 0.0)})
     with pytest.raises(RequestError, match=r"^reconstructions, eta = 8: '9 x 9': this size differs"):
         few_shot_figure_png(flat(3, 0.0), flat(2, 0.0), reconstructions={8: flat(3, 0.0, side=9)})
-    with pytest.raises(RequestError, match=r"^generated: 3: so many channels, where `targets` has 1"):
+    with pytest.raises(RequestError, match=r"^generated: 3: this is the number of channels, but `targets` has 1"):
         few_shot_figure_png(flat(3, 0.0), flat(2, 0.0, 3))
     with pytest.raises(RequestError, match=r"^targets: .*this set is empty"):
         few_shot_figure_png(flat(0, 0.0), flat(2, 0.0))

@@ -57,7 +57,7 @@ def test_real_images_that_are_exemplars_are_refused_and_a_few_are_told(tmp_path)
     ]
     for place in (1, 2):
         shutil.copy(tmp_path / f"real/a/{place}.png", tmp_path / f"pool/other/copy-{place}.png")
-    with pytest.raises(RequestError, match="3 of its 30 images are among the exemplars"):
+    with pytest.raises(RequestError, match="3 of its 30 images are also among the exemplars"):
         refuse_shared(real, look_into(str(tmp_path / "pool"), None, "pool"))
 
 

@@ -280,7 +280,7 @@ def test_two_processes_do_not_sweep_into_one_directory(swept):
     [
         ({"judge": "pixels", "objective": "judge_accuracy"}, "not a classifier"),
         ({"k": [17]}, "fewer exemplars"),
-        ({"neighbours": 16}, "16 neighbours need more"),
+        ({"neighbours": 16}, "too few for 16 neighbours"),
         ({"judge": "digits-jugde"}, "digits-judge"),
         ({"methods": {"none": {"guidance": [{"method": "classifier", "classifier": "pixels"}]}}}, "methods.none"),
     ],
@@ -292,7 +292,7 @@ def test_what_can_not_work_is_refused_before_anything_is_written(digits, tmp_pat
 
 
 def test_the_exemplars_own_images_judge_nothing(digits, tmp_path):
-    with pytest.raises(RequestError, match="32 of its 32 images are among the exemplars"):
+    with pytest.raises(RequestError, match="32 of its 32 images are also among the exemplars"):
         sweep(digits_sweep(digits, real=str(digits / "pool")), tmp_path / "out")
 
 
@@ -309,7 +309,7 @@ def test_other_versions_rows_are_not_mixed_unless_it_is_allowed(small, digits, t
     stored = yaml.safe_load((out / "sweep.yaml").read_text())
     stored["provenance"]["numpy"] = "1.0"
     (out / "sweep.yaml").write_text(yaml.safe_dump(stored, sort_keys=False))
-    with pytest.raises(RequestError, match=r"other versions \(numpy 1.0 then"):
+    with pytest.raises(RequestError, match=r"other library versions \(numpy 1.0 then"):
         prepare_sweep(request, out)
     assert any("numpy" in note for note in prepare_sweep(request, out, allow_version_change=True).notes)
 

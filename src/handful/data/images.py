@@ -341,7 +341,7 @@ def image_folder(root: str | Path, *, classes: Sequence[str] | None = None, fiel
         folders = {path.name: path for path in root.iterdir() if _is_class(path, root)}
         if not folders:
             flat = len(list_images(root))
-            problem = f"its images ({flat}) are not in folders of a class" if flat else "the folder is empty"
+            problem = f"its images ({flat}) are not in class folders" if flat else "the folder is empty"
             raise RequestError(field, root, problem, per_class)
         foreign = next((name for name in folders if printable(name) != name), None)
         if foreign is not None:

@@ -201,7 +201,7 @@ class Judge:
         if key not in self._numbers:
             self._numbers[key], why = class_numbers(known, self.classes, count, self._said)
             if why and known == [ONLY_CLASS] and not self._said:
-                why = "the images are not in folders of a class, so nothing says what they should show"
+                why = "the images are not in class folders, so it is not known what they should show"
             if why:
                 self.notes.append(f"no accuracy: {why}")
                 warnings.warn(self.notes[-1], Note, stacklevel=2)
