@@ -380,7 +380,7 @@ def test_a_unet_that_is_told_vectors_instead_of_labels_is_refused(tmp_path, kind
 def test_weights_of_a_variant_alone_are_found_and_used_with_a_note(tmp_path):
     plain, half = load(save(tmp_path / "plain")), load(save(tmp_path / "half", variant="fp16"))
     assert plain.notes == ()
-    assert half.notes == ("model.variant is fp16, the only one that unet can be loaded from",)
+    assert half.notes == ("model.variant is fp16, since there are no other weights of unet",)
     assert torch.equal(plain.network.conv_in.weight, half.network.conv_in.weight)
     save(tmp_path / "half", variant="ema")
     with pytest.raises(RequestError, match=r"^model\.variant: .*\(ema, fp16\)"):

@@ -268,7 +268,7 @@ def with_variant(source: Source, options: ModelOptions) -> tuple[ModelOptions, l
         raise RequestError(
             "model.variant", None, f"it holds weights in several variants ({choices})", "Choose one: --set model.variant=NAME."
         )
-    note = f"model.variant is {shared[0]}, the only one that {', '.join(sorted(needed))} can be loaded from"
+    note = f"model.variant is {shared[0]}, since there are no other weights of {', '.join(sorted(needed))}"
     return replace(options, variant=shared[0]), [note.replace(" of .", "")]
 
 
