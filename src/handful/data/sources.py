@@ -255,9 +255,7 @@ def _of_listed(root: Path, listed: Listed, classes: Sequence[str] | None, field:
     if "" in listed.classes:
         if len(listed.classes) > 1 or not flat:
             lie = listed.labels.count("")
-            raise RequestError(
-                field, root, f"its images ({lie}) are not in class folders", "Put them into a folder per class."
-            )
+            raise RequestError(field, root, f"its images ({lie}) are not in class folders", "Put them into a folder per class.")
         listed = Listed(listed.names, [ONLY_CLASS] * len(listed.labels), [ONLY_CLASS], listed.content)
     whole = LabelledFiles(root, **{part.name: getattr(listed, part.name) for part in fields(listed)})
     if classes is None:
