@@ -65,7 +65,7 @@ def test_a_baselines_gains_do_not_depend_on_the_other_baselines(tmp_path, folder
     with pytest.warns(UserWarning, match="the baseline [ab] has 100 images"):
         alone = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines={"b": others["b"]})
     shared = {str(each.message).partition(":")[0] for each in told if "in the set itself" in str(each.message)}
-    assert shared == {f"100 of the baseline {name} are in the set itself too, byte for byte" for name in "ab"}
+    assert shared == {f"100 of the baseline {name} are also in the set itself, byte for byte" for name in "ab"}
     assert list(both.gains) == ["a", "b"]
     assert both.gains["b"] == alone.gains["b"]
 
