@@ -47,8 +47,8 @@ def test_numbers_synsets_and_names_mean_the_same_class(entries):
 def test_lists_that_are_none_are_refused(tmp_path):
     for name, content, said in (
         ("a.txt", "tench\n", "line 1 does not hold a synset and a name"),
-        ("b.txt", "n01440764 tench\nn014 x\n", "line 2 is no synset"),
-        ("c.txt", "", "line 1 is no synset"),
+        ("b.txt", "n01440764 tench\nn014 x\n", "line 2 does not hold a synset"),
+        ("c.txt", "", "line 1 does not hold a synset"),
         ("d.json", "{", "can't be read"),
         ("e.json", "[1]", "can't be read"),
         ("f.csv", "a,b\n1,2\n", "it lacks a column; it has a, b"),

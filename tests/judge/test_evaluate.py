@@ -171,7 +171,7 @@ def test_accuracy_is_by_name_or_number_or_what_is_said_and_none_with_a_reason_el
     assert value(Judge(images, labels, extractor, **plain)(images, labels).judge_accuracy) > 0.9
     named = [{"0": "zero", "1": "one", "2": "a two"}[label] for label in labels]
     judge = Judge(images, named, extractor, **plain)
-    with pytest.warns(UserWarning, match=r"no accuracy: .*called zero, one, a two"):
+    with pytest.warns(UserWarning, match=r"no accuracy: .*named zero, one, a two"):
         found = judge(images, named)
     assert found.judge_accuracy is None
     assert "--judge-class zero=NUMBER" in found.notes[0]

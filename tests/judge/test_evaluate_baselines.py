@@ -87,7 +87,7 @@ def test_what_is_no_baseline_is_refused_by_name(tmp_path, folders, halves):
     refused(write(tmp_path / "fewer", *some(halves, 0, 9, "01234567")), "^baseline: .*it lacks '8', '9'")
     more = write(tmp_path / "more", *some(halves, 0, 9))
     write(more, *(part[:3] for part in (halves.others, ["ten"] * 3)))
-    refused(more, "^baseline: .*it has 'ten' besides")
+    refused(more, "^baseline: .*it also has 'ten'")
     images, labels = some(halves, 0, 9)
     refused(write(tmp_path / "large", images.repeat(1, 1, 2, 2), labels), "^baseline: .*16 x 16 pixels, .* 8 x 8")
     few = write(tmp_path / "few", *some(halves, 0, 1))
