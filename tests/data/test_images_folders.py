@@ -74,7 +74,7 @@ def test_nan_and_infinity_are_refused_and_nothing_is_written(tmp_path, bad):
 
 @pytest.mark.parametrize("shape", [(4, 4), (2, 4, 4), (1, 3, 4, 4), (3, 0, 4)])
 def test_what_is_no_image_tensor_is_not_written(tmp_path, shape):
-    with pytest.raises(RequestError, match="no image"):
+    with pytest.raises(RequestError, match="not an image"):
         write_png(tmp_path / "a.png", torch.zeros(shape))
 
 

@@ -73,7 +73,7 @@ def test_the_images_themselves_are_no_features_to_share():
 def test_features_as_many_as_the_pixels_are_pointed_out():
     assert not made(reduces=(1,)).notes()
     (note,) = made(reduces=(4,)).notes()  # 12 features of 3 x 2 x 2 values
-    assert "recoverable" in note
+    assert "recovered" in note
 
 
 def test_k_takes_the_first_k_as_a_draw_of_k_would():

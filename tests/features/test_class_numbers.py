@@ -33,10 +33,10 @@ def test_classes_are_found_by_what_is_said_by_name_and_by_number(labels, names, 
     [
         (["airplane", "car"], CIFAR, 4, "no class named car: its classes are airplane, automobile"),
         (["bird", "cat"], (), 2, "it has no names for its 2 classes"),  # the alphabet says nothing
-        (["1", "4"], (), 4, "called 1, 4"),  # counted from 1, or of another judge
+        (["1", "4"], (), 4, "named 1, 4"),  # counted from 1, or of another judge
         (["0", "1"], ("1", "2"), 2, "its classes are 1, 2"),  # counted from 1 there, from 0 here
-        (["01", "1"], (), 2, "called 01, 1"),
-        (["ten", "1", "2"], (), 4, "called 1, 2"),  # "ten" is 2, so "2" must be another
+        (["01", "1"], (), 2, "named 01, 1"),
+        (["ten", "1", "2"], (), 4, "named 1, 2"),  # "ten" is 2, so "2" must be another
         (["cat"], CIFAR, 5, "has names of 4 classes, but 5 logits"),
     ],
 )

@@ -136,5 +136,5 @@ def test_a_file_that_is_not_there_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("network", [Two(), Pair()])
 def test_a_forward_that_does_not_fit_is_refused_with_its_signature(tmp_path, network):
-    with pytest.raises(RequestError, match=r"^features: .*answered with a tensor \(forward\("):
+    with pytest.raises(RequestError, match=r"^features: .*return one tensor \(forward\("):
         load_extractor(scripted(tmp_path / "net.pt", network))

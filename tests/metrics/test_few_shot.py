@@ -81,7 +81,7 @@ def test_one_target_gets_everything_and_one_image_has_no_variety():
 
 
 def test_bad_requests_are_refused_by_name():
-    with pytest.raises(RequestError, match=r"^most: 1: one image has no distance"):
+    with pytest.raises(RequestError, match=r"^most: 1: a single image has no distances"):
         intra_distance(GENERATED, TARGETS, PLAIN, most=1)
     with pytest.raises(RequestError, match=r"^generated: .*this set is empty"):
         intra_distance(GENERATED[:0], TARGETS, PLAIN)

@@ -134,7 +134,7 @@ def test_weights_decide_the_digest_and_the_kind_of_file_does_not(named: str, fil
 def test_an_image_too_small_for_the_network_is_refused_and_the_smallest_is_measured(named: str, distance: PerceptualDistance):
     smallest = NETWORKS[named].smallest
     assert distance(images(1, smallest, 0), images(1, smallest, 1))[0] > 0
-    with pytest.raises(RequestError, match=f"less than {smallest} x {smallest} pixels"):
+    with pytest.raises(RequestError, match=f"at least {smallest} x {smallest} pixels"):
         distance(images(1, smallest - 1), images(1, smallest - 1))
 
 

@@ -141,7 +141,7 @@ def targets_of(
             found[name] = _within(f"classes.{name}", said, count)
         elif said is None and request.by_label:
             if label is None:
-                raise RequestError("by_label", True, "this model takes no labels", "Leave by_label out.")
+                raise RequestError("by_label", True, "this model takes no class labels", "Leave by_label out.")
             found[name] = _within(f"by_label, class '{name}'", label, count)
         elif said is not None or names:
             found[name] = number_of(name, name if said is None else said, names, places)
