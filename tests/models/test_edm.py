@@ -339,7 +339,7 @@ def test_a_denoiser_without_a_network_is_taken_and_placed(own):
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("number", r"own\.py:number': it gives neither a denoiser nor a network \(int\)"),
+        ("number", r"own\.py:number': it returns neither a denoiser nor a network \(int\)"),
         ("absent", r"own\.py:absent': it returns neither a denoiser"),
         ("fails", r"own\.py:fails': running it failed \(KeyError: 'weights\.pt'\)"),
         ("needs", r"own\.py:needs': running it failed \(TypeError"),

@@ -174,7 +174,7 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
         raise RequestError(
             "model",
             source.name,
-            f"it returns neither a denoiser nor a network, but a {type(made).__name__}",
+            f"it returns neither a denoiser nor a network ({type(made).__name__})",
             "Name a function without arguments that returns a handful.core.denoiser.Denoiser, or a torch module "
             "called as net(x, sigma, class_labels).",
         )
