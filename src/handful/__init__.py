@@ -52,24 +52,7 @@ _HOME = {
     "load": "handful.models",
 }
 
-__all__ = [
-    "Condition",
-    "Denoiser",
-    "Exemplars",
-    "FeatureExtractor",
-    "Guided",
-    "HandfulError",
-    "Recipe",
-    "RequestError",
-    "RunError",
-    "__version__",
-    "from_pipeline",
-    "generate",
-    "load",
-    "load_extractor",
-    "read_recipe",
-]
-
+__all__ = ["__version__", "generate", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 _ROOMS = ("generate", "guidance", "metrics", "models", "features", "zoo", "sweep", "calibrate")
 

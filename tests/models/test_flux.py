@@ -12,7 +12,8 @@ from handful.core.noise import Flow
 from handful.errors import RequestError
 from handful.models import from_pipeline, load, skeleton
 from handful.models.flux import load as load_flux
-from handful.models.flux import packed, positions, unpacked
+from handful.models.flux import positions
+from handful.models.latent import packed, unpacked
 from handful.models.options import ModelOptions
 from handful.models.source import Source
 

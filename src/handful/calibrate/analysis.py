@@ -55,9 +55,7 @@ class AtStep:
         ece, chance: Its calibration error, and that of a perfectly calibrated classifier as confident as it.
         accuracy: Share of images that it names as they were asked for.
         confidence, nll: Mean largest probability; mean -log p of the class asked for, in nats.
-        temperature: By which its logits were divided.
         roughness: See `roughness`; NaN at steps where it was not measured, or where no image has a gradient.
-        n: Images.
     """
 
     step: int
@@ -77,13 +75,10 @@ class Found:
     """What was found of a candidate.
 
     Attributes:
-        candidate: Which.
-        steps: At every step of the path.
         error: Standard error of the integral calibration error, by resampling images.
         gain, gain_error: How much lower it is than the plain classifier's, and that difference's standard error.
         weighted: The integral weighted by each of GAINS.
         temperatures: Fitted, (sigma / alpha, T), rising; empty for others.
-        reliability: By step, where it is drawn.
         guides: Whether any image had a gradient.
     """
 
@@ -114,12 +109,7 @@ class Found:
     def as_dict(self) -> dict[str, Any]:
         """The numbers in all, for JSON."""
         told = {
-            "candidate": self.candidate.name,
-            "softplus": self.candidate.softplus,
-            "input": self.candidate.looks,
-            "tau1": self.candidate.tau1,
-            "tau2": self.candidate.tau2,
-            "fitted": self.candidate.fitted,
+            **self.candidate.facts,
             "integral_ece": self.integral,
             "integral_ece_error": self.error,
             "chance": self.mean("chance"),
@@ -142,11 +132,7 @@ def analyse(recorded: Recorded, candidates: Sequence[Candidate], labels: Tensor,
     """Every candidate's calibration, by its name, in their order; all but `roughness`.
 
     Args:
-        recorded: What the classifiers said.
-        candidates: The plain one is among them.
         labels: The classifier's class that each image was asked to be, int64 (n,).
-        levels: The path.
-        seed: Of the resampling.
     """
     draw = np.random.RandomState(np.random.Philox(key=seed % 2**64))
     weights = draw.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), _DRAWS).astype(float)

@@ -70,7 +70,6 @@ class CalibrateRequest:
         recipe: Model, classes, images of each class, sampler and seed. Its guidance is not applied.
         classifier: Which, and which of its classes are meant; its other fields are what is sought.
         betas: Of Softplus, None for ReLU; None instead of a list: BETAS, or ReLU alone for a classifier without any ReLU.
-        taus: Pairs of inverse temperatures.
         trials: What real images decide; None: calibration alone.
         command: As it was typed; kept with the result.
     """
@@ -88,14 +87,10 @@ class CalibrateJob:
     """A checked calibration, ready to start.
 
     Attributes:
-        request: As given.
-        directory: Where it goes.
         run: The reverse process, its one term the plain classifier.
         classifiers: By Softplus, on the device; they share one network.
         targets: By class, the classifier's.
-        candidates: All that are compared.
         asked: All that decides the result, as plain data.
-        provenance: Digests and versions.
         kept: What calibration.json says, where this same calibration is done.
         notes: What was concluded, in words for the user.
     """
@@ -163,7 +158,6 @@ class CalibrateSummary:
     """What came of a calibration.
 
     Attributes:
-        out: The directory.
         result: What calibration.json holds.
         kept: Whether it was there already.
     """
@@ -236,11 +230,6 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
 
 def calibrate(job: CalibrateJob, progress: Progress | None = None, trying: Progress | None = None) -> CalibrateSummary:
     """Measures, chooses and writes; takes what is there already.
-
-    Args:
-        job: From `prepare`.
-        progress: Is notified of the images measured.
-        trying: Is notified of the sets tried.
 
     Raises:
         RequestError: If another process works in the directory, or another calibration has begun there meanwhile.
@@ -386,11 +375,7 @@ def _as_options() -> Iterator[None]:
 
 
 def _compare(job: CalibrateJob, stored: dict[str, Any] | None) -> None:
-    """Sets `kept` where this same calibration is done.
-
-    Raises:
-        RequestError: If another one lies there, or this one was begun with other versions.
-    """
+    """Sets `kept` where this same calibration is done."""
     job.kept = None
     if stored is None:
         return

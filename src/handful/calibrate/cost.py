@@ -27,13 +27,7 @@ _SECONDS = 60.0  # no further round is begun after so long
 
 
 def overheads(job: Job, terms: Mapping[str, Classifier], count: int) -> dict[str, float]:
-    """What guiding a step adds to it, as a share of the unguided step: 0 is free, 1 doubles it.
-
-    Args:
-        job: Whose model and sampler.
-        terms: By any name.
-        count: Images of a cohort.
-    """
+    """What guiding a step adds to it, as a share of the unguided step: 0 is free, 1 doubles it."""
     level = job.levels[job.levels.steps // 2]
     noise = ImageNoise(range(count), job.denoiser.shape, job.device)()
     x = start(noise, job.levels) * float(level.total / job.levels[0].total)

@@ -31,16 +31,7 @@ _SMALL = 8.5
 
 
 def reliability_png(found: Mapping[str, Found], chosen: Candidate, title: str) -> bytes:
-    """Draws it.
-
-    Args:
-        found: All candidates, by name.
-        chosen: The one to stand beside the plain classifier.
-        title: A line of text.
-
-    Returns:
-        The bytes of a PNG, the same for the same numbers.
-    """
+    """Draws it."""
     figure = Figure(figsize=(14, 9), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 3)

@@ -22,7 +22,6 @@ class Choice:
     """What was chosen.
 
     Attributes:
-        candidate: The pre-conditioning.
         settings: Of the term beyond it: scale, jacobian, every, gain.
         by: "calibration", or the objective that decided.
         notes: What the user should know of it.

@@ -57,12 +57,8 @@ class TrialsRequest:
         judge: An extractor that is unrelated to the classifier.
         objective: The column of a sweep that decides.
         max_cost: Highest sampling time, in times the unguided.
-        scales: Of the guidance.
         jacobians: Ways to take the gradient; one that is shown x_t needs none.
         per_class: Images of each class in a set.
-
-    Raises:
-        RequestError: If a value makes no sense.
     """
 
     real: str
@@ -110,7 +106,6 @@ class Way:
     """One way to guide that was tried: a method of the sweep.
 
     Attributes:
-        candidate: The pre-conditioning.
         settings: Of the term, but for its scale.
         predicted: The sampling time in times the unguided, from timing single steps.
     """
@@ -135,12 +130,9 @@ class Trials:
     """What came of them.
 
     Attributes:
-        objective: What decided.
-        ways: By method.
         rows: Of the sweep: a row for each set and half of the real images.
         confirmed: The same of the sets made again with other noise: methods none, plain and chosen.
         chosen, scale: The method that won, and its scale.
-        notes: What the user should know.
     """
 
     objective: str
@@ -178,14 +170,7 @@ class Trials:
 
 
 def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor) -> list[str]:
-    """Refuses, before the long work, what the trials would refuse after it.
-
-    Returns:
-        What the user should know.
-
-    Raises:
-        RequestError: If folder, judge or objective do not fit.
-    """
+    """Refuses, before the long work, what the trials would refuse after it."""
     classes = list(dict.fromkeys(cohort.class_name for cohort in job.cohorts))
     image_folder(request.real, classes=classes, field="--real")
     judge = load_extractor(request.judge)
@@ -255,14 +240,9 @@ def run_trials(
     """Tries the shortlist, refines the best, and makes it again with other noise.
 
     Args:
-        request: What decides.
-        job: The unguided run.
-        listed: The shortlist.
-        base: The classifier and its classes.
         found: All candidates, for their temperatures.
         added: From `step_costs`.
         taus: Among which tau2 is refined.
-        folder: Two sweeps go below it.
 
     Raises:
         RequestError: If none of the shortlist can guide within the bound on the time.
@@ -377,9 +357,6 @@ class _Sweeping:
 
         Args:
             last: Whether none are added after these; the sweep's pictures are drawn then.
-
-        Raises:
-            RunError: If not one set could be made.
         """
         for way in ways:
             self.ways.setdefault(way.name, way)

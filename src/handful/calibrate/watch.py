@@ -42,7 +42,6 @@ class Watched(Around):
     """A denoiser that tells what it was asked at the first evaluation of each step: x_t and its own x0_hat.
 
     Args:
-        denoiser: The model's.
         count: Images of the cohort; they may come in chunks.
         each: Called with the step's index, its level, x_t and x0_hat, both (count, c, h, w).
     """
@@ -107,9 +106,6 @@ def watch(
 
     Args:
         job: The reverse process; its guidance is not applied.
-        classifiers: By Softplus, on the job's device.
-        looks: What each is shown.
-        directory: Locked; a file for each cohort goes below it.
 
     Raises:
         RunError: If an estimate or a classifier's answer is not finite.
@@ -184,12 +180,7 @@ def _readable(path: Path) -> bool:
 
 
 class Recorded:
-    """What was written, read back step by step, the cohorts in the plan's order.
-
-    Args:
-        job: As it was watched.
-        folder: The directory that was written into.
-    """
+    """What was written, read back step by step, the cohorts in the plan's order."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         self._job = job

@@ -43,8 +43,6 @@ class Outlined:
 
     Attributes:
         recipe: With every automatic choice replaced by what it became.
-        work: What sampling a cohort takes.
-        levels: The path of the sampler.
         prompt_flops, encoders: Operations for one prompt, and parameters, of the text encoders.
         notes: What was concluded, in words for the user.
     """

@@ -22,9 +22,6 @@ def peak_of(live: Live, work: Work, guidance: Requests, model: ModelRequest, enc
     """The most bytes that a run's device holds, without the allocator's gaps and the libraries' own.
 
     Args:
-        live: What tensors hold, by part.
-        work: With the networks.
-        guidance: Whose extractors count.
         model: How the networks are placed; on `cpu` the whole pipeline is there while its text encoders run.
         encoders: Parameters of the text encoders.
     """

@@ -74,12 +74,7 @@ class Work:
     """What the ways of sampling share.
 
     Attributes:
-        denoiser: On the meta device.
-        extractors: By name, there too.
         walked: Every level at which the sampler asks, and whether it entered a step there.
-        cohort, chunk: As in the recipe.
-        exemplars: Of one class.
-        inverted: For guidance by inversion.
         started: Whether images start from exemplars.
     """
 

@@ -30,9 +30,14 @@ _FILES = ("file", "file_name", "filename", "path", "filepath", "image")
 
 @dataclass(frozen=True, eq=False)
 class Listed:
-    """What lies in an archive: a name and a class for each image, the classes in order, and how to read one (thread-safe).
+    """What lies in an archive, a folder or a table; nothing is read yet.
 
     Attributes:
+        names: What each image is called: its path, or its name in an archive.
+        labels: The class of each.
+        classes: In order: of a folder as `image_folder` lists them, of numbered labels by number.
+        content: The bytes of the image at a place; may be called from threads.
+        notes: What lies there and is left out, in words for the user.
         columns: What else is known of each image, such as its region.
         prompts: By class, where the source says how a model is asked for it.
     """

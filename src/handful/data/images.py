@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -418,27 +419,43 @@ def read_folder(
     by_class = image_folder(root, classes=classes, field=field)
     labels = [name for name, files in by_class.items() for _ in files[:limit]]
     files = [file for of_class in by_class.values() for file in of_class[:limit]]
-    # Filled in place: a folder of gigabytes must not be held twice.
-    images = torch.empty((len(files), channels, *(size or _first_size(files, channels))))
-
-    def read(index: int) -> None:
-        image = read_image(files[index], channels=channels, size=size)
-        if image.shape != images.shape[1:]:
-            have, want = (f"{shape[-2]} x {shape[-1]}" for shape in (image.shape, images.shape))
-            problem = f"it has {have} pixels, but others have {want}"
-            raise RequestError("image", files[index], problem, "Give `size`, to which all images are resized.")
-        images[index] = image
-
-    read_all(read, range(len(files)), field=field, root=root, workers=workers)
+    read = partial(read_image, channels=channels, size=size)
+    images = read_alike(lambda index: read(files[index]), files, channels, size, field=field, root=root, workers=workers)
     return LabelledImages(images, labels, files)
 
 
-def _first_size(files: Sequence[Path], channels: int) -> tuple[int, int]:
-    for file in files:
+def read_alike(
+    read: Callable[[int], Tensor],
+    names: Sequence[str | Path],
+    channels: int,
+    size: tuple[int, int] | None,
+    *,
+    field: str,
+    root: str | Path,
+    workers: int | None = None,
+) -> Tensor:
+    """All images by `read`, (n, channels, h, w); without a size all must have that of the first that can be read.
+
+    Raises:
+        RequestError: as `read_all`.
+    """
+    for index in range(len(names)) if size is None else ():
         with suppress(RequestError):  # it is reported with all the others
-            height, width = read_image(file, channels=channels).shape[1:]
-            return height, width
-    return 0, 0
+            height, width = read(index).shape[1:]
+            size = height, width
+            break
+    images = torch.empty((len(names), channels, *(size or (0, 0))))  # filled in place: nothing is held twice
+
+    def keep(index: int) -> None:
+        image = read(index)
+        if image.shape != images.shape[1:]:
+            have, want = (f"{shape[-2]} x {shape[-1]}" for shape in (image.shape, images.shape))
+            problem = f"it has {have} pixels, but others have {want}"
+            raise RequestError("image", names[index], problem, "Give `size`, to which all images are resized.")
+        images[index] = image
+
+    read_all(keep, range(len(names)), field=field, root=root, workers=workers)
+    return images
 
 
 def read_all(

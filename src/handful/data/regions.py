@@ -33,10 +33,8 @@ class Layout:
     """Where a data set's index lies, and what its columns and regions are called.
 
     Attributes:
-        title: Of the data set.
         indexes: File names, the first one that is there is read.
         folders: Where the index may lie, and where its paths begin.
-        path, object, region: Columns.
         regions: By the index's word for a region, what prompts call it; others are taken unchanged.
     """
 
@@ -69,10 +67,7 @@ def region_images(kind: str, root: Path, each: int | None, field: str) -> Listed
     """Lists the images of one of `LAYOUTS`; reads none, but looks whether every file is there.
 
     Args:
-        kind: `geode` or `dollarstreet`.
-        root: Its folder.
         each: Only objects with so many images in every region, and so many of each; None: all.
-        field: What errors call it.
 
     Raises:
         RequestError: There is no such index, it can't be read, columns or files are missing, or no object has enough images.

@@ -51,7 +51,6 @@ class ExemplarFeatures:
         seed: Of the draw that put them into this order.
         source, licence: Where the images come from, and what may be done with what is made of them; free text.
         made_by: Versions of what computed the features.
-        warnings: As `Exemplars.warnings`.
     """
 
     features: dict[View, dict[str, Tensor]]
@@ -78,10 +77,7 @@ class ExemplarFeatures:
         """Takes the features of images, each extractor at each resolution.
 
         Args:
-            exemplars: The images.
-            extractors: On the device to compute on.
             reduces: See `Exemplars.shrunk`.
-            seed: Of their draw.
             source, licence: What to say of the images.
 
         Raises:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from handful.data.archives import Listed, csv_images, parquet_images, shards_in, tar_images, zip_images
-from handful.data.images import EXTENSIONS, LabelledImages, image_folder, list_images, open_file, read_all, read_image
+from handful.data.images import EXTENSIONS, LabelledImages, image_folder, list_images, open_file, read_alike, read_image
 from handful.data.regions import LAYOUTS, region_images
 from handful.errors import RequestError
 
@@ -30,28 +30,10 @@ _FILES: Mapping[str, Callable[[Path, str], Listed]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledFiles:
-    """Images with their classes, not read yet.
+class LabelledFiles(Listed):
+    """Images with their classes, not read yet, and the `root` that they lie in."""
 
-    Attributes:
-        root: Where they lie.
-        names: What each is called: its path, or its name in an archive.
-        labels: The class of each.
-        classes: In order: of a folder as `image_folder` lists them, of numbered labels by number.
-        content: The bytes of the image at a place; may be called from threads.
-        notes: What lies there and is left out, in words for the user.
-        columns: What else is known of each image, such as its region.
-        prompts: By class, where the source says how a model is asked for it.
-    """
-
-    root: Path
-    names: list[str]
-    labels: list[str]
-    classes: list[str]
-    content: Callable[[int], bytes]
-    notes: list[str] = field(default_factory=list)
-    columns: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    prompts: Mapping[str, str] = field(default_factory=dict)
+    root: Path = Path()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,15 +55,14 @@ class LabelledFiles:
         """Those at some places, in the order given; classes without one are dropped."""
         labels = [self.labels[place] for place in places]
         kept = [name for name in self.classes if name in set(labels)]
-        return LabelledFiles(
-            self.root,
-            [self.names[place] for place in places],
-            labels,
-            kept,
-            lambda index: self.content(places[index]),
-            self.notes,
-            {name: [values[place] for place in places] for name, values in self.columns.items()},
-            {name: self.prompts[name] for name in kept if name in self.prompts},
+        return replace(
+            self,
+            names=[self.names[place] for place in places],
+            labels=labels,
+            classes=kept,
+            content=lambda index: self.content(places[index]),
+            columns={name: [values[place] for place in places] for name, values in self.columns.items()},
+            prompts={name: self.prompts[name] for name in kept if name in self.prompts},
         )
 
     def first(self, limit: int | None) -> LabelledFiles:
@@ -104,18 +85,8 @@ class LabelledFiles:
         Raises:
             RequestError: All unusable images are reported together.
         """
-        first = None if size else self.image(0, channels=channels)
-        height, width = size or (first.shape[1], first.shape[2])  # type: ignore[union-attr]
-        held = torch.empty((len(self), channels, height, width))  # filled in place, so that nothing is held twice
-
-        def read(place: int) -> None:
-            image = self.image(place, channels=channels, size=size)
-            if image.shape != held.shape[1:]:
-                problem = f"it has {image.shape[1]} x {image.shape[2]} pixels, but others have {height} x {width}"
-                raise RequestError("image", self.names[place], problem, "Give `size`, to which all images are resized.")
-            held[place] = image
-
-        read_all(read, range(len(self)), field=field, root=self.root, workers=workers)
+        read = partial(self.image, channels=channels, size=size)
+        held = read_alike(read, self.names, channels, size, field=field, root=self.root, workers=workers)
         return LabelledImages(held, self.labels, [Path(name) for name in self.names])
 
 
@@ -128,7 +99,6 @@ def labelled_files(
         source: A folder with a folder per class; a run directory; a folder of parquet or tar shards, or one such file; a zip;
             a CSV; `geode:DIR`, `dollarstreet:DIR` (`handful.data.regions`). `~` is understood.
         classes: Only these, in this order; None: all.
-        field: What errors call the source.
         flat: Take images that lie in no class folder too, as one class `images`.
 
     Raises:
@@ -187,9 +157,7 @@ def read_labelled(
     """Reads labelled images, whatever holds them (`labelled_files`).
 
     Args:
-        channels, size, workers: As for `handful.data.images.read_folder`.
         limit: At most so many images of each class, the first ones.
-        field: What errors call the source.
 
     Returns:
         The images in the source's order, (n, channels, h, w) in [-1, 1], and the classes in the order of their labels.
@@ -198,11 +166,7 @@ def read_labelled(
         RequestError: The source is of another kind, damaged, or holds an image that can't be read.
     """
     listed = labelled_files(source, field=field)
-    kept, counts = [], Counter[str]()
-    for place, name in enumerate(listed.labels):
-        counts[name] += 1
-        if limit is None or counts[name] <= limit:
-            kept.append(place)
+    kept = sorted(place for places in listed.by_class().values() for place in places[:limit])
     return listed.only(kept).read(channels=channels, size=size, workers=workers, field=field), listed.classes
 
 
@@ -210,7 +174,6 @@ def overlooked(root: str | Path, files: Mapping[str, Sequence[Path]]) -> list[st
     """What lies in a folder of images and is no image of a class, in words: nothing is left out in silence.
 
     Args:
-        root: The folder.
         files: By class, from `image_folder`; {}: the images lie in the root itself.
     """
     root = Path(root).expanduser()
@@ -248,7 +211,7 @@ def _of_files(root: Path, found: Mapping[str, Sequence[Path]], notes: list[str])
         with open_file(files[place]) as stream:
             return stream.read()
 
-    return LabelledFiles(root, [str(file) for file in files], labels, list(found), content, notes)
+    return LabelledFiles([str(file) for file in files], labels, list(found), content, notes, root=root)
 
 
 def _of_listed(root: Path, listed: Listed, classes: Sequence[str] | None, field: str, flat: bool) -> LabelledFiles:
@@ -257,7 +220,7 @@ def _of_listed(root: Path, listed: Listed, classes: Sequence[str] | None, field:
             lie = listed.labels.count("")
             raise RequestError(field, root, f"its images ({lie}) are not in class folders", "Put them into a folder per class.")
         listed = Listed(listed.names, [ONLY_CLASS] * len(listed.labels), [ONLY_CLASS], listed.content)
-    whole = LabelledFiles(root, **{part.name: getattr(listed, part.name) for part in fields(listed)})
+    whole = LabelledFiles(**vars(listed), root=root)
     if classes is None:
         return whole
     places = whole.by_class()

@@ -42,7 +42,6 @@ def read_targets(files: list[Path], root: str | Path, shape: tuple[int, int, int
     """Reads targets.
 
     Args:
-        files: From `target_files` of `root`.
         shape: (c, h, w) of the model's images.
 
     Returns:

@@ -67,7 +67,6 @@ class FeaturesJudge(Judge):
 
     Args:
         real: What the judge saw of them.
-        extractor: The same judge.
         k: As for `Judge`.
 
     Raises:

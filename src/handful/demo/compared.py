@@ -39,7 +39,6 @@ class Entry:
     """One line of a demo's table.
 
     Attributes:
-        method: Its name.
         k: Exemplars of each class; 0: none.
         scale: Of classifier-free guidance; 0 where the method's default acts.
         says: What the recipe says of it, as YAML has it.
@@ -72,8 +71,6 @@ class Demo:
     """What is compared, and how.
 
     Attributes:
-        name: Of the model in the zoo.
-        entries: In the table's order.
         recipe: What all recipes share, as YAML has it.
         measure: See `Measure`.
         shown: Columns that the line of progress shows.
@@ -187,11 +184,7 @@ def one_thread() -> Iterator[None]:
 
 
 def check_size(seeds: int, per_class: int) -> None:
-    """Refuses a demo that shows nothing.
-
-    Raises:
-        RequestError: Naming the field.
-    """
+    """Refuses a demo that shows nothing."""
     if seeds < 1:
         raise RequestError(
             "seeds", seeds, "the demo needs at least one seed", "Give 1 or more; 3 are enough to see the spread."

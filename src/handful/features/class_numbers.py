@@ -51,9 +51,7 @@ def class_numbers(
     """Which of a judge's classes each class of images is: as the user says, else all by name, else all by number.
 
     Args:
-        labels: The classes of the images.
         names: What the judge calls its classes, by number; empty where it states none.
-        count: How many logits it gives.
         said: By class of the images, the judge's class: its name or number.
 
     Returns:

@@ -37,10 +37,8 @@ class _Similarity(nn.Module):
     """Images -> cosines to texts, times a scale.
 
     Args:
-        vision: CLIP's image half.
         projection: Into the space that images and texts share.
         texts: Unit vectors, (classes, d).
-        scale: exp(logit_scale), shape ().
         words: What the image half is told beside the images.
     """
 

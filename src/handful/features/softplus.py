@@ -70,9 +70,6 @@ def softened(extractor: FeatureExtractor, beta: float) -> FeatureExtractor:
 class Softplus(TorchFunctionMode):
     """While it is active, every ReLU is a Softplus.
 
-    Args:
-        beta: A finite positive number.
-
     Attributes:
         replaced: How many calls it has replaced.
     """

@@ -72,12 +72,8 @@ class Plan:
     """How a model of transformers becomes an extractor: all but its weights.
 
     Attributes:
-        name: Of the extractor.
-        kind: The class of transformers to load.
-        size, mean, std: As in `FeatureExtractor`.
         words: What the model is told beside the images.
         heads: The layers that give a classifier's logits; none for a pooled output.
-        classes: A classifier's names of them.
     """
 
     name: str
@@ -162,11 +158,7 @@ def known_config(name: str) -> tuple[Any, dict[str, Any] | None]:
 
 
 def read_config(name: str) -> Any:
-    """transformers' config of a directory or hub name.
-
-    Raises:
-        RequestError: If there is none.
-    """
+    """transformers' config of a directory or hub name."""
     from huggingface_hub import constants
     from transformers import AutoConfig
 

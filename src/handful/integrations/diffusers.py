@@ -31,7 +31,7 @@ from handful.errors import RequestError, RunError
 from handful.guidance import CFG, Guidance, Guided, Potential
 from handful.guidance.guiders import Guider
 from handful.models import from_pipeline
-from handful.models.flux import PATCH, packed, unpacked
+from handful.models.latent import PATCH, packed, unpacked
 from handful.models.libraries import check_libraries
 from handful.models.schedulers import from_flow, own_path
 

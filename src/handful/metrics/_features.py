@@ -46,14 +46,11 @@ def as_features(value: Any, name: str) -> np.ndarray:
     for rows in row_blocks(*array.shape):
         largest = np.abs(array[rows]).max()
         if not largest <= LARGEST:  # true of NaN too
-            _raise_unusable(array[rows], rows.start, name)
+            row, column = np.argwhere(~(np.abs(array[rows]) <= LARGEST))[0] + (rows.start, 0)
+            problem = f"at row {row}, column {column}; features must be finite and at most {LARGEST:g}"
+            remedy = "Drop that image, or extract its features in float32."
+            raise RequestError(name, float(array[row, column]), problem, remedy)
     return array
-
-
-def _raise_unusable(block: np.ndarray, start: int, name: str) -> None:
-    row, column = np.argwhere(~(np.abs(block) <= LARGEST))[0]
-    problem = f"at row {start + row}, column {column}; features must be finite and at most {LARGEST:g}"
-    raise RequestError(name, float(block[row, column]), problem, "Drop that image, or extract its features in float32.")
 
 
 def require_same_width(first: np.ndarray, second: np.ndarray, first_name: str, second_name: str) -> None:

@@ -118,7 +118,6 @@ def resampled_errors(confidence: np.ndarray, hits: np.ndarray, weights: np.ndarr
     """ECEs of resampled images, for its standard error.
 
     Args:
-        confidence, hits: Of n images.
         weights: How often each image is drawn, (draws, n), rows of one sum.
 
     Returns:

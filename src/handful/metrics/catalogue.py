@@ -26,16 +26,13 @@ class Metric:
 
     Attributes:
         name: In Python, JSON, and the columns of a sweep.
-        heading: In tables.
         measure: Its value of two sets; None where there is nothing to measure. It may raise `RequestError`: the value is then
             None, and the error a note.
         meaning: In a few words, for the notes below a table; "" where the heading says all.
-        lower_is_better: Its direction.
         audited: Whether it is judged again after the transforms.
         redraw: Its values in bootstrap draws, (draws,), given how often each generated image is drawn, (draws, n); None where
             a draw would falsify it. Only the spread of the draws is used.
         compared: Whether it says how good a set is: then it has gains, and a place in tables and rows.
-        brief: Whether short tables show it.
         usual: Whether it is measured without being asked for.
     """
 
@@ -78,10 +75,6 @@ def _frechet(sets: Sets) -> float:
     return sets.real.frechet(sets.generated)
 
 
-def _redrawn_frechet(sets: Sets, counts: np.ndarray) -> np.ndarray:
-    return redrawn_frechet(sets.real.features, sets.generated, counts)
-
-
 # fmt: off
 METRICS: tuple[Metric, ...] = (
     _near("precision", "precision", "share of the generated images that look like real ones"),
@@ -92,7 +85,7 @@ METRICS: tuple[Metric, ...] = (
     _near("coverage", "coverage", "share of the real images that have a generated one beside them: the variety"),
     _near("f1", "F1", "harmonic mean of precision and coverage (of the images, not of a classifier)"),
     Metric("frechet", "Frechet", _frechet, "distance of the two sets' means and covariances, 0 at best; less with more images",
-           lower_is_better=True, redraw=_redrawn_frechet),
+           lower_is_better=True, redraw=lambda sets, counts: redrawn_frechet(sets.real.features, sets.generated, counts)),
     Metric("vendi", "Vendi", lambda sets: vendi(sets.generated), "how many entirely different images the set is worth",
            audited=False, brief=False),
     Metric("vendi_real", "Vendi of real", lambda sets: vendi(sets.real.features), audited=False, compared=False),

@@ -65,7 +65,6 @@ class IntraDistance:
         values: (k,) mean pairwise distance inside each target's cluster.
         sizes: (k,) generated images that are nearest to each target; their sum is n.
         compared: (k,) images of each cluster that were compared: `sizes` capped at `most`.
-        distance: Which distance.
     """
 
     mean: float
@@ -146,7 +145,6 @@ def nearest_targets(
     Args:
         generated: (n, c, h, w) in [-1, 1].
         targets: (k, c, h, w).
-        distance, most_values: As for `intra_distance`.
 
     Returns:
         distance: (n,) float64, >= 0; `copied` says which of them are suspicious.

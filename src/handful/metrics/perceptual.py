@@ -23,7 +23,7 @@ from torch import Tensor
 
 from handful.errors import RequestError
 from handful.features.registry import FeatureExtractor, load_extractor
-from handful.metrics.lpips import NETWORKS, Lpips, load_lpips
+from handful.metrics.lpips import NETWORKS, load_lpips
 
 # Embedded values held at once, float32: 2 GiB. At 256 px an image is 8 M values to VGG's LPIPS, so a cluster of 50 is held.
 MOST_VALUES = 1 << 29
@@ -172,12 +172,8 @@ def lpips_distance(network: str, backbone: str | Path, linear: str | Path | None
     Raises:
         RequestError: As `load_lpips`; from the distance, for images too small for the network.
     """
-    return distance_of_lpips(load_lpips(network, backbone, linear))
-
-
-def distance_of_lpips(network: Lpips) -> PerceptualDistance:
-    """LPIPS with a network that is already there, on the device where it is."""
-    return PerceptualDistance(f"lpips-{network.name}", network.digest, network, squared=True)
+    made = load_lpips(network, backbone, linear)
+    return PerceptualDistance(f"lpips-{made.name}", made.digest, made, squared=True)
 
 
 def load_distance(name: str) -> PerceptualDistance:

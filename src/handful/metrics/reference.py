@@ -47,14 +47,18 @@ class Reference:
 
     def __init__(self, features: Any, k: int = 5) -> None:
         self.features, self.k = as_features(features, "real"), as_count(k, "k")
-        self._radii: np.ndarray | None = None
-        self._gaussian: Gaussian | None = None
+
+    @cached_property
+    def _radii(self) -> np.ndarray:
+        require_neighbours(len(self.features), self.k, "real")
+        return squared_radii(self.features, self.k, BLOCK, "real")
+
+    @cached_property
+    def _gaussian(self) -> Gaussian:
+        return gaussian(self.features, "real")
 
     def members(self, generated: Any) -> Members:
         """Who is inside whose ball; see `members`."""
-        if self._radii is None:
-            require_neighbours(len(self.features), self.k, "real")
-            self._radii = squared_radii(self.features, self.k, BLOCK, "real")
         return members(self.features, generated, self.k, real_radii=self._radii)
 
     def prdc(self, generated: Any) -> PRDC:
@@ -65,8 +69,6 @@ class Reference:
         """The Frechet distance to generated features (n, D)."""
         generated = as_features(generated, "generated")
         require_same_width(self.features, generated, "real", "generated")
-        if self._gaussian is None:
-            self._gaussian = gaussian(self.features, "real")
         return frechet_between(self._gaussian, gaussian(generated, "generated"))
 
 
@@ -74,7 +76,6 @@ class Sets:
     """A real and a generated set as one judge sees them: what every metric of the catalogue is given.
 
     Args:
-        real: the real set.
         generated: features, (n, D).
         per_image: by name, a value for each generated image, (n,): whether the judge names it rightly, whether it is a copy.
         names: what each generated image is called, for notes.

@@ -126,11 +126,7 @@ def _found(
 
 
 def _part(options: ModelOptions, name: str) -> Source:
-    """Where another autoencoder or scheduler lies.
-
-    Raises:
-        RequestError: If there is no such thing.
-    """
+    """Where another autoencoder or scheduler lies."""
     given, file = str(getattr(options, name)), "scheduler_config.json" if name == "scheduler" else "config.json"
     found = find_source(given)
     if found is None or found.file is not None or not (found.read_json(file) or found.read_json(f"{name}/{file}")):
@@ -140,11 +136,7 @@ def _part(options: ModelOptions, name: str) -> Source:
 
 
 def family_of(source: Source) -> str:
-    """Which family's file knows a source.
-
-    Raises:
-        RequestError: None does.
-    """
+    """Which family's file knows a source."""
     if source.file is not None:
         if source.file.suffix in (".pt", ".pth") and _family("dit_file").is_dit(source):
             return "dit"
@@ -164,11 +156,7 @@ def family_of(source: Source) -> str:
 
 
 def _by_parts(index: dict[str, Any]) -> str | None:
-    """The family of a pipeline by the classes of its parts: one for image to image, or a subclass, has the same.
-
-    Raises:
-        RequestError: If the pipeline is steered by more than a prompt; what steers it may not be saved with it.
-    """
+    """The family of a pipeline by the classes of its parts: one for image to image, or a subclass, has the same."""
     kind = str(index.get("_class_name"))
     parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2}
     more = [f"{name}/" for name in parts if name in ("controlnet", "adapter", "motion_adapter", "prior")]

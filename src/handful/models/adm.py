@@ -138,20 +138,12 @@ _INSIDE = {
 
 
 def skeleton(source: Source, options: ModelOptions) -> UNet2DDenoiser:
-    """The denoiser without its weights, on the meta device: of the checkpoint, only names and shapes are read.
-
-    Raises:
-        RequestError: If it is no diffusion checkpoint of guided-diffusion, or not enough is known of it.
-    """
+    """The denoiser without its weights, on the meta device: of the checkpoint, only names and shapes are read."""
     return _denoiser(source, options, "meta")
 
 
 def load(source: Source, options: ModelOptions) -> UNet2DDenoiser:
-    """Loads a checkpoint, by torch's weights-only loader.
-
-    Raises:
-        RequestError: As `skeleton`, before the weights are read.
-    """
+    """Loads a checkpoint, by torch's weights-only loader."""
     return _denoiser(source, options, "cpu")
 
 
@@ -297,7 +289,8 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "the file"
-            raise RequestError("model", str(beside), f"{key}: {first['msg']}", f"Its keys are {_keys()}.") from error
+            remedy = f"Its keys are {', '.join(Settings.model_fields)}."
+            raise RequestError("model", str(beside), f"{key}: {first['msg']}", remedy) from error
         if said.num_heads and said.num_head_channels:
             raise RequestError(
                 "model",
@@ -312,13 +305,7 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
     if settings.num_heads is None and settings.num_head_channels is None:
         missing.insert(0, "num_head_channels (or num_heads)")
     if missing:
-        example = {
-            "image_size": 256,
-            "num_head_channels": 64,
-            "new_attention_order": False,
-            "schedule": "linear",
-            "steps": 1000,
-        }
+        example = _settings(256).model_dump(exclude_none=True, exclude_defaults=True)
         raise RequestError(
             "model",
             str(file),
@@ -338,16 +325,8 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
     return settings
 
 
-def _keys() -> str:
-    return ", ".join(Settings.model_fields)
-
-
 def _heads(file: Path, told: Architecture, settings: Settings) -> dict[int, int]:
-    """Attention heads by the number of channels they share.
-
-    Raises:
-        RequestError: If some can't be shared out.
-    """
+    """Attention heads by the number of channels they share."""
     at = [*(c for c, attends in zip(told.channels, told.attention, strict=True) if attends), told.channels[-1]]
     for channels in at:
         if channels % (settings.num_heads or settings.num_head_channels or 1):

@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from handful.core.denoiser import Condition, Prediction
 from handful.core.noise import Flow, Schedule
 from handful.errors import HandfulError, RequestError, first_line
-from handful.models.latent import LatentDenoiser, factor_of
+from handful.models.latent import PATCH, LatentDenoiser, factor_of, packed, unpacked
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import load_pipeline, preview_decoder
 from handful.models.prompts import (
@@ -40,7 +39,6 @@ from handful.models.source import Source
 
 NETWORKS = ("transformer", "unet")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-PATCH = 2  # latent pixels to a token, a side, where the pipeline packs its latents
 STEPS = 2  # of a trial run: enough to see what changes from step to step
 TIMES = 500  # of the one that only hears the times
 # What a pipeline's own call needs where it is no text-to-image pipeline.
@@ -75,9 +73,7 @@ class _Heard:
 
     Attributes:
         calls: The arguments of each call of the network, by name.
-        outs: What the stand-in answered.
         steps: What the scheduler was given: (model output, time, sample), and what it answered.
-        decoded: What the autoencoder was given.
         encoded: What the pipeline's `encode_prompt` gave; None where it has none of that name.
     """
 
@@ -114,8 +110,6 @@ class PipelineDenoiser(Prompted, LatentDenoiser):
     """The network of a pipeline that was listened to, its autoencoder and its text encoders.
 
     Args:
-        pipeline: The diffusers pipeline.
-        heard: How its network is called.
         prediction, levels, resolution, preview_vae: As for `LatentDenoiser`.
         prompts: Gives the network's inputs for the prompts, by the names of its arguments.
     """
@@ -157,20 +151,10 @@ class PipelineDenoiser(Prompted, LatentDenoiser):
             if isinstance(value, Tensor):  # positions stay in their own precision
                 value = value.to(scaled.device)
             fixed[name] = value * n if name in heard.listed else value
-        inside = pack(scaled) if heard.packed else scaled
+        inside = packed(scaled) if heard.packed else scaled
         given = {heard.latents: inside, heard.time: heard.clock(time), "return_dict": False}
         out = heard.sign * self.network(**given, **_nested({**fixed, **told}))[0]
-        return unpack(out, *(side // PATCH for side in scaled.shape[-2:])) if heard.packed else out
-
-
-def pack(latents: Tensor) -> Tensor:
-    """Latents (n, c, h, w) -> a token to each 2 x 2 patch, row by row: (n, h w / 4, 4 c)."""
-    return pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `pack`: tokens (n, height width, 4 c) -> latents (n, c, 2 height, 2 width)."""
-    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+        return unpacked(out, *(side // PATCH for side in scaled.shape[-2:])) if heard.packed else out
 
 
 def skeleton(source: Source, options: ModelOptions) -> PipelineDenoiser:
@@ -190,11 +174,7 @@ def load(source: Source, options: ModelOptions) -> PipelineDenoiser:
 
 
 def refuse_other_purposes(kind: str, name: str) -> None:
-    """Refuses a class of pipelines that makes something else than images of prompts.
-
-    Raises:
-        RequestError: Naming what it makes, or that diffusers does not know it.
-    """
+    """Refuses a class of pipelines that makes something else than images of prompts."""
     import diffusers
 
     cls: Any = getattr(diffusers, kind, None)
@@ -278,11 +258,7 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> PipelineDenoiser:
 
 
 def network_of(pipeline: Any) -> str:
-    """The name of a pipeline's denoising network.
-
-    Raises:
-        RequestError: If it has none, or several.
-    """
+    """The name of a pipeline's denoising network."""
     held = [name for name in NETWORKS if getattr(pipeline, name, None) is not None]
     more = [name for name in ("transformer_2", "unet_2", "decoder", "prior", "controlnet") if getattr(pipeline, name, None)]
     if len(held) != 1 or more or getattr(pipeline, "vae", None) is None:
@@ -578,7 +554,7 @@ def _check_decoding(kind: str, denoiser: PipelineDenoiser, heard: _Heard) -> Non
     """Refuses a pipeline that makes something else of its last latents than `LatentDenoiser.decode` gives the autoencoder."""
     last, given = heard.steps[-1][3], heard.decoded[0]
     if denoiser.heard.packed:
-        last = unpack(last, *(side // PATCH for side in denoiser.shape[1:]))
+        last = unpacked(last, *(side // PATCH for side in denoiser.shape[1:]))
     given = given.squeeze(2) if given.ndim == 5 else given
     ours = denoiser.scaled_for_vae(last)
     if ours.shape != given.shape or not _near(ours.to(given), given):

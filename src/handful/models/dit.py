@@ -98,9 +98,6 @@ def load(source: Source, options: ModelOptions) -> DiTDenoiser:
     """Loads a pipeline's directory or hub name, or DiT's own `.pt`.
 
     A directory's classes are named by the `id2label` of its model_index.json.
-
-    Raises:
-        RequestError: If a file is missing, damaged, or does not fit the others.
     """
     skeleton(source, options)  # what the configs can tell is said before the weights are read
     if source.file is not None:

@@ -58,11 +58,7 @@ def is_dit(source: Source) -> bool:
 
 
 def parts(source: Source, options: ModelOptions, *, meta: bool = False) -> tuple[Any, Any, dict[str, Any]]:
-    """The transformer, the autoencoder and the scheduler's config, on the meta device or with weights.
-
-    Raises:
-        RequestError: If the file is no DiT, or no autoencoder is named.
-    """
+    """The transformer, the autoencoder and the scheduler's config, on the meta device or with weights."""
     assert source.file is not None
     if "vae" not in source.parts:
         raise RequestError("model", source.name, "it is DiT's own checkpoint, which holds no autoencoder", VAE)

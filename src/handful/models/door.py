@@ -26,15 +26,14 @@ CLASSES = {
     "MotionAdapter": ("a motion adapter, which makes videos", "Use a model of images."),
 }
 # Names of tensors (a part of them) -> what the file is, and what to do; the first that fits counts.
+LORA = "a LoRA, an addition to a model", "Give the model that it was trained on, and this file as --lora FILE."
+WORD = (
+    "an embedding of textual inversion, an addition to a model",
+    "Give the model that it was trained on, and this file as --embedding TOKEN=FILE.",
+)
 TENSORS = {
-    (".lora_down.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_te_", ".lora.down.", "hada_w1"): (
-        "a LoRA, an addition to a model",
-        "Give the model that it was trained on, and this file as --lora FILE.",
-    ),
-    ("emb_params", "string_to_param", "clip_g"): (
-        "an embedding of textual inversion, an addition to a model",
-        "Give the model that it was trained on, and this file as --embedding TOKEN=FILE.",
-    ),
+    (".lora_down.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_te_", ".lora.down.", "hada_w1"): LORA,
+    ("emb_params", "string_to_param", "clip_g"): WORD,
     ("control_model.", "controlnet_", "controlnet_cond_embedding", "input_hint_block"): CLASSES["ControlNet"],
     ("ip_adapter.", "image_proj.", "to_k_ip"): ("an IP-Adapter, which steers a model by pictures", "Give the model alone."),
     ("motion_modules.",): CLASSES["MotionAdapter"],
@@ -65,13 +64,9 @@ SUFFIXES = {
     ".mlmodelc": ("a Core ML model", "Take the model's safetensors in diffusers' layout."),
     ".engine": ("a TensorRT engine", "Take the model's safetensors in diffusers' layout."),
     ".npz": ("arrays of numpy or JAX", OWN),
-    ".zip": ("an archive", "Unpack it, and give the directory or file in it."),
-    ".tar": ("an archive", "Unpack it, and give the directory or file in it."),
-    ".gz": ("an archive", "Unpack it, and give the directory or file in it."),
-    ".part": ("half a download", "Download it again."),
-    ".crdownload": ("half a download", "Download it again."),
-    ".incomplete": ("half a download", "Download it again: hf download resumes."),
-    ".lock": ("half a download", "Download it again: hf download resumes."),
+    **dict.fromkeys((".zip", ".tar", ".gz"), ("an archive", "Unpack it, and give the directory or file in it.")),
+    **dict.fromkeys((".part", ".crdownload"), ("half a download", "Download it again.")),
+    **dict.fromkeys((".incomplete", ".lock"), ("half a download", "Download it again: hf download resumes.")),
 }
 
 
@@ -79,8 +74,7 @@ def wrong_file(path: Path, name: str) -> RequestError:
     """What a file is that no family reads, by its ending and its first bytes."""
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
-        what, remedy = SUFFIXES[suffix]
-        return _error(name, what, remedy)
+        return _error(name, *SUFFIXES[suffix])
     with path.open("rb") as opened:
         head = opened.read(64)
     if not head:
@@ -122,11 +116,9 @@ def wrong_folder(source: Source) -> RequestError:
         if kind.startswith(begin):
             return _error(name, f"{what} ({kind})", remedy)
     if "adapter_config.json" in tops or "pytorch_lora_weights.safetensors" in tops:
-        return _error(
-            name, *TENSORS[(".lora_down.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_te_", ".lora.down.", "hada_w1")]
-        )
+        return _error(name, *LORA)
     if {"learned_embeds.safetensors", "learned_embeds.bin"} & tops:
-        return _error(name, *TENSORS[("emb_params", "string_to_param", "clip_g")])
+        return _error(name, *WORD)
     if {"optimizer.bin", "scheduler.bin", "random_states_0.pkl", "trainer_state.json", "optimizer.pt"} & tops:
         remedy = "Give the pipeline's directory that the training wrote at its end; of a LoRA: the model, and --lora FILE."
         return _error(name, "a checkpoint of a training (it holds an optimizer's state)", remedy)
@@ -153,7 +145,7 @@ def wrong_folder(source: Source) -> RequestError:
     deeper = sorted(file for file in files if file.endswith("/model_index.json"))
     if deeper:
         return _error(name, "a folder of models", f"Give one: {name}/{deeper[0].removesuffix('/model_index.json')}.")
-    if {Path(file).suffix.lower() for file in files} & {".png", ".jpg", ".jpeg", ".webp"}:
+    if ends & {".png", ".jpg", ".jpeg", ".webp"}:
         return _error(name, "a folder of images, not a model", "Give images as --exemplars DIR, and a model as --model.")
     if source.folder is not None and not files:
         return _error(name, "an empty folder", WHOLE)

@@ -30,11 +30,7 @@ UNUSED = ("image_encoder", "feature_extractor")  # parts of a pipeline that a pr
 
 
 def scheduler_of(source: Source) -> Any:
-    """The pipeline's scheduler, from its config.
-
-    Raises:
-        RequestError: If there is none, or it is of another kind.
-    """
+    """The pipeline's scheduler, from its config."""
     told = source.scheduler()
     _refuse_kind(str(told.get("_class_name", SCHEDULER)))
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -59,9 +55,6 @@ def flow_levels(scheduler: Any, tokens: int, *, time_scale: float, given_times: 
         time_scale: The time that the network takes, divided by s.
         given_times: Whether the pipeline gives the scheduler the times 1 ... 1 / steps (Flux), or lets it space them itself,
             from the largest to the smallest that it was trained on (Stable Diffusion 3).
-
-    Raises:
-        RequestError: If the scheduler is of another kind.
     """
     _refuse_kind(type(scheduler).__name__)
     scheduler, config = copy.deepcopy(scheduler), scheduler.config
@@ -99,14 +92,7 @@ def pipeline_prompts(
 
 
 def load_flow_pipeline(source: Source, options: ModelOptions, kind: str, transformer: str) -> Any:
-    """`load_pipeline`; of a single file the transformer alone, and the rest from the pipeline that its configs are of.
-
-    Args:
-        kind, transformer: The classes.
-
-    Raises:
-        RequestError: If it can't be loaded.
-    """
+    """`load_pipeline`; of a single file the transformer alone, and the rest from the pipeline that its configs are of."""
     if source.file is None:
         return load_pipeline(source, options, kind)
     import diffusers
@@ -147,13 +133,7 @@ def configs_of(source: Source, options: ModelOptions, kind: str) -> Source:
 
 
 def refuse_missing(name: str, pipeline: Mapping[str, Any], needed: tuple[str, ...]) -> None:
-    """Refuses a pipeline without a part that it needs.
-
-    Args:
-        name: Of the model.
-        pipeline: What it has by name, as model_index.json or the pipeline itself says it.
-        needed: Names of parts.
-    """
+    """Refuses a pipeline without a part that it needs."""
     absent = [part for part in needed if pipeline.get(part) in (None, [None, None])]
     if absent:
         raise RequestError("model", name, f"the pipeline has no {' and no '.join(absent)}", "Load it with all its parts.")

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from handful.core.denoiser import Condition
 from handful.models.flow_pipelines import (
@@ -24,7 +23,7 @@ from handful.models.flow_pipelines import (
     refuse_missing,
     scheduler_of,
 )
-from handful.models.latent import LatentDenoiser, factor_of
+from handful.models.latent import PATCH, LatentDenoiser, factor_of, packed, unpacked
 from handful.models.options import ModelOptions, refuse_options
 from handful.models.pipelines import component_on_meta, preview_decoder
 from handful.models.prompts import Embeddings, Prompted, Prompts, blank_prompts, refuse_for_prompts
@@ -33,23 +32,16 @@ from handful.models.source import Source
 PIPELINE, TRANSFORMER = "FluxPipeline", "FluxTransformer2DModel"
 NEEDED = ("transformer", "vae", "scheduler", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 SAMPLE_SIZE = 128  # latent pixels a side, as the pipeline's default has it; no config says it
-PATCH = 2  # latent pixels to a token, a side
 
 
 class FluxDenoiser(Prompted, LatentDenoiser):
     """A `FluxTransformer2DModel`, its autoencoder and its text encoders. Latents are unpacked: (channels, h / 8, w / 8).
 
     Args:
-        network: The transformer.
-        vae, preview_vae: As for `LatentDenoiser`.
-        scheduler: The pipeline's, which shapes the levels.
         resolution: (height, width) of the images; None takes 128 latent pixels a side.
         prompts: Gives "text" (n, tokens, width) and "pooled" (n, width).
         embedded_guidance: The scale that a guidance-distilled transformer is told.
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
-
-    Raises:
-        RequestError: If the parts do not fit.
     """
 
     def __init__(
@@ -95,16 +87,6 @@ class FluxDenoiser(Prompted, LatentDenoiser):
         return unpacked(out, height, width)
 
 
-def packed(latents: Tensor) -> Tensor:
-    """Latents (n, c, h, w) -> a token to each 2 x 2 patch, row by row: (n, h w / 4, 4 c)."""
-    return pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
-
-
-def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `packed`: tokens (n, height width, 4 c) -> latents (n, c, 2 height, 2 width)."""
-    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), PATCH)
-
-
 def positions(height: int, width: int, like: Tensor) -> Tensor:
     """Each token's (0, row, column), of the dtype and device of `like`: (height width, 3)."""
     row, column = (torch.arange(side).to(like) for side in (height, width))
@@ -112,11 +94,7 @@ def positions(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def skeleton(source: Source, options: ModelOptions) -> FluxDenoiser:
-    """The denoiser without its weights, from the configs alone: on the meta device.
-
-    Raises:
-        RequestError: If a config is missing or what is asked can't be done.
-    """
+    """The denoiser without its weights, from the configs alone: on the meta device."""
     refuse_for_prompts(options, UNUSED)
     configs = configs_of(source, options, PIPELINE)
     refuse_missing(configs.name, configs.read_json("model_index.json") or {}, NEEDED)
@@ -138,21 +116,13 @@ def skeleton(source: Source, options: ModelOptions) -> FluxDenoiser:
 
 
 def load(source: Source, options: ModelOptions) -> FluxDenoiser:
-    """Loads a pipeline's directory, hub name, or a single file's transformer with the rest of a pipeline.
-
-    Raises:
-        RequestError: As `skeleton`, or if it can't be loaded.
-    """
+    """Loads a pipeline's directory, hub name, or a single file's transformer with the rest of a pipeline."""
     skeleton(source, options)  # what the configs can tell is said before the weights are read
     return from_pipeline(load_flow_pipeline(source, options, PIPELINE, TRANSFORMER), options)
 
 
 def from_pipeline(pipeline: Any, options: ModelOptions) -> FluxDenoiser:
-    """A denoiser from a `FluxPipeline`; it shares its networks.
-
-    Raises:
-        RequestError: If what is asked can't be done.
-    """
+    """A denoiser from a `FluxPipeline`; it shares its networks."""
     refuse_for_prompts(options, UNUSED)
     refuse_missing(PIPELINE, pipeline.components, NEEDED)
     _refuse_unread(pipeline.transformer, options)

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from handful.core.denoiser import NetworkDenoiser, Prediction, shrunk
 from handful.core.memory import in_smaller_parts
 from handful.core.noise import Schedule
 from handful.errors import RequestError
 from handful.models.prompts import text_encoders
+
+PATCH = 2  # latent pixels to a token, a side, where a pipeline packs its latents
 
 
 class LatentDenoiser(NetworkDenoiser):
@@ -68,20 +71,15 @@ class LatentDenoiser(NetworkDenoiser):
                     f"Use {near}.",
                 )
         tiny: Any = None if preview_vae is None else preview_vae.config
-        if tiny and tiny.latent_channels != channels_of(config):
-            raise RequestError(
-                "model.preview_decoder",
-                f"latents of {tiny.latent_channels} channels",
-                f"this model's latents have {channels_of(config)}",
-                "Name an autoencoder made for this model's latents.",
-            )
-        if tiny and 2 ** (len(tiny.decoder_block_out_channels) - 1) != factor:
-            raise RequestError(
-                "model.preview_decoder",
-                f"{len(tiny.decoder_block_out_channels)} blocks",
-                "its images differ in size from this model's",
-                "Name an autoencoder made for this model's latents.",
-            )
+        if tiny:
+            channels, blocks = tiny.latent_channels, len(tiny.decoder_block_out_channels)
+            remedy = "Name an autoencoder made for this model's latents."
+            if channels != channels_of(config):
+                problem = f"this model's latents have {channels_of(config)}"
+                raise RequestError("model.preview_decoder", f"latents of {channels} channels", problem, remedy)
+            if 2 ** (blocks - 1) != factor:
+                problem = "its images differ in size from this model's"
+                raise RequestError("model.preview_decoder", f"{blocks} blocks", problem, remedy)
         height, width = (side // factor for side in resolution)
         super().__init__(network, prediction, (channels_of(config), height, width), levels)
         self._frames = hasattr(config, "temperal_downsample")  # the autoencoder takes images as videos of one frame
@@ -198,6 +196,16 @@ class LatentDenoiser(NetworkDenoiser):
         if mean is not None and std is not None:
             return _channels(std, like) / factor, _channels(mean, like)
         return 1 / factor, getattr(config, "shift_factor", None) or 0.0
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents (n, c, h, w) -> a token to each 2 x 2 patch, row by row: (n, h w / 4, 4 c)."""
+    return pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `packed`: tokens (n, height width, 4 c) -> latents (n, c, 2 height, 2 width)."""
+    return pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height, width)), PATCH)
 
 
 def factor_of(vae: Any) -> int:

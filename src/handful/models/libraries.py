@@ -26,9 +26,6 @@ def check_libraries() -> None:
 
     handful needs no torchvision; but where one is installed, diffusers and transformers import it, and a build for another
     torch breaks them.
-
-    Raises:
-        RequestError: If torchvision is installed and broken.
     """
     if importlib.util.find_spec("torchvision") is None:
         return

@@ -57,11 +57,7 @@ def skeleton(source: Source, options: ModelOptions) -> MnistDenoiser:
 
 
 def load(source: Source, options: ModelOptions) -> MnistDenoiser:
-    """Loads the packaged weights.
-
-    Raises:
-        RequestError: If an option is not this model's.
-    """
+    """Loads the packaged weights."""
     denoiser = _denoiser(source, options)
     assert source.folder is not None, "the zoo is a folder"
     denoiser.network.load_state_dict(load_file(Path(source.folder) / "model.safetensors"))

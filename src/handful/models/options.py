@@ -68,14 +68,7 @@ OF_PIPELINES = (
 
 
 def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:
-    """Refuses another resolution than the model's own, which networks with fixed positions or depths can't take.
-
-    Args:
-        own: (height, width) of the model's images.
-
-    Raises:
-        RequestError: If another is asked for.
-    """
+    """Refuses another resolution than the model's own, which networks with fixed positions or depths can't take."""
     if options.resolution is not None and tuple(options.resolution) != tuple(own):
         raise RequestError(
             "model.resolution",
@@ -86,14 +79,7 @@ def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:
 
 
 def refuse_options(options: ModelOptions, *names: str) -> None:
-    """Refuses what a family has no use for, so that nothing asked for is passed over in silence.
-
-    Args:
-        names: Of the fields that it does not read.
-
-    Raises:
-        RequestError: If one of them is not at its default.
-    """
+    """Refuses what a family has no use for, so that nothing asked for is passed over in silence."""
     for each in fields(options):
         if each.name in names and (given := getattr(options, each.name)) != each.default:
             raise RequestError(f"model.{each.name}", given, "this model does not use it", "Leave it out.")

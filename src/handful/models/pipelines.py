@@ -62,9 +62,6 @@ def check_components(source: Source, options: ModelOptions) -> None:
     """Refuses a pipeline's directory that lacks a component which its model_index.json names.
 
     transformers makes an empty tokenizer of a folder that is not there, and images of nothing.
-
-    Raises:
-        RequestError: Naming the component.
     """
     if source.folder is None:
         return
@@ -84,11 +81,7 @@ def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer:
     """The pipeline with its weights, by diffusers itself; safetensors only, since other files can run code.
 
     Args:
-        kind: The pipeline's class.
         transformer: Its denoising network, where that is loaded already.
-
-    Raises:
-        RequestError: If it can't be loaded.
     """
     import diffusers
 
@@ -204,7 +197,6 @@ def load_component(source: Source, options: ModelOptions, part: str, kind: str) 
 
     Args:
         part: Its folder in the model; "" for the model's own.
-        kind: Its class.
 
     Raises:
         RequestError: If it can't be loaded, or its weights do not fit its config.
@@ -287,12 +279,7 @@ def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int 
     """The tiny autoencoder that guidance decodes with, where one is asked for.
 
     Args:
-        options: Name it.
         meta: Without weights, on the meta device; a hub name is taken to fit the model.
-        channels: Of the model's latents.
-
-    Raises:
-        RequestError: If it can't be loaded.
     """
     if options.preview_decoder is None:
         return None

@@ -20,7 +20,6 @@ class Placement:
     """How to run a model; every field but device and dtype is a call of diffusers' or torch's own.
 
     Attributes:
-        device, dtype: Of the networks.
         attention: `set_attention_backend` of the denoising network; None leaves it.
         compile: `torch.nn.Module.compile` of the denoising network.
         offload: `enable_model_cpu_offload` or `enable_sequential_cpu_offload` of the pipeline.
@@ -37,11 +36,7 @@ class Placement:
 
 
 def check_placement(denoiser: NetworkDenoiser, asked: Placement) -> None:
-    """Refuses what this family or machine can't do; the denoiser may be a skeleton.
-
-    Raises:
-        RequestError: Naming the field.
-    """
+    """Refuses what this family or machine can't do; the denoiser may be a skeleton."""
     for name in ("vae_slicing", "vae_tiling"):
         if getattr(asked, name) and not hasattr(denoiser, "vae"):
             raise RequestError(f"model.{name}", True, "this model has no autoencoder", "Leave it out.")
@@ -99,11 +94,7 @@ def _check_attention(denoiser: NetworkDenoiser, name: str) -> None:
 
 
 def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
-    """Moves a loaded model to where it shall run; to compile it is left to whoever has tried it.
-
-    Raises:
-        RequestError: If diffusers or torch refuse.
-    """
+    """Moves a loaded model to where it shall run; to compile it is left to whoever has tried it."""
     pipeline: Any = getattr(denoiser, "pipeline", None)
     network: Any = getattr(denoiser, "network", denoiser)  # a denoiser of the user's own may be without
     if asked.offload == "none":

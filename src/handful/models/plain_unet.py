@@ -134,11 +134,7 @@ class _Time(nn.Module):
 
 
 class PlainUNet(nn.Module):
-    """The network of a config that `fits`; called as diffusers' `UNet2DModel`.
-
-    Attributes:
-        config: Its config, as diffusers has it.
-    """
+    """The network of a config that `fits`; called as diffusers' `UNet2DModel`."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

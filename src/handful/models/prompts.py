@@ -120,22 +120,13 @@ def _joined(rows: list[Tensor]) -> Tensor:
 
 
 class Prompted:
-    """What denoisers that take prompts share; a base class beside `LatentDenoiser`.
-
-    Attributes:
-        prompts: Their `Prompts`.
-    """
+    """What denoisers that take prompts share; a base class beside `LatentDenoiser`."""
 
     prompted = True
     prompts: Prompts
 
     def encode_prompts(self, prompts: Sequence[str], device: torch.device | str | None = None) -> None:
-        """Encodes prompts ahead, so that the text encoders can be freed.
-
-        Args:
-            prompts: Texts.
-            device: Where the encoders are moved before; None leaves them where they are.
-        """
+        """Encodes prompts ahead, so that the text encoders can be freed."""
         if device is not None:
             for name, network in self.components().items():  # type: ignore[attr-defined]
                 if name.startswith("text_encoder"):
@@ -205,14 +196,7 @@ def runs_on(module: Any) -> torch.device:
 
 
 def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
-    """Refuses options that a pipeline with prompts does not have.
-
-    Args:
-        spare: Components that it can do without.
-
-    Raises:
-        RequestError: Naming the field.
-    """
+    """Refuses options that a pipeline with prompts does not have."""
     for field in ("classes", "null_class"):
         if (given := getattr(options, field)) is not None:
             raise RequestError(

@@ -44,7 +44,8 @@ def identified(source: Source, options: ModelOptions) -> tuple[str, Source, Mode
     Raises:
         RequestError: If it is no pipeline that is known, or its configs can't be had.
     """
-    shapes = read_shapes(_file(source))
+    assert source.file is not None
+    shapes = read_shapes(source.file)
     kind = pipeline_of(source.name, shapes)
     if kind in TRANSFORMERS.values():
         return kind, source, options
@@ -64,11 +65,7 @@ def identified(source: Source, options: ModelOptions) -> tuple[str, Source, Mode
 
 
 def load_pipeline_file(source: Source, options: ModelOptions, kind: str) -> Any:
-    """`load_pipeline` of a single file; its errors say where the configs came from.
-
-    Raises:
-        RequestError: If it can't be loaded, or does not fit the configs.
-    """
+    """`load_pipeline` of a single file; its errors say where the configs came from."""
     try:
         return load_pipeline(source, options, kind)
     except RequestError as error:
@@ -125,14 +122,7 @@ def _header_shapes(file: Path) -> Shapes:
 
 
 def pipeline_of(name: str, shapes: Shapes) -> str:
-    """The class of the pipeline that a file of these tensors holds.
-
-    Args:
-        name: Of the file, for errors.
-
-    Raises:
-        RequestError: If it is none that is known.
-    """
+    """The class of the pipeline that a file of these tensors holds."""
     network = {key.removeprefix(PREFIX) for key in shapes}
     for key, other in OTHERS.items():
         if key in network:
@@ -165,16 +155,16 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
             f"models do",
             "Use the family's base model for text to image.",
         )
-    if _any(shapes, "conditioner.embedders.1."):
+    if any(key.startswith("conditioner.embedders.1.") for key in shapes):
         return "StableDiffusionXLPipeline"
-    if _any(shapes, "conditioner.embedders.0."):
+    if any(key.startswith("conditioner.embedders.0.") for key in shapes):
         raise RequestError(
             "model",
             name,
             "it is a refiner of SDXL, which also needs an aesthetic score",
             "Use the family's base model for text to image.",
         )
-    if not _any(shapes, "cond_stage_model."):
+    if not any(key.startswith("cond_stage_model.") for key in shapes):
         raise RequestError("model", name, "it holds a UNet and no text encoder", "Give a file of the whole pipeline.")
     return "StableDiffusionPipeline"
 
@@ -186,15 +176,6 @@ def default_config(shapes: Shapes) -> str:
     return fetch_diffusers_config({name: torch.empty(shape, device="meta") for name, shape in shapes.items()})[
         "pretrained_model_name_or_path"
     ]
-
-
-def _any(shapes: Shapes, prefix: str) -> bool:
-    return any(name.startswith(prefix) for name in shapes)
-
-
-def _file(source: Source) -> Path:
-    assert source.file is not None
-    return source.file
 
 
 def _no_config(source: Source, name: str, problem: str) -> RequestError:

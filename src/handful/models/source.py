@@ -24,10 +24,8 @@ class Source:
     """A model's files.
 
     Attributes:
-        name: As the user gave it.
         folder: A local directory; None for a hub name or configs alone.
         file: A single file of weights; None otherwise.
-        revision: Of a hub name.
         parts: Where a part lies instead, by its name: `vae`, `scheduler`.
         configs: Configs known without any file, by their path in the model: `{"unet/config.json": {...}}`.
     """
@@ -66,35 +64,18 @@ class Source:
         return data
 
     def config(self, component: str) -> dict[str, Any]:
-        """`component/config.json`.
-
-        Raises:
-            RequestError: If there is none, or as `read_json`.
-        """
-        data = self.read_json(f"{component}/config.json")
-        if data is None:
-            raise RequestError(
-                "model",
-                self.name,
-                f"it has no {component}/config.json",
-                "Copy the whole pipeline, as its save_pretrained wrote it.",
-            ) from None
-        return data
+        """`component/config.json`."""
+        return self._needed(f"{component}/config.json")
 
     def scheduler(self) -> dict[str, Any]:
-        """`scheduler/scheduler_config.json`.
+        """`scheduler/scheduler_config.json`."""
+        return self._needed("scheduler/scheduler_config.json", ", so its noise levels are unknown")
 
-        Raises:
-            RequestError: If there is none, or as `read_json`.
-        """
-        data = self.read_json("scheduler/scheduler_config.json")
+    def _needed(self, path: str, why: str = "") -> dict[str, Any]:
+        data = self.read_json(path)
         if data is None:
-            raise RequestError(
-                "model",
-                self.name,
-                "it has no scheduler/scheduler_config.json, so its noise levels are unknown",
-                "Copy the whole pipeline, as its save_pretrained wrote it.",
-            )
+            remedy = "Copy the whole pipeline, as its save_pretrained wrote it."
+            raise RequestError("model", self.name, f"it has no {path}{why}", remedy)
         return data
 
     def files(self) -> list[str]:

@@ -40,8 +40,6 @@ class StableDiffusionDenoiser(Prompted, LatentDenoiser):
     """A UNet of prompts, its autoencoder and its text encoders.
 
     Args:
-        network: The UNet.
-        vae, prediction, levels, resolution, preview_vae: As for `LatentDenoiser`.
         embedded_guidance: The guidance scale that a network is told into which one was distilled (latent consistency models).
         prompts: Gives "text" (n, tokens, width), and for SDXL "pooled" (n, width) and "time_ids" (n, 6).
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
@@ -95,9 +93,6 @@ def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
     """The denoiser without its weights, from the configs alone: on the meta device.
 
     A single file's configs are those of `options.config`, or of the hub's model that diffusers takes for it.
-
-    Raises:
-        RequestError: If the model or what is asked of it is none of this family.
     """
     if source.file is not None:
         kind, source, options = single_file.identified(source, options)
@@ -127,11 +122,7 @@ def skeleton(source: Source, options: ModelOptions) -> LatentDenoiser:
 
 
 def load(source: Source, options: ModelOptions) -> LatentDenoiser:
-    """Loads a pipeline's directory, hub name or single file.
-
-    Raises:
-        RequestError: If the model or what is asked of it is none of this family, or it can't be loaded.
-    """
+    """Loads a pipeline's directory, hub name or single file."""
     if source.file is not None:
         kind, configs, options = single_file.identified(source, options)
         if kind not in (PIPELINE, PIPELINE_XL):
@@ -153,9 +144,6 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusionDenois
 
     An autoencoder that would overflow in the pipeline's float16 is copied to float32, because the pipeline goes on with
     its own.
-
-    Raises:
-        RequestError: If the pipeline or what is asked of it is none of this family.
     """
     unet, vae = pipeline.unet, pipeline.vae
     missing = [name for name, value in pipeline.components.items() if value is None]
@@ -219,8 +207,6 @@ def _refuse(
     """Refuses what this family is not, and options that it can't follow.
 
     Args:
-        name: Of the model.
-        unet, vae, index: Configs of the parts and of the pipeline.
         missing: Components that the pipeline has none of.
         pooled: Width of what the second text encoder gives for SDXL's pooled embedding; None where unknown.
     """

@@ -41,9 +41,6 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
     """An `SD3Transformer2DModel`, its autoencoder and its text encoders.
 
     Args:
-        network: The transformer.
-        vae, preview_vae: As for `LatentDenoiser`.
-        scheduler: The pipeline's, which shapes the levels.
         resolution: (height, width) of the images; None takes the one that the transformer was trained at.
         prompts: Gives "text" (n, tokens, width) and "pooled" (n, width).
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
@@ -98,11 +95,7 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
 
 
 def skeleton(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
-    """The denoiser without its weights, from the configs alone: on the meta device.
-
-    Raises:
-        RequestError: If a config is missing or what is asked can't be done.
-    """
+    """The denoiser without its weights, from the configs alone: on the meta device."""
     _refuse(options)
     configs = configs_of(source, options, PIPELINE)
     refuse_missing(configs.name, configs.read_json("model_index.json") or {}, NEEDED)
@@ -124,11 +117,7 @@ def skeleton(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
 
 
 def load(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
-    """Loads a pipeline's directory, hub name, or a single file's transformer with the rest of a pipeline.
-
-    Raises:
-        RequestError: As `skeleton`, or if it can't be loaded.
-    """
+    """Loads a pipeline's directory, hub name, or a single file's transformer with the rest of a pipeline."""
     skeleton(source, options)  # what the configs can tell is said before the weights are read
     index = configs_of(source, options, PIPELINE).read_json("model_index.json") or {}
     saved = all(index.get(part) not in (None, [None, None]) for part in T5)
@@ -138,11 +127,7 @@ def load(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
 
 
 def from_pipeline(pipeline: Any, options: ModelOptions) -> StableDiffusion3Denoiser:
-    """A denoiser from a `StableDiffusion3Pipeline`; it shares its networks.
-
-    Raises:
-        RequestError: If what is asked can't be done.
-    """
+    """A denoiser from a `StableDiffusion3Pipeline`; it shares its networks."""
     _refuse(options)
     refuse_missing(PIPELINE, pipeline.components, NEEDED)
 

@@ -78,7 +78,6 @@ class LatentUNetDenoiser(_Labelled, LatentDenoiser):
     """A `UNet2DModel` of latents and its autoencoder, an `AutoencoderKL` or a `VQModel`.
 
     Args:
-        vae: The autoencoder.
         preview_vae: As for `LatentDenoiser`; the others as for `UNet2DDenoiser`.
     """
 
@@ -113,11 +112,7 @@ def _config(module: nn.Module) -> Any:
 
 
 def _shape(network: nn.Module) -> tuple[int, int, int]:
-    """(c, h, w) of what a UNet denoises.
-
-    Raises:
-        RequestError: If its config does not say it, or the network is told or answers something else.
-    """
+    """(c, h, w) of what a UNet denoises."""
     config = _config(network)
     side = config.sample_size
     if side is None:
@@ -160,9 +155,6 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser | LatentUNetDe
     """Loads a model with `unet/` and `scheduler/`, or a UNet's own with its `scheduler_config.json` beside.
 
     A `handful.json` beside them may say `{"classes": [names], "null_class": label}`.
-
-    Raises:
-        RequestError: If a file is missing, damaged, or does not fit the others.
     """
     outline = skeleton(source, options)  # what the configs can tell is said before the weights are read
     if isinstance(outline.network, PlainUNet):
@@ -188,11 +180,7 @@ def _packaged(outline: UNet2DDenoiser | LatentUNetDenoiser, source: Source, opti
 
 
 def _autoencoder(source: Source) -> str | None:
-    """The folder of the autoencoder that lies beside the UNet; None of a model of pixels.
-
-    Raises:
-        RequestError: If the pipeline has other parts, which are not known here.
-    """
+    """The folder of the autoencoder that lies beside the UNet; None of a model of pixels."""
     index = source.read_json("model_index.json") or {}
     parts = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
     if strange := [name for name in parts if name not in ("unet", "scheduler", *AUTOENCODERS)]:

@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handful.sweep.request import MethodRequest, SweepRequest, UtilityRequest, read_sweep, sweep_from
+from handful.sweep.request import MethodRequest as MethodRequest
+from handful.sweep.request import SweepRequest, read_sweep, sweep_from
+from handful.sweep.request import UtilityRequest as UtilityRequest
 
 if TYPE_CHECKING:
     from handful.runs.progress import Progress
@@ -39,21 +41,8 @@ _HOME = {
     "run_sweep": "work",
 }
 
-__all__ = [
-    "Choice",
-    "Mean",
-    "MethodRequest",
-    "Setting",
-    "SweepJob",
-    "SweepRequest",
-    "SweepResult",
-    "UtilityRequest",
-    "prepare_sweep",
-    "read_results",
-    "read_sweep",
-    "run_sweep",
-    "sweep",
-    "sweep_from",
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    *("MethodRequest", "SweepRequest", "UtilityRequest", "read_sweep", "sweep", "sweep_from", *_HOME)
 ]
 
 
@@ -74,8 +63,6 @@ def sweep(
         out: The sweep's directory; new, empty, or with a sweep that this one goes on with.
         progress: Is notified of every set (`handful.runs.progress`); None: nobody is.
         only: Names of methods to work on; None: all.
-        order, cache: See `handful.sweep.work.run_sweep`.
-        allow_version_change: See `handful.sweep.checked.prepare_sweep`.
 
     Returns:
         Rows, means and choice. Look at `failures`: sets that failed do not stop the others.

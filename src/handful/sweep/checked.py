@@ -31,16 +31,11 @@ class SweepJob:
 
     Attributes:
         request: With all that is automatic replaced by what it became.
-        directory: Where it goes.
-        sets: All of them, in order.
         records: What is known of them, by name.
         pending: Those to work on now: not yet measured, of the methods asked for.
         real, exemplars, test: The folders; None without. Exemplars may be a file of features, which is no folder.
         judge: What judges; None where nothing is pending.
         image_shape: (c, h, w) of the generated images; None where nothing is pending.
-        provenance: For sweep.yaml.
-        stored: What lay in sweep.yaml.
-        notes: What the user should know.
         allow_version_change: Go on with run directories that other versions began.
     """
 
@@ -73,7 +68,6 @@ def prepare_sweep(
     Of every method with work to do, one set is prepared as `handful generate` would: the one with the most exemplars.
 
     Args:
-        request: What is asked for.
         out: The sweep's directory: new, empty, or with a sweep that this one goes on with.
         only: Names of methods to work on; None: all.
         allow_version_change: Go on with a sweep that other versions of the libraries began.

@@ -21,7 +21,6 @@ class Lead:
     """How far a setting is ahead of the next one, seed by seed (both have the same noise and exemplars).
 
     Attributes:
-        runner_up: The next one.
         gap: Mean of the differences in the objective; positive.
         spread: Their standard deviation; None for fewer than two common seeds.
     """
@@ -45,7 +44,6 @@ class Pick:
     """A chosen setting.
 
     Attributes:
-        setting: Which.
         validation, test: Its numbers where it was chosen, and where it had no say; None where that is not measured.
         lead: Over the next best of the settings that it was chosen among; None where it stood alone.
     """
@@ -68,10 +66,8 @@ class Choice:
     """What the objective prefers.
 
     Attributes:
-        objective: The column.
         best: Of all settings; None where none can be chosen.
         over_methods: How far it is ahead of the best setting of any other method; None where no other can be chosen.
-        methods: Of each method the best one.
         passed_over: Settings that could not be chosen, and why.
     """
 
@@ -96,10 +92,6 @@ def choose(rows: Sequence[Row], request: SweepRequest) -> Choice:
     """Chooses by the objective's mean over the seeds, among the settings within the request's bounds.
 
     A setting whose seeds are not all measured is compared by those it has. Of equals the first in the plan is taken.
-
-    Args:
-        rows: Of `handful.sweep.results.rows_of`.
-        request: The sweep.
     """
     seen, reported = means(rows, VALIDATION), means(rows, TEST)
     passed_over = {setting: why for setting, found in seen.items() if (why := _why_not(found, request))}

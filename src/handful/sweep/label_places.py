@@ -42,9 +42,7 @@ def place_labels(axes: Axes, canvas: FigureCanvasAgg, points: Sequence[tuple[flo
 
     Args:
         axes: Laid out and drawn already: a label's place depends on the final scale.
-        canvas: Of its figure.
         points: All points that are drawn, in data coordinates.
-        labels: What to write.
     """
     scale, renderer = canvas.figure.dpi / 72, canvas.get_renderer()
     half = _HALF_MARKER * scale

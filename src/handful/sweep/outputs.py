@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from handful.recipe.file import recipe_yaml
 from handful.runs.job_directory import OwnedDirectory
 from handful.sweep.choice import Choice, Pick, choose
-from handful.sweep.columns import TEST, VALIDATION
 from handful.sweep.pictures import over_k_png, pareto_png
 from handful.sweep.planned import PlannedSet
 from handful.sweep.request import SweepRequest
-from handful.sweep.results import Row
+from handful.sweep.results import Mean, Row
 from handful.sweep.store import CHOSEN, OVER_K, PARETO
 
 
@@ -40,15 +39,13 @@ def chosen_yaml(choice: Choice, sets: Sequence[PlannedSet]) -> str:
 def _reasons(best: Pick, objective: str) -> list[str]:
     lines = [
         f"Chosen by handful sweep: {best.setting}, for its mean {objective} over {len(best.validation.seeds)} seed(s).",
-        f"  validation half (chosen by): {_shown(best, VALIDATION, objective)}",
+        f"  validation half (chosen by): {_shown(best.validation, objective)}",
     ]
     if best.test is not None:
-        lines.append(f"  test half (reported on):     {_shown(best, TEST, objective)}")
+        lines.append(f"  test half (reported on):     {_shown(best.test, objective)}")
     return [*lines, "", "  handful generate chosen.yaml --out out"]
 
 
-def _shown(best: Pick, split: str, objective: str) -> str:
-    found = best.validation if split == VALIDATION else best.test
-    assert found is not None
+def _shown(found: Mean, objective: str) -> str:
     mean, spread = found.mean[objective], found.spread[objective]
     return f"{objective} {mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from handful.data.images import image_folder
 from handful.data.shared_exemplars import ExemplarFeatures, features_file
 from handful.errors import RequestError
-from handful.guidance.method import needing
+from handful.guidance.method import named, needing
 from handful.recipe.inverting import read_inversion
 from handful.recipe.resolve import complete
 from handful.recipe.schema import ExemplarsRequest, GuidanceRequest, Recipe, SamplerRequest, did_you_mean
@@ -68,10 +68,8 @@ def completed(request: SweepRequest) -> SweepRequest:
         asked = _with_exemplars(recipe, method, 1, 0).model_copy(
             update={"guidance": method.guidance, "sampler": _sampler(recipe, method)}
         )
-        try:
+        with named(f"methods.{name}"):
             done, _ = complete(asked, read_inversion(asked.guidance or ()))
-        except RequestError as error:
-            raise RequestError(f"methods.{name}.{error.field}", error.value, error.problem, error.remedy) from None
         methods[name] = method.model_copy(update={"guidance": done.guidance, "sampler": asked.sampler})
     return request.model_copy(update={"recipe": recipe, "methods": methods, "k": k})
 
@@ -81,9 +79,6 @@ def planned_sets(request: SweepRequest) -> list[PlannedSet]:
 
     Args:
         request: From `completed`.
-
-    Raises:
-        RequestError: If a method needs exemplars and their folder or number is not said.
     """
     names = [request.baseline, *(name for name in request.methods if name != request.baseline)]
     sets = []
@@ -99,17 +94,8 @@ def planned_sets(request: SweepRequest) -> list[PlannedSet]:
     return sets
 
 
-def settings_of(sets: Sequence[PlannedSet]) -> list[Setting]:
-    """The settings, each once, in the request's order but the baseline first."""
-    return list(dict.fromkeys(each.setting for each in sets))
-
-
 def chosen_methods(request: SweepRequest, only: Sequence[str] | None) -> set[str]:
-    """Names of the methods to work on.
-
-    Raises:
-        RequestError: If there is no such method.
-    """
+    """Names of the methods to work on."""
     for name in only or ():
         if name not in request.methods:
             raise RequestError("--only", name, "there is no such method", did_you_mean(name, request.methods, "Methods"))

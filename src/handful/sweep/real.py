@@ -25,8 +25,6 @@ class Folder:
     """The files of a folder of classes.
 
     Attributes:
-        root: The folder.
-        files: By class.
         contents: SHA-256 of each file.
         digest: Of class names, file names and contents.
     """
@@ -39,11 +37,6 @@ class Folder:
 
 def look_into(root: str, classes: Sequence[str] | None, field: str) -> Folder:
     """Lists and hashes a folder's images.
-
-    Args:
-        root: The folder.
-        classes: Only these; None: all there are.
-        field: What errors call it.
 
     Raises:
         RequestError: If the folder is unusable, or a class is missing.
@@ -59,14 +52,7 @@ def look_into(root: str, classes: Sequence[str] | None, field: str) -> Folder:
 
 
 def refuse_shared(real: Folder, exemplars: Folder) -> list[str]:
-    """Refuses real images that are the exemplars' own: a sweep would reward copying them.
-
-    Returns:
-        A note, if a few are the same.
-
-    Raises:
-        RequestError: If a tenth of them are.
-    """
+    """Refuses real images that are the exemplars' own: a sweep would reward copying them."""
     pool = set(exemplars.contents.values())
     same = [file for file, content in real.contents.items() if content in pool]
     if len(same) >= _SAME * len(real.contents):
@@ -140,8 +126,6 @@ def read_real(
     """Reads both halves; from a folder to test classifiers on, what is chosen by is left out.
 
     Args:
-        request: The sweep.
-        real, test: From `look_into`, of the same classes.
         channels, size: As for `read_folder`; the size that is judged.
         test_size: The size that classifiers are tested at; None: the same.
 

@@ -28,7 +28,6 @@ class MethodRequest(Request):
     """One way to guide, at several scales and with several numbers of exemplars.
 
     Attributes:
-        guidance: The terms, as in a recipe.
         scales: Each replaces the scale of one term; None: that term's own scale, or its default.
         term: Which term's, counted from 0.
         k: Exemplars of each class; None: the sweep's, if a term is guided by exemplars, else none.
@@ -64,7 +63,6 @@ class SweepRequest(Request):
 
     Attributes:
         recipe: What all sets have in common. Its guidance, seeds and number of exemplars are the methods' own.
-        methods: By name.
         k: Exemplars of each class, for methods that are guided by them; None: the recipe's `exemplars.k`.
         seeds: Of the noise and of the exemplars' draw alike.
         real: Real images to judge against, a folder per class: never the exemplars.
@@ -117,7 +115,6 @@ def read_sweep(path: str | Path, settings: Sequence[str] = ()) -> SweepRequest:
     """Reads and checks a sweep's YAML file; the sweep.yaml of a sweep's directory too.
 
     Args:
-        path: The file.
         settings: `dotted.key=value` texts laid over it, the value in YAML; their paths are relative to the working directory.
 
     Raises:
@@ -152,11 +149,7 @@ def _anchored(data: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def check_request(request: SweepRequest) -> None:
-    """Refuses what contradicts itself, which types alone do not tell.
-
-    Raises:
-        RequestError: Naming the dotted field.
-    """
+    """Refuses what contradicts itself, which types alone do not tell."""
     _check_methods(request)
     _check_choice(request)
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from handful.errors import RequestError
+from handful.runs.manifest import parquet_bytes
 from handful.sweep.columns import KEYS, SPLITS, gained, improvement, numbers
 from handful.sweep.planned import PlannedSet, Setting
 
@@ -25,7 +26,6 @@ def rows_of(sets: Sequence[PlannedSet], records: Mapping[str, Record], baseline:
     """The rows of all sets that are measured, in the plan's order.
 
     Args:
-        sets: The plan.
         records: By the set's name; see `handful.sweep.store`. Others' are passed over.
         baseline: The method that gains and cost ratios are against, at the same seed.
     """
@@ -84,9 +84,7 @@ def parquet_of(rows: Sequence[Row]) -> bytes:
             *((name, pa.float64()) for name in columns),
         ]
     )
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema), stream)
-    return stream.getvalue()
+    return parquet_bytes(rows, schema)
 
 
 def read_results(path: str | Path) -> list[Row]:
@@ -107,8 +105,6 @@ class Mean:
     """A setting's numbers on one half of the real images, over the seeds.
 
     Attributes:
-        setting: Which.
-        seeds: Those that were measured.
         mean: By column; None where a number is missing.
         spread: Standard deviations between seeds; None for a single seed.
         values: Each column's values, in the order of the seeds.

@@ -79,7 +79,6 @@ def check_same_sweep(
     """Compares what lies there with what is asked for now.
 
     Args:
-        stored: The sweep.yaml that lies there.
         provenance: Of now; what it does not say is not compared.
 
     Raises:

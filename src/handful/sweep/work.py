@@ -38,13 +38,9 @@ class SweepResult:
     """What a sweep came to.
 
     Attributes:
-        out: Its directory.
         request: With all that is automatic replaced by what it became.
-        rows: As in results.parquet.
-        sets: How many the request has.
         done, resumed: Sets that were measured now; that had been before.
         failures: What went wrong, a text for each set.
-        notes: What the user should know.
     """
 
     out: Path
@@ -86,7 +82,6 @@ def run_sweep(
     """Generates and measures what is not there yet, and writes the results.
 
     Args:
-        job: From `prepare_sweep`.
         progress: Is notified of every set; None: nobody is.
         order: Places of the pending sets, in the order to make them; None: as planned. It changes no row but its seconds.
         cache: Where exemplar features are kept; see `handful.generate`.
@@ -140,12 +135,7 @@ def run_sweep(
 
 
 class _Work:
-    """What all sets are made and measured with.
-
-    Args:
-        job: The sweep.
-        cache: Of exemplar features.
-    """
+    """What all sets are made and measured with."""
 
     def __init__(self, job: SweepJob, cache: Path | None) -> None:
         assert job.judge is not None
@@ -172,11 +162,7 @@ class _Work:
         self._warm_up()
 
     def make(self, planned: PlannedSet, records: dict[str, Record], progress: Progress) -> None:
-        """Generates and measures one set, and writes its record.
-
-        Raises:
-            RunError: If it can't be generated.
-        """
+        """Generates and measures one set, and writes its record."""
         directory, record = self.job.directory, records.get(planned.name)
         began = perf_counter()
         out = directory.path / planned.name

@@ -55,8 +55,6 @@ class RealFeatures:
     """What a judge saw of real images.
 
     Attributes:
-        judge: The extractor's digest.
-        labels: The images' class names.
         features: By view, `UNTOUCHED` and the transforms of `handful.judge.audit`, (n, D) float32.
         probes: By transform, what it makes of `probe()`: if it makes something else today, its view is out of date.
         source: Where the images come from.
@@ -71,9 +69,6 @@ class RealFeatures:
 
 def load_real_features(judge: str = "judge") -> RealFeatures:
     """The packaged features of real test images, 100 of each class.
-
-    Args:
-        judge: One of `JUDGES`.
 
     Raises:
         RequestError: The file is damaged.

@@ -68,7 +68,6 @@ class CifarViT(nn.Module):
     Args:
         width: Of the features, D, and of the second stage's tokens; the first stage's are half as wide. A multiple of 64.
         depths: Transformer blocks of the two stages, on 8 x 8 and on 4 x 4 tokens.
-        classes: Of the linear layer.
     """
 
     mean, std = MEAN, STD

@@ -61,7 +61,6 @@ class DigitsClassifier(nn.Module):
         width: channels of the first convolution; a multiple of 4 for `residual`.
         architecture: `plain` or `residual`, see the head of this file.
         feature_size: D, the size of the penultimate layer.
-        classes: how many classes.
     """
 
     def __init__(
