@@ -182,22 +182,14 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     """
     request.recipe.require_equal_counts("a calibration")
     if request.recipe.per_class < 2:
-        raise RequestError(
-            "per_class",
-            request.recipe.per_class,
-            "temperatures are fitted to one half of a class's images and judged on the other",
-            "Give 2 or more; 16 is usual.",
-        )
+        problem = "temperatures are fitted to one half of a class's images and judged on the other"
+        raise RequestError("per_class", request.recipe.per_class, problem, "Give 2 or more; 16 is usual.")
     directory = OwnedDirectory(out, REQUEST, job="calibration", request="request", doing="calibrating")
     stored = directory.stored()
     outline = skeleton(request.recipe.model.name, model_options(request.recipe))
     if not outline.label_count and not outline.prompted:
-        raise RequestError(
-            "model",
-            request.recipe.model.name,
-            "it is unconditional, but calibration needs the class that each image was generated for",
-            "Use a model that takes classes or prompts.",
-        )
+        problem = "it is unconditional, but calibration needs the class that each image was generated for"
+        raise RequestError("model", request.recipe.model.name, problem, "Use a model that takes classes or prompts.")
     term = request.classifier.model_copy(update={"softplus": None, "temperatures": (), "tau1": 1.0, "tau2": 1.0, "scale": 1.0})
     with _as_options():
         run = prepare_run(request.recipe.model_copy(update={"guidance": (term,)}), directory.path / "reverse")
@@ -388,20 +380,12 @@ def _compare(job: CalibrateJob, stored: dict[str, Any] | None) -> None:
     changed = changed_versions(before, job.provenance)
     job.notes += [line for line in comparison.how if line not in job.notes]
     if changed and job.kept is None:
-        raise RequestError(
-            "out",
-            job.directory.path,
-            f"it was begun with other library versions ({'; '.join(changed)})",
-            "Install the earlier versions, or choose another --out.",
-        )
+        problem = f"it was begun with other library versions ({'; '.join(changed)})"
+        raise RequestError("out", job.directory.path, problem, "Install the earlier versions, or choose another --out.")
 
 
 def _check_space(job: CalibrateJob) -> None:
     needed, free = bytes_needed(job.run, job.sees, _classes(job)), job.directory.free_bytes()
     if job.kept is None and needed > free:
-        raise RequestError(
-            "out",
-            job.directory.path,
-            f"the disk has {megabytes(free)} free, but the calibration needs {megabytes(needed)} while it runs",
-            "Ask for fewer classes, images or --betas.",
-        )
+        problem = f"the disk has {megabytes(free)} free, but the calibration needs {megabytes(needed)} while it runs"
+        raise RequestError("out", job.directory.path, problem, "Ask for fewer classes, images or --betas.")

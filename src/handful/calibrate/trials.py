@@ -75,24 +75,16 @@ class TrialsRequest:
                 "--objective", self.objective, "there is no such column", did_you_mean(self.objective, numbers(), "Columns")
             )
         if not self.max_cost > 1:
-            raise RequestError(
-                "--max-cost",
-                self.max_cost,
-                "guidance always takes some time, so the bound must be above 1",
-                "Use 1.15 for 15 % more than plain sampling.",
-            )
+            problem = "guidance always takes some time, so the bound must be above 1"
+            raise RequestError("--max-cost", self.max_cost, problem, "Use 1.15 for 15 % more than plain sampling.")
         if not self.scales or not all(0 < scale < 1e6 for scale in self.scales) or len(set(self.scales)) < len(self.scales):
             raise RequestError("--scales", list(self.scales), "scales must be distinct positive numbers", "Use 0.2,0.4,0.8.")
         if not self.jacobians:
             raise RequestError("--jacobians", [], "no way to take the gradient is given", "Use gaussian,exact.")
         for jacobian in self.jacobians:
             if jacobian not in get_args(Jacobian):
-                raise RequestError(
-                    "--jacobians",
-                    jacobian,
-                    "there is no such way to take the gradient",
-                    f"Choose of: {', '.join(get_args(Jacobian))}.",
-                )
+                problem = "there is no such way to take the gradient"
+                raise RequestError("--jacobians", jacobian, problem, f"Choose of: {', '.join(get_args(Jacobian))}.")
         if self.per_class < 1:
             raise RequestError("--trial-per-class", self.per_class, "a set needs at least one image", "Use 32.")
 
@@ -175,12 +167,9 @@ def check_trials(request: TrialsRequest, job: Job, classifier: FeatureExtractor)
     image_folder(request.real, classes=classes, field="--real")
     judge = load_extractor(request.judge)
     if "judge_accuracy" in request.objective and not judge.is_classifier:
-        raise RequestError(
-            "--objective",
-            request.objective,
-            f"the judge {request.judge} is not a classifier, which this objective needs",
-            "Choose another column, or use a classifier as the judge.",
-        )
+        problem = f"the judge {request.judge} is not a classifier, which this objective needs"
+        remedy = "Choose another column, or use a classifier as the judge."
+        raise RequestError("--objective", request.objective, problem, remedy)
     if judge.digest == classifier.digest or marks(judge) & marks(classifier):
         return [f"{request.judge} both guides and judges, so it judges its own work: use an unrelated judge"]
     return []
@@ -255,12 +244,8 @@ def run_trials(
         if (way := _way(request, job, each.candidate, jacobian, added))
     ]
     if not ways:
-        raise RequestError(
-            "--max-cost",
-            request.max_cost,
-            "the best calibrated candidates take more even on a single step",
-            "Raise --max-cost, or use more sampling steps (--steps).",
-        )
+        problem = "the best calibrated candidates take more even on a single step"
+        raise RequestError("--max-cost", request.max_cost, problem, "Raise --max-cost, or use more sampling steps (--steps).")
     skipped = sum(len(_jacobians(request, each.candidate)) for each in listed) - len(ways)
     sweeping = _Sweeping(request, job, base, found, folder, progress)
     best, scale = sweeping.with_ways(ways, request.scales)

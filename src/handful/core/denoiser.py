@@ -71,12 +71,8 @@ class Condition:
             null = {name: one.expand(n, *one.shape[1:]) for name, one in self.null_embeddings.items()}
             return replace(self, embeddings=null, nothing=True)
         if self.labels is None or self.null_label is None:
-            raise RequestError(
-                "guidance",
-                "cfg",
-                "this model has no null class, which this guidance needs",
-                "Use another guidance (chamfer needs none), or name the null class's label with --null-class.",
-            )
+            remedy = "Use another guidance (chamfer needs none), or name the null class's label with --null-class."
+            raise RequestError("guidance", "cfg", "this model has no null class, which this guidance needs", remedy)
         return replace(self, labels=torch.full_like(self.labels, self.null_label), perturbation=None, nothing=True)
 
     def __getitem__(self, part: slice) -> Condition:

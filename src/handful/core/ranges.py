@@ -41,12 +41,9 @@ def check_images(images: Tensor, field: str = "images") -> Tensor:
             images in [0, 1] would give plausible, wrong numbers.
     """
     if not images.dtype.is_floating_point:
-        raise RequestError(
-            field,
-            str(images.dtype).removeprefix("torch."),
-            "images are floating-point numbers in [-1, 1]",
-            "Convert bytes by handful.data.images.from_uint8.",
-        )
+        problem = "images are floating-point numbers in [-1, 1]"
+        remedy = "Convert bytes by handful.data.images.from_uint8."
+        raise RequestError(field, str(images.dtype).removeprefix("torch."), problem, remedy)
     if _ANY.get() or images.is_meta or not images.numel():
         return images
     low, high = (float(value) for value in images.detach().aminmax())

@@ -190,13 +190,11 @@ class Work:
         except HandfulError:
             raise
         except Exception as error:  # a network of the user's own may raise anything
-            raise RequestError(
-                "features",
-                name,
+            problem = (
                 f"its operations on images of {self.denoiser.image_shape} can't be counted without running it "
-                f"({first_line(error)})",
-                "Use another extractor.",
-            ) from error
+                f"({first_line(error)})"
+            )
+            raise RequestError("features", name, problem, "Use another extractor.") from error
 
     @cached_property  # of each cohort's size: `replace` makes a new one
     def _condition(self) -> Condition:

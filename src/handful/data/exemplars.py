@@ -235,12 +235,8 @@ class Exemplars:
         if reduce == 1:
             return self
         if reduce < 1 or self.shape[1] % reduce or self.shape[2] % reduce:
-            raise RequestError(
-                "reduce",
-                reduce,
-                f"the images' size, {self.shape[1]} x {self.shape[2]}, is not divisible by it",
-                "Use 1, or a common divisor of both sides.",
-            )
+            problem = f"the images' size, {self.shape[1]} x {self.shape[2]}, is not divisible by it"
+            raise RequestError("reduce", reduce, problem, "Use 1, or a common divisor of both sides.")
         images = {name: avg_pool2d(of_class, reduce) for name, of_class in self.images.items()}
         hashes = {
             name: tuple(hashlib.sha256(f"{each}/{reduce}".encode()).hexdigest() for each in of_class)

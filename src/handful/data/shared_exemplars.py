@@ -87,12 +87,8 @@ class ExemplarFeatures:
         features, names = {}, {}
         for extractor in extractors:
             if isinstance(extractor.network, nn.Identity):
-                raise RequestError(
-                    "features",
-                    extractor.name,
-                    "these are the images themselves, which this file must not hold",
-                    "Use another extractor, or share the folder of images.",
-                )
+                problem = "these are the images themselves, which this file must not hold"
+                raise RequestError("features", extractor.name, problem, "Use another extractor, or share the folder of images.")
             for reduce in reduces:
                 view = View(extractor.digest, reduce)
                 features[view] = exemplar_features(exemplars.shrunk(reduce), extractor, None)
@@ -228,12 +224,8 @@ class ExemplarFeatures:
             if " softplus " in extractor.name:
                 remedy += " Or make the file with handful exemplars --softplus; or set softplus=null, which uses features "
                 "without Softplus."
-            raise RequestError(
-                "features",
-                extractor.name,
-                f"the exemplars are a file of features, which has no features of this extractor at reduce {reduce}{but}",
-                remedy,
-            )
+            problem = f"the exemplars are a file of features, which has no features of this extractor at reduce {reduce}{but}"
+            raise RequestError("features", extractor.name, problem, remedy)
         return found
 
     def notes(self) -> list[str]:

@@ -29,12 +29,8 @@ def target_files(root: str | Path) -> list[Path]:
         return flat
     by_class = image_folder(folder, field="targets")
     if len(by_class) > 1:
-        raise RequestError(
-            "targets",
-            folder,
-            f"it holds {len(by_class)} folders of images, but one set of targets is needed",
-            f"Give one of them, such as '{folder / next(iter(by_class))}'.",
-        )
+        problem = f"it holds {len(by_class)} folders of images, but one set of targets is needed"
+        raise RequestError("targets", folder, problem, f"Give one of them, such as '{folder / next(iter(by_class))}'.")
     return next(iter(by_class.values()))
 
 

@@ -160,12 +160,8 @@ def demo(
 def _read_real(source: str | Path) -> LabelledImages:
     images, classes = read_labelled(source, channels=3, size=SIZE, limit=REAL_PER_CLASS, field="--real")
     if set(classes) != set(CLASSES):
-        raise RequestError(
-            "--real",
-            Path(source),
-            f"its classes are {', '.join(classes[:12])}",
-            f"Give CIFAR-10's test images: a folder for each of {', '.join(CLASSES)}.",
-        )
+        remedy = f"Give CIFAR-10's test images: a folder for each of {', '.join(CLASSES)}."
+        raise RequestError("--real", Path(source), f"its classes are {', '.join(classes[:12])}", remedy)
     return images
 
 

@@ -205,12 +205,8 @@ def begin(out: Path, settings: Row) -> list[Row]:
     settings = {"handful": __version__, **settings, "machine": platform.machine()}
     if mark.is_file():
         if json.loads(mark.read_text()) != settings:
-            raise RequestError(
-                "out",
-                str(out),
-                f"it holds a demo with other settings ({mark.read_text().strip()})",
-                "Choose another directory, or remove this one.",
-            )
+            problem = f"it holds a demo with other settings ({mark.read_text().strip()})"
+            raise RequestError("out", str(out), problem, "Choose another directory, or remove this one.")
         return json.loads(results.read_text()) if results.is_file() else []
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError("out", str(out), "it is not empty, and holds no demo", "Choose a new or empty directory.")

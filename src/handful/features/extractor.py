@@ -72,12 +72,8 @@ class FeatureExtractor(nn.Module):
             RequestError: If they have another shape, or can't be in [-1, 1] (see `handful.core.ranges.check_images`).
         """
         if images.ndim != 4 or images.shape[1] not in (1, 3):
-            raise RequestError(
-                "images",
-                tuple(images.shape),
-                "images must have the shape (n, 1 or 3, h, w)",
-                "Pass a batch of gray or RGB images in [-1, 1].",
-            )
+            problem = "images must have the shape (n, 1 or 3, h, w)"
+            raise RequestError("images", tuple(images.shape), problem, "Pass a batch of gray or RGB images in [-1, 1].")
         if not images.requires_grad:  # what guidance takes gradients at leaves the range
             check_images(images)
         if images.dtype in (torch.float16, torch.bfloat16):

@@ -84,21 +84,13 @@ def fid(given: str = "", *, meta: bool = False) -> FeatureExtractor:
     )
     if not file.is_file():
         problem = f"its weights are missing ({file})"
-        raise RequestError(
-            "features",
-            f"fid:{given}" if given else "fid",
-            problem,
-            f"Download {_URL} to '{kept}', or name your copy: fid:FILE.",
-        )
+        remedy = f"Download {_URL} to '{kept}', or name your copy: fid:FILE."
+        raise RequestError("features", f"fid:{given}" if given else "fid", problem, remedy)
     made = from_torchscript(file, "meta" if meta else "cpu")
     if made.mean is None:  # not asked for features by name
         problem = "it is not NVIDIA's Inception network, whose forward has return_features"
-        raise RequestError(
-            "features",
-            f"fid:{given}",
-            problem,
-            f"Download {_URL}. To judge with a network of your own, write {file} without fid:.",
-        )
+        remedy = f"Download {_URL}. To judge with a network of your own, write {file} without fid:."
+        raise RequestError("features", f"fid:{given}", problem, remedy)
     made.name = f"fid:{given}" if given else "fid"
     return made
 

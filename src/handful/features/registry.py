@@ -37,12 +37,8 @@ def from_file(path: Path, attribute: str) -> FeatureExtractor:
     """
     made = run_user_file(path, attribute, "features")
     if not isinstance(made, FeatureExtractor):
-        raise RequestError(
-            "features",
-            f"{path}:{attribute}",
-            "it does not return a handful.features.FeatureExtractor",
-            "Name a function of that file that takes no arguments and returns one.",
-        )
+        remedy = "Name a function of that file that takes no arguments and returns one."
+        raise RequestError("features", f"{path}:{attribute}", "it does not return a handful.features.FeatureExtractor", remedy)
     made.digest = hashlib.sha256(made.digest.encode() + path.read_bytes()).hexdigest()
     return made
 
@@ -77,12 +73,8 @@ def extractor_skeleton(name: str) -> FeatureExtractor:
     try:
         return extractor.to("meta")
     except Exception as error:  # whatever a network of the user's own raises
-        raise RequestError(
-            "features",
-            name,
-            f"it can't be moved to the meta device ({first_line(error)})",
-            "Predict the cost with another extractor of similar size.",
-        ) from error
+        problem = f"it can't be moved to the meta device ({first_line(error)})"
+        raise RequestError("features", name, problem, "Predict the cost with another extractor of similar size.") from error
 
 
 def name_and_side(asked: str) -> tuple[str, int | None]:

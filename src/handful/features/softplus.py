@@ -53,12 +53,9 @@ def softened(extractor: FeatureExtractor, beta: float) -> FeatureExtractor:
             "softplus", beta, "beta is a finite number above 0", "EluCD uses 3 and 5; leave softplus out to keep ReLU."
         )
     if any(isinstance(part, torch.jit.ScriptModule) for part in extractor.modules()):
-        raise RequestError(
-            "softplus",
-            beta,
-            f"'{extractor.name}' is a TorchScript program, whose ReLUs can't be replaced",
-            "Leave softplus out, or give the network as a torch module (FILE.py:FUNCTION).",
-        )
+        problem = f"'{extractor.name}' is a TorchScript program, whose ReLUs can't be replaced"
+        remedy = "Leave softplus out, or give the network as a torch module (FILE.py:FUNCTION)."
+        raise RequestError("softplus", beta, problem, remedy)
     made = _Softened(extractor, beta)
     if made.met() == 0:
         raise RequestError(

@@ -58,12 +58,8 @@ def from_torchscript(path: Path, device: torch.device | str = "cpu") -> FeatureE
     arguments = {argument.name: argument for argument in schema.arguments[1:]}  # the first is self
     needed = [argument for argument in arguments.values() if not argument.has_default_value()]
     if [str(one.type) for one in (*needed, *schema.returns)] != ["Tensor", "Tensor"]:
-        raise RequestError(
-            "features",
-            str(path),
-            f"its forward does not take one tensor of images and return one tensor ({schema})",
-            "Script a module that takes one tensor and returns one.",
-        )
+        problem = f"its forward does not take one tensor of images and return one tensor ({schema})"
+        raise RequestError("features", str(path), problem, "Script a module that takes one tensor and returns one.")
     if "return_features" in arguments:
         made = FeatureExtractor(str(path), _ReturnsFeatures(network), mean=(0.0,) * 3, std=(1 / 255,) * 3)
     else:

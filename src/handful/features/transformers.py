@@ -140,12 +140,8 @@ def load_weights(kind: Any, name: str) -> Any:
         raise unreadable(name, error) from error
     if info["missing_keys"]:  # transformers fills them at random
         missing = info["missing_keys"]
-        raise RequestError(
-            "features",
-            name,
-            f"{len(missing)} of its weights are missing, first {min(missing)}",
-            "Save the model again with save_pretrained, or name another one.",
-        )
+        problem = f"{len(missing)} of its weights are missing, first {min(missing)}"
+        raise RequestError("features", name, problem, "Save the model again with save_pretrained, or name another one.")
     return model
 
 
@@ -164,13 +160,11 @@ def read_config(name: str) -> Any:
 
     source = find_source(name)
     if source is None or source.file is not None:
-        raise RequestError(
-            "features",
-            name,
-            "there is no such extractor, file or directory",
+        remedy = (
             f"Give pixels, dinov2, clip, efficientnet-lite0, a packaged one ({JUDGES}), a directory that transformers' "
-            "save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or FILE.py:FUNCTION.",
+            "save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or FILE.py:FUNCTION."
         )
+        raise RequestError("features", name, "there is no such extractor, file or directory", remedy)
     try:
         config = source.read_json("config.json")
     except RequestError as error:
@@ -210,12 +204,8 @@ def plan_model(name: str, config: Any, said: dict[str, Any] | None, side: int | 
         for one in patch if isinstance(patch, (list, tuple)) else (patch,):
             if side < 1 or side % one:
                 near = max(side // one, 1) * one
-                raise RequestError(
-                    "features",
-                    f"{name}@{side}",
-                    f"the side is not a multiple of the network's patch size, {one}",
-                    f"Write {name}@{near} or {name}@{near + one}.",
-                )
+                problem = f"the side is not a multiple of the network's patch size, {one}"
+                raise RequestError("features", f"{name}@{side}", problem, f"Write {name}@{near} or {name}@{near + one}.")
         name, size = f"{name}@{side}", (side, side)
         if "interpolate_pos_encoding" in signature(kind.forward).parameters:
             words["interpolate_pos_encoding"] = True
@@ -308,12 +298,8 @@ def _preprocessing(name: str, said: dict[str, Any]) -> tuple[tuple[int, int], tu
         return (height, width), (0.0,) * 3, (1.0,) * 3
     mean, std = said.get("image_mean"), said.get("image_std")
     if mean is None or std is None:
-        raise RequestError(
-            "features",
-            name,
-            "its preprocessor_config.json has no image_mean and image_std",
-            "Add those of its training images to that file.",
-        )
+        problem = "its preprocessor_config.json has no image_mean and image_std"
+        raise RequestError("features", name, problem, "Add those of its training images to that file.")
     return (height, width), tuple(mean), tuple(std)
 
 

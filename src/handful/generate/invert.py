@@ -394,12 +394,9 @@ def _fitted_with(request: InvertRequest, recipe: Recipe, outline: NetworkDenoise
     null, notes = labels.null_class, [note for note in labels.notes if labels.null_class is not None]
     if asked in (None, NULL):
         if null is None:
-            raise RequestError(
-                "condition",
-                asked,
-                "this model takes class labels, and the label of its null class is not known",
-                "Name a class (--condition NAME), or give the label of the null class (--null-class NUMBER).",
-            )
+            problem = "this model takes class labels, and the label of its null class is not known"
+            remedy = "Name a class (--condition NAME), or give the label of the null class (--null-class NUMBER)."
+            raise RequestError("condition", asked, problem, remedy)
         label = null
     elif asked in labels.of:
         label = labels.of[asked]

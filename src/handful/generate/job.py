@@ -507,27 +507,16 @@ def _tried(term: PotentialRequest, extractor: FeatureExtractor, outline: Denoise
     except HandfulError:
         raise
     except Exception as error:  # a network of the user's own may raise anything
-        raise RequestError(
-            looks.field,
-            name,
-            f"it can't take images of {tuple(gray.shape[1:])} ({first_line(error)})",
-            "State its size and channels (handful.features.FeatureExtractor).",
-        ) from error
+        problem = f"it can't take images of {tuple(gray.shape[1:])} ({first_line(error)})"
+        remedy = "State its size and channels (handful.features.FeatureExtractor)."
+        raise RequestError(looks.field, name, problem, remedy) from error
     if not isinstance(row, Tensor) or row.ndim != 2 or len(row) != 1:
-        raise RequestError(
-            looks.field,
-            name,
-            f"for one image it returns the shape {tuple(getattr(row, 'shape', ()))}",
-            "It must return one row of numbers for each image, (n, D).",
-        )
+        problem = f"for one image it returns the shape {tuple(getattr(row, 'shape', ()))}"
+        raise RequestError(looks.field, name, problem, "It must return one row of numbers for each image, (n, D).")
     if not bool(torch.isfinite(row).all()):
         kind = "logits" if looks.logits else "features"
         raise RequestError(looks.field, name, f"its {kind} contain NaN or infinite values", "Use another.")
     if not row.requires_grad:
-        raise RequestError(
-            looks.field,
-            name,
-            "no gradient flows through it to the image",
-            "Use only torch operations in it, without no_grad and detach; or name another extractor.",
-        )
+        remedy = "Use only torch operations in it, without no_grad and detach; or name another extractor."
+        raise RequestError(looks.field, name, "no gradient flows through it to the image", remedy)
     return row.detach()

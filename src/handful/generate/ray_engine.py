@@ -81,12 +81,8 @@ def run_by_ray(
             ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             told = str(error).splitlines()[0]
-            raise RequestError(
-                "--ray-address",
-                address,
-                f"no Ray cluster answers ({told})",
-                "Start one (ray start --head), or leave --ray-address out.",
-            ) from None
+            remedy = "Start one (ray start --head), or leave --ray-address out."
+            raise RequestError("--ray-address", address, f"no Ray cluster answers ({told})", remedy) from None
     began, done = time.perf_counter(), sum(cohort.count for cohort in job.cohorts if cohort.key in job.done)
     progress.begin(job.images, done)
     try:

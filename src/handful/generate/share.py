@@ -46,12 +46,8 @@ def at_work(job: Job, claims: Claims, write: Callable[[bool], None]) -> Iterator
                 directory.clear_others()
                 (directory.path / FINISHED).unlink(missing_ok=True)
             elif (there := directory.plan()).sizes and there != Plan.of(job.cohorts):
-                raise RequestError(
-                    "out",
-                    directory.path,
-                    "another process is generating a different number of images, or other classes, of this run into it",
-                    "Wait until it has finished, or choose another --out.",
-                )
+                problem = "another process is generating a different number of images, or other classes, of this run into it"
+                raise RequestError("out", directory.path, problem, "Wait until it has finished, or choose another --out.")
             job.refresh()
             write(alone)
         try:

@@ -230,21 +230,14 @@ class Pull(Request):
                 "hold", True, "a held direction needs a gradient normalized by rms, and the rule shift", "Set hold to false."
             )
         if self.inner > 1 and (self.jacobian == "exact" or self.input != "x0_hat" or self.rule == "ancestral"):
-            raise RequestError(
-                "inner",
-                self.inner,
-                "inner steps move x0_hat; they can't go back through the denoiser",
-                "Use a gaussian or identity jacobian, the input x0_hat and the rule shift or held, or inner 1.",
-            )
+            remedy = "Use a gaussian or identity jacobian, the input x0_hat and the rule shift or held, or inner 1."
+            raise RequestError("inner", self.inner, "inner steps move x0_hat; they can't go back through the denoiser", remedy)
         if self.rule == "before" and self.input not in ("x_t", "state"):
             raise RequestError("input", self.input, "the rule before acts where there is no estimate yet", "Use the input x_t.")
         if self.rule == "ancestral" and (self.normalize != "none" or self.jacobian == "exact"):
-            raise RequestError(
-                "normalize, jacobian",
-                (self.normalize, self.jacobian),
-                "the ancestral rule takes the plain gradient at x0_hat",
-                "Use normalize none and jacobian identity.",
-            )
+            problem = "the ancestral rule takes the plain gradient at x0_hat"
+            remedy = "Use normalize none and jacobian identity."
+            raise RequestError("normalize, jacobian", (self.normalize, self.jacobian), problem, remedy)
         return self
 
 
@@ -311,10 +304,6 @@ class ExemplarPotential(Potential):
     ) -> None:
         super().__init__(extractor, scale, timing, pull)
         if exemplars.ndim != 2 or not len(exemplars):
-            raise RequestError(
-                "exemplars",
-                tuple(exemplars.shape),
-                f"{self.name} guidance needs features (k, D), k >= 1",
-                "Give at least one exemplar of the class.",
-            )
+            problem = f"{self.name} guidance needs features (k, D), k >= 1"
+            raise RequestError("exemplars", tuple(exemplars.shape), problem, "Give at least one exemplar of the class.")
         self.exemplars = exemplars.detach()

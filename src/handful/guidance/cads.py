@@ -80,12 +80,8 @@ class CADSRequest(TermRequest):
     @model_validator(mode="after")
     def _in_order(self) -> Self:
         if self.tau1 > self.tau2:
-            raise RequestError(
-                "tau1, tau2",
-                (self.tau1, self.tau2),
-                "tau1 must not be above tau2: the condition is clean up to tau1, and pure noise from tau2 on",
-                "The defaults are 0.6 and 0.9.",
-            )
+            problem = "tau1 must not be above tau2: the condition is clean up to tau1, and pure noise from tau2 on"
+            raise RequestError("tau1, tau2", (self.tau1, self.tau2), problem, "The defaults are 0.6 and 0.9.")
         return self
 
     def build(self, context: Context) -> CADS:
@@ -142,12 +138,9 @@ class CADS(Guidance):
         embeddings = dict(condition.embeddings)
         found = [name for name in EMBEDDINGS if name in embeddings and embeddings[name].is_floating_point()]
         if not found and condition.labels is None:
-            raise RequestError(
-                "guidance",
-                self.name,
-                "this model takes neither labels nor prompts, so there is nothing to put noise on",
-                "Use a model that takes labels or prompts, or leave this guidance out.",
-            )
+            problem = "this model takes neither labels nor prompts, so there is nothing to put noise on"
+            remedy = "Use a model that takes labels or prompts, or leave this guidance out."
+            raise RequestError("guidance", self.name, problem, remedy)
         if not found:
             if condition.perturbation is not None:
                 raise RequestError("guidance", self.name, "there are two of them", "Leave one out.")

@@ -115,12 +115,8 @@ class Guided(Around):
             condition = term.tell(condition, level)
         if condition.perturbation is not None and not self.label_embeddings:
             names = " and ".join(term.name for term in active if not term.shifts)
-            raise RequestError(
-                "guidance",
-                names,
-                "handful does not know where this model embeds its labels",
-                "Leave this guidance out, or return those modules from the denoiser's label_embeddings.",
-            )
+            remedy = "Leave this guidance out, or return those modules from the denoiser's label_embeddings."
+            raise RequestError("guidance", names, "handful does not know where this model embeds its labels", remedy)
         due = _by_turn(term for term in self._potentials(level) if term.pull.rule != "before")
         shifts = [
             -_radius(level) * direction for turn, direction in self._held.items() if turn not in due and turn[1].covers(level)

@@ -50,12 +50,8 @@ class Guider(Guidance):
         for name, whole in (("start", 0.0), ("stop", 1.0)):
             value = guider.config.get(name, whole)
             if any(each != whole for each in (value if isinstance(value, (list, tuple)) else [value])):
-                raise RequestError(
-                    name,
-                    value,
-                    f"{type(guider).__name__} counts in a pipeline's steps, which a term does not know",
-                    f"Leave it at {whole} and pass timing=Timing(interval=(start, stop)).",
-                )
+                problem = f"{type(guider).__name__} counts in a pipeline's steps, which a term does not know"
+                raise RequestError(name, value, problem, f"Leave it at {whole} and pass timing=Timing(interval=(start, stop)).")
         self.guider: Any = guider
         self.space: Prediction = space
         self._now: Any = None
@@ -105,12 +101,8 @@ def refuse_unless_mixing(guider: Any) -> None:
 
     kind: Any = type(guider)
     if not isinstance(guider, BaseGuidance):
-        raise RequestError(
-            "guider",
-            kind.__name__,
-            "it is not a guider of diffusers",
-            "Give one of diffusers.guiders, such as AdaptiveProjectedGuidance().",
-        )
+        remedy = "Give one of diffusers.guiders, such as AdaptiveProjectedGuidance()."
+        raise RequestError("guider", kind.__name__, "it is not a guider of diffusers", remedy)
     needs: Any = guider._input_predictions
     if needs != ["pred_cond", "pred_uncond"] or kind.prepare_models is not BaseGuidance.prepare_models:
         raise RequestError(

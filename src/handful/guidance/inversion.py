@@ -122,20 +122,14 @@ class Embeddings:
     def check(self, shape: tuple[int, int, int], model: str) -> None:
         """Refuses to guide a model that they were not fitted on."""
         if tuple(shape) != self.shape:
-            raise RequestError(
-                "embeddings",
-                self.shape,
-                f"they were fitted on a model of {_by(self.shape)}, and this one has {_by(shape)}",
-                f"Use that model. {FIT_AGAIN}",
-            )
+            problem = f"they were fitted on a model of {_by(self.shape)}, and this one has {_by(shape)}"
+            raise RequestError("embeddings", self.shape, problem, f"Use that model. {FIT_AGAIN}")
         if model != self.model:
-            raise RequestError(
-                "embeddings",
-                self.model[:12],
+            problem = (
                 "they were fitted on another model: its weights are "
-                f"{self.model[:12] or 'unknown'} and this one's {model[:12] or 'unknown'}",
-                f"Use that model. {FIT_AGAIN}",
+                f"{self.model[:12] or 'unknown'} and this one's {model[:12] or 'unknown'}"
             )
+            raise RequestError("embeddings", self.model[:12], problem, f"Use that model. {FIT_AGAIN}")
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file, atomically; the same embeddings give the same bytes.
@@ -227,12 +221,8 @@ class Inversion(Guidance):
         InversionRequest(embeddings="them", exchange=exchange, perturbation=perturbation)
         own = list(own) if own is not None else own_targets(seeds, len(embeddings))
         if len(own) != len(seeds) or not all(0 <= target < len(embeddings) for target in own):
-            raise RequestError(
-                "own",
-                own,
-                f"it must name a target (0 to {len(embeddings) - 1}) for each of {len(seeds)} images",
-                "Leave it out to have them chosen.",
-            )
+            problem = f"it must name a target (0 to {len(embeddings) - 1}) for each of {len(seeds)} images"
+            raise RequestError("own", own, problem, "Leave it out to have them chosen.")
         self.embeddings, self.seeds, self.own = embeddings, list(seeds), own
         self.exchange: Exchange = exchange
         self.perturbation = perturbation
@@ -325,12 +315,8 @@ def no_condition(denoiser: Denoiser, n: int) -> Condition:
     if denoiser.prompted:
         return denoiser.condition([""] * n)
     if denoiser.label_count and denoiser.null_class is None:
-        raise RequestError(
-            "condition",
-            None,
-            "this model takes labels, and has no null class",
-            "Name the null class's label with --null-class, or give a class.",
-        )
+        problem = "this model takes labels, and has no null class"
+        raise RequestError("condition", None, problem, "Name the null class's label with --null-class, or give a class.")
     return denoiser.condition([denoiser.null_class or 0] * n)
 
 
@@ -338,19 +324,11 @@ def check_interval(interval: tuple[int, int], segments: int, levels: Levels) -> 
     """Refuses an interval that the path does not have, and more segments than it has guided steps."""
     lo, hi = interval
     if not 0 <= lo < hi <= levels.steps:
-        raise RequestError(
-            "interval",
-            interval,
-            f"the interval (lo, hi) must lie within the path's steps, 0 to {levels.steps}, with lo below hi",
-            "Count the steps from the clean end; the paper's is (5, 20) of 25.",
-        )
+        problem = f"the interval (lo, hi) must lie within the path's steps, 0 to {levels.steps}, with lo below hi"
+        raise RequestError("interval", interval, problem, "Count the steps from the clean end; the paper's is (5, 20) of 25.")
     if not 1 <= segments <= hi - lo:
-        raise RequestError(
-            "segments",
-            segments,
-            f"{hi - lo} guided steps can be cut into 1 to {hi - lo} segments",
-            f"Use 1 for one embedding over all steps, {hi - lo} for one per step.",
-        )
+        remedy = f"Use 1 for one embedding over all steps, {hi - lo} for one per step."
+        raise RequestError("segments", segments, f"{hi - lo} guided steps can be cut into 1 to {hi - lo} segments", remedy)
     if not bool(levels.alpha[levels.steps - hi] > 0):
         raise RequestError(
             "interval", interval, "it reaches pure noise, where there is no image to shift", f"Let it end at {hi - 1} or lower."

@@ -188,12 +188,8 @@ class PotentialRequest(TermRequest, Pull):
         self.pull()  # what is decided since the recipe was read must agree, too
         fitting = _SAMPLERS_OF.get(self.rule, (sampler,))
         if sampler not in fitting:
-            raise RequestError(
-                "rule",
-                self.rule,
-                f"the rule does not work with the sampler {sampler}",
-                f"Use the sampler {' or '.join(fitting)}, or the rule shift.",
-            )
+            problem = f"the rule does not work with the sampler {sampler}"
+            raise RequestError("rule", self.rule, problem, f"Use the sampler {' or '.join(fitting)}, or the rule shift.")
 
 
 class FeaturesRequest(PotentialRequest):

@@ -57,12 +57,8 @@ def checked(kind: type[Part], data: Mapping[str, Any], field: str) -> Part:
     except ValidationError as error:
         raise refusal(error, kind) from None
     except TypeError as error:  # a date, a set: YAML knows more types than a request does
-        raise RequestError(
-            field,
-            dict(data),
-            f"it holds a value of a type that no field takes ({error})",
-            "Put quotes around dates and other special values.",
-        ) from None
+        problem = f"it holds a value of a type that no field takes ({error})"
+        raise RequestError(field, dict(data), problem, "Put quotes around dates and other special values.") from None
 
 
 def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:

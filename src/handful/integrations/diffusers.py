@@ -92,20 +92,12 @@ class GuidanceCallback:
         if x_t is None or not any(_acts(term, t) for term in self.terms):
             return {}
         if x_t.shape != x_s.shape:
-            raise RequestError(
-                "latents",
-                tuple(x_t.shape),
-                f"the pipeline's latents have the shape {tuple(x_s.shape)}",
-                "Give the callback the same latents as the pipeline.",
-            )
+            problem = f"the pipeline's latents have the shape {tuple(x_s.shape)}"
+            raise RequestError("latents", tuple(x_t.shape), problem, "Give the callback the same latents as the pipeline.")
         start = _plain(x_t.float(), self.denoiser.shape)
         if len(start) % len(self.prompts):
-            raise RequestError(
-                "prompt",
-                self.prompts,
-                f"the pipeline makes {len(start)} images, with other prompts",
-                "Give the callback the same prompts as the pipeline.",
-            )
+            problem = f"the pipeline makes {len(start)} images, with other prompts"
+            raise RequestError("prompt", self.prompts, problem, "Give the callback the same prompts as the pipeline.")
         each = len(start) // len(self.prompts)
         condition = self.denoiser.condition([prompt for prompt in self.prompts for _ in range(each)])
         _, shift = self.guided.parts(start, t, condition)
@@ -118,12 +110,8 @@ class GuidanceCallback:
     def _begin(self, pipeline: Any) -> None:
         """A call of the pipeline starts: its scheduler now knows its levels."""
         if self._used and self.latents is not None:
-            raise RequestError(
-                "latents",
-                tuple(self.latents.shape),
-                "these latents were used in the last call of the pipeline",
-                "Make a GuidanceCallback for each call.",
-            )
+            problem = "these latents were used in the last call of the pipeline"
+            raise RequestError("latents", tuple(self.latents.shape), problem, "Make a GuidanceCallback for each call.")
         scheduler = pipeline.scheduler
         _refuse_scheduler(scheduler)
         self._used, self.levels = True, _walked(scheduler)
@@ -156,12 +144,8 @@ class HandfulGuider(BaseGuidance):
         _refuse_terms(terms)
         for term in terms:
             if isinstance(term, (CFG, Guider)):
-                raise RequestError(
-                    "terms",
-                    term.name,
-                    "the pipeline makes the null prediction, not this guider",
-                    "Give base=ClassifierFreeGuidance(...) of diffusers, or one of its others.",
-                )
+                remedy = "Give base=ClassifierFreeGuidance(...) of diffusers, or one of its others."
+                raise RequestError("terms", term.name, "the pipeline makes the null prediction, not this guider", remedy)
         self.base: Any = ClassifierFreeGuidance(guidance_scale=1.0) if base is None else base
         self._input_predictions = self.base._input_predictions
         super().__init__()
@@ -246,12 +230,8 @@ class _Told(Denoiser):
         The network's input is x_t / n, or x_t / m for a flow: itself an x_t, of a level of unit n or m.
         """
         if self._call is None:
-            raise RequestError(
-                "pipeline",
-                None,
-                "its blocks do not call their network between prepare_models and cleanup_models",
-                "Use GuidanceCallback on the plain pipeline.",
-            )
+            problem = "its blocks do not call their network between prepare_models and cleanup_models"
+            raise RequestError("pipeline", None, problem, "Use GuidanceCallback on the plain pipeline.")
         told = self._call[1].arguments
         sample: Tensor = next(iter(told.values()))  # the first parameter of every network of diffusers
         if sample.shape[1:] != self.shape:
@@ -306,12 +286,8 @@ def level_of_time(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
         s = time / levels.time_scale
         return 1 - s, s
     if not isinstance(levels, VP):
-        raise RequestError(
-            "denoiser",
-            type(levels).__name__,
-            "the noise level can't be found from the time that a pipeline gives its network",
-            "Use a denoiser made from a diffusers pipeline.",
-        )
+        problem = "the noise level can't be found from the time that a pipeline gives its network"
+        raise RequestError("denoiser", type(levels).__name__, problem, "Use a denoiser made from a diffusers pipeline.")
     low = time.floor().clamp(0, len(levels) - 2).long()
     log_ratio = (levels.sigma / levels.alpha).clamp(max=LARGEST_RATIO).log()
     ratio = torch.lerp(log_ratio[low], log_ratio[low + 1], time - low).exp()
@@ -323,40 +299,28 @@ def _refuse_terms(terms: Sequence[Guidance]) -> None:
     """Refuses terms that move the sample itself, or change the network's condition: the pipeline controls both."""
     for term in terms:
         if isinstance(term, Potential) and term.pull.rule != "shift":
-            raise RequestError(
-                "terms",
-                f"{term.name}, rule {term.pull.rule}",
-                "it moves the sample itself, which is hidden inside the pipeline's scheduler",
-                "Use the rule shift, or handful's own samplers.",
-            )
+            problem = "it moves the sample itself, which is hidden inside the pipeline's scheduler"
+            remedy = "Use the rule shift, or handful's own samplers."
+            raise RequestError("terms", f"{term.name}, rule {term.pull.rule}", problem, remedy)
         if not term.shifts:
-            raise RequestError(
-                "terms",
-                term.name,
-                "it changes the network's condition, which the pipeline sets itself",
-                "Leave it out, or use handful's own samplers.",
-            )
+            problem = "it changes the network's condition, which the pipeline sets itself"
+            raise RequestError("terms", term.name, problem, "Leave it out, or use handful's own samplers.")
 
 
 def _refuse_scheduler(scheduler: Any) -> None:
     kind, config = type(scheduler).__name__, scheduler.config
     remedy = f"Set pipeline.scheduler to one of: {', '.join(FIRST_ORDER)}; {kind}'s config goes to its from_config."
     if kind not in FIRST_ORDER:
-        raise RequestError(
-            "pipeline.scheduler",
-            kind,
+        problem = (
             "it uses several evaluations per step, or draws noise: so after the step the effect of a shift of x0_hat on the "
-            "latents is not known",
-            remedy,
+            "latents is not known"
         )
+        raise RequestError("pipeline.scheduler", kind, problem, remedy)
     for name in ("clip_sample", "thresholding", "stochastic_sampling"):
         if config.get(name):
-            raise RequestError(
-                f"pipeline.scheduler.{name}",
-                True,
-                "with it a step is not linear in x0_hat, or draws noise",
-                f"Switch it off: pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {name}=False).",
-            )
+            problem = "with it a step is not linear in x0_hat, or draws noise"
+            remedy = f"Switch it off: pipeline.scheduler = {kind}.from_config(pipeline.scheduler.config, {name}=False)."
+            raise RequestError(f"pipeline.scheduler.{name}", True, problem, remedy)
 
 
 def _walked(scheduler: Any) -> Levels:
@@ -382,10 +346,7 @@ def _plain(latents: Tensor, shape: tuple[int, int, int]) -> Tensor:
     _, height, width = shape
     fits = latents[0].numel() == math.prod(shape) if latents.ndim == 3 else latents.shape[1:] == shape
     if not fits:
-        raise RequestError(
-            "latents",
-            tuple(latents.shape),
-            f"the denoiser's latents are (n, {', '.join(map(str, shape))})",
-            "Give denoiser=handful.models.from_pipeline(pipeline, resolution=(height, width)).",
-        )
+        problem = f"the denoiser's latents are (n, {', '.join(map(str, shape))})"
+        remedy = "Give denoiser=handful.models.from_pipeline(pipeline, resolution=(height, width))."
+        raise RequestError("latents", tuple(latents.shape), problem, remedy)
     return unpacked(latents, height // PATCH, width // PATCH) if latents.ndim == 3 else latents

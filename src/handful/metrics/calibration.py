@@ -54,12 +54,8 @@ def posterior(logits: Tensor, tau1: float = 1.0, temperature: float = 1.0) -> Te
         RequestError: If they are no such matrix, or not finite.
     """
     if logits.ndim != 2 or not logits.shape[0] or logits.shape[1] < 2:
-        raise RequestError(
-            "logits",
-            tuple(logits.shape),
-            "logits must have the shape (n, classes), with two classes or more",
-            "Give a row for each image.",
-        )
+        problem = "logits must have the shape (n, classes), with two classes or more"
+        raise RequestError("logits", tuple(logits.shape), problem, "Give a row for each image.")
     if not bool(logits.isfinite().all()):
         raise RequestError("logits", tuple(logits.shape), "they hold NaN or infinite values", "Use float32.")
     return (logits.double() * (tau1 / temperature)).softmax(1)

@@ -198,12 +198,8 @@ def reconstruction(real: Tensor, reconstructed: Tensor, distance: PerceptualDist
     """
     real, reconstructed = as_image_pair(real, reconstructed, "real", "reconstructed")
     if len(real) != len(reconstructed):
-        raise RequestError(
-            "reconstructed",
-            len(reconstructed),
-            f"this is the number of reconstructions, for {len(real)} images",
-            "Give one for each image.",
-        )
+        problem = f"this is the number of reconstructions, for {len(real)} images"
+        raise RequestError("reconstructed", len(reconstructed), problem, "Give one for each image.")
     window = ssim_window(*real.shape[2:])
     squares = (real - reconstructed).double().square().flatten(1).mean(1).cpu().numpy()
     perceptual = None if distance is None else _mean(distance(real, reconstructed))

@@ -105,12 +105,9 @@ class Lpips(nn.Module):
         """
         smallest = self._network.smallest
         if min(images.shape[-2:]) < smallest:
-            raise RequestError(
-                "images",
-                f"{images.shape[-2]} x {images.shape[-1]}",
-                f"LPIPS with {self.name} needs images of at least {smallest} x {smallest} pixels",
-                "Use the features of an extractor as the distance, such as a classifier of such images.",
-            )
+            problem = f"LPIPS with {self.name} needs images of at least {smallest} x {smallest} pixels"
+            remedy = "Use the features of an extractor as the distance, such as a classifier of such images."
+            raise RequestError("images", f"{images.shape[-2]} x {images.shape[-1]}", problem, remedy)
         x = (images.to(self.shift).expand(-1, 3, -1, -1) - self.shift) / self.scale
         embedded = []
         for place, layer in enumerate(self.features):
@@ -145,12 +142,8 @@ def load_lpips(network: str, backbone: str | Path, linear: str | Path | None = N
     held |= _weights(Path(backbone), convolutions, "backbone", f"Give torchvision's {file}.")
     for key in lines:
         if (held[key] < 0).any():
-            raise RequestError(
-                "linear",
-                str(learned),
-                f"{key} has negative values, but LPIPS' weights are never negative",
-                "Give a file of LPIPS 0.1, or leave it out.",
-            )
+            problem = f"{key} has negative values, but LPIPS' weights are never negative"
+            raise RequestError("linear", str(learned), problem, "Give a file of LPIPS 0.1, or leave it out.")
     state = {key: held[key].float() for key in convolutions}
     made.load_state_dict(state | {f"linear.{place}": held[key].float().flatten() for place, key in enumerate(lines)})
     return made
@@ -164,12 +157,8 @@ def _of_torchmetrics(network: str) -> Path:
         file = Path(folder, "functional", "image", "lpips_models", f"{network}.pth")
         if file.is_file():
             return file
-    raise RequestError(
-        "linear",
-        None,
-        "this version of torchmetrics has no learned LPIPS weights",
-        "Give the file of these weights (lin0.model.1.weight ...).",
-    )
+    problem = "this version of torchmetrics has no learned LPIPS weights"
+    raise RequestError("linear", None, problem, "Give the file of these weights (lin0.model.1.weight ...).")
 
 
 def _weights(file: Path, wanted: Mapping[str, tuple[int, ...]], field: str, remedy: str) -> dict[str, Tensor]:

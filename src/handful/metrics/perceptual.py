@@ -61,12 +61,8 @@ class PerceptualDistance:
         """
         first, second = as_image_pair(first, second, "first", "second")
         if len(first) != len(second):
-            raise RequestError(
-                "second",
-                len(second),
-                f"this is the number of images, but `first` has {len(first)}",
-                "Give pairs, or ask for `pairs`.",
-            )
+            problem = f"this is the number of images, but `first` has {len(first)}"
+            raise RequestError("second", len(second), problem, "Give pairs, or ask for `pairs`.")
         blocks = _Embedded(self, second, most_values=0)
         found = [self._measured(a - blocks.block(rows)) for rows, a in _Embedded(self, first, most_values=0).blocks()]
         return np.concatenate(found)
@@ -149,12 +145,9 @@ def feature_distance(extractor: FeatureExtractor, *, unit: bool = True) -> Perce
             return features
         norms = features.norm(dim=1, keepdim=True)
         if not norms.all():
-            raise RequestError(
-                "images",
-                f"{int((norms == 0).sum())} of {len(images)}",
-                f"their {extractor.name} features are all zero and have no direction",
-                "Drop these images, or take another extractor.",
-            )
+            problem = f"their {extractor.name} features are all zero and have no direction"
+            remedy = "Drop these images, or take another extractor."
+            raise RequestError("images", f"{int((norms == 0).sum())} of {len(images)}", problem, remedy)
         return features / norms
 
     suffix = "" if unit else ", not scaled"
@@ -190,12 +183,8 @@ def load_distance(name: str) -> PerceptualDistance:
     known = [f"lpips-{network}" for network in NETWORKS]
     if kind == "lpips" or (kind in known and not file):
         network = "vgg" if kind == "lpips" else kind.removeprefix("lpips-")
-        raise RequestError(
-            "distance",
-            name,
-            "LPIPS needs the weights of its network",
-            f"Write lpips-{network}:FILE, where FILE is torchvision's {NETWORKS[network].file}.",
-        )
+        remedy = f"Write lpips-{network}:FILE, where FILE is torchvision's {NETWORKS[network].file}."
+        raise RequestError("distance", name, "LPIPS needs the weights of its network", remedy)
     if kind in known:
         return lpips_distance(kind.removeprefix("lpips-"), file)
     return feature_distance(load_extractor(name))

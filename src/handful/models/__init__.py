@@ -112,13 +112,11 @@ def _found(
     if source is None and Path(name).expanduser().is_file():
         raise wrong_file(Path(name).expanduser(), name)
     if source is None:
-        raise RequestError(
-            "model",
-            name,
-            "there is no such directory, and the zoo has no such model",
+        remedy = (
             "Give a directory that diffusers wrote, a checkpoint file, a hub name such as org/model, or one of: "
-            f"{', '.join(ZOO)}.",
+            f"{', '.join(ZOO)}."
         )
+        raise RequestError("model", name, "there is no such directory, and the zoo has no such model", remedy)
     source = replace(source, parts={name: _part(options, name) for name in ("vae", "scheduler") if getattr(options, name)})
     family = family_of(source)
     check_components(source, options)

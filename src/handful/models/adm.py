@@ -194,18 +194,12 @@ def state_of(file: Path, device: str) -> State:
     except Exception as error:  # torch raises many kinds for damaged files
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
-            raise RequestError(
-                "model",
-                str(file),
-                f"its pickle contains {asked[1]}, so reading it would run code",
-                "If you trust it, load it in Python and save only its tensors: torch.save(network.state_dict(), FILE).",
-            ) from error
-        raise RequestError(
-            "model",
-            str(file),
-            f"it can't be read ({type(error).__name__}): it is damaged, or not a checkpoint of torch",
-            "Copy the file again, and compare its size with the original's.",
-        ) from error
+            problem = f"its pickle contains {asked[1]}, so reading it would run code"
+            remedy = "If you trust it, load it in Python and save only its tensors: torch.save(network.state_dict(), FILE)."
+            raise RequestError("model", str(file), problem, remedy) from error
+        problem = f"it can't be read ({type(error).__name__}): it is damaged, or not a checkpoint of torch"
+        remedy = "Copy the file again, and compare its size with the original's."
+        raise RequestError("model", str(file), problem, remedy) from error
     for key in ("state_dict", "ema", "model"):
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             held = held[key]
@@ -216,20 +210,12 @@ def state_of(file: Path, device: str) -> State:
 
 def _architecture(file: Path, state: State) -> Architecture:
     if "conv_in.weight" in state:
-        raise RequestError(
-            "model",
-            str(file),
-            "it is diffusers' own state dict, not one of guided-diffusion",
-            "Give the directory that diffusers' save_pretrained wrote.",
-        )
+        problem = "it is diffusers' own state dict, not one of guided-diffusion"
+        raise RequestError("model", str(file), problem, "Give the directory that diffusers' save_pretrained wrote.")
     outputs = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"output_blocks\.\d+\.", name)), default=-1)
     if "input_blocks.0.0.weight" in state and not outputs:
-        raise RequestError(
-            "model",
-            str(file),
-            "it is a classifier (the first half of a UNet), not a diffusion model",
-            "Give the diffusion checkpoint that goes with it, such as 64x64_diffusion.pt.",
-        )
+        remedy = "Give the diffusion checkpoint that goes with it, such as 64x64_diffusion.pt."
+        raise RequestError("model", str(file), "it is a classifier (the first half of a UNet), not a diffusion model", remedy)
     needed = (
         "input_blocks.0.0.weight",
         "time_embed.0.weight",
@@ -246,13 +232,10 @@ def _architecture(file: Path, state: State) -> Architecture:
         raise _refused(file, "it holds single numbers")
     in_channels, out_channels = state["input_blocks.0.0.weight"].shape[1], state["out.2.weight"].shape[0]
     if in_channels not in (1, 3):
-        raise RequestError(
-            "model",
-            str(file),
-            f"its network takes {in_channels} channels, not 1 or 3"
-            + (": it is an upsampler, which needs a small image as input" if in_channels == 6 else ""),
-            "Give a checkpoint that generates images from noise alone.",
+        problem = f"its network takes {in_channels} channels, not 1 or 3" + (
+            ": it is an upsampler, which needs a small image as input" if in_channels == 6 else ""
         )
+        raise RequestError("model", str(file), problem, "Give a checkpoint that generates images from noise alone.")
     # each level but the first ends, on the way up, in a layer that doubles the resolution
     up = [name for name in state if re.fullmatch(r"output_blocks\.\d+\.[12]\.(conv\.weight|in_layers\.0\.weight)", name)]
     levels = len(up) + 1
@@ -292,12 +275,8 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
             remedy = f"Its keys are {', '.join(Settings.model_fields)}."
             raise RequestError("model", str(beside), f"{key}: {first['msg']}", remedy) from error
         if said.num_heads and said.num_head_channels:
-            raise RequestError(
-                "model",
-                str(beside),
-                "it gives both num_heads and num_head_channels",
-                "Keep one of them: in guided-diffusion num_head_channels, unless it is -1, overrules num_heads.",
-            )
+            remedy = "Keep one of them: in guided-diffusion num_head_channels, unless it is -1, overrules num_heads."
+            raise RequestError("model", str(beside), "it gives both num_heads and num_head_channels", remedy)
         if said.num_heads or said.num_head_channels:
             known = known.model_copy(update={"num_heads": None, "num_head_channels": None})
     settings = known.model_copy(update=said.model_dump(exclude_unset=True))
@@ -316,12 +295,8 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
         )
     halvings = len(told.channels) - 1
     if settings.image_size and settings.image_size % 2**halvings:
-        raise RequestError(
-            "model",
-            str(beside),
-            f"the network halves the size {halvings} times, which image_size {settings.image_size} does not allow",
-            f"Give a multiple of {2**halvings}.",
-        )
+        problem = f"the network halves the size {halvings} times, which image_size {settings.image_size} does not allow"
+        raise RequestError("model", str(beside), problem, f"Give a multiple of {2**halvings}.")
     return settings
 
 
@@ -331,12 +306,8 @@ def _heads(file: Path, told: Architecture, settings: Settings) -> dict[int, int]
     for channels in at:
         if channels % (settings.num_heads or settings.num_head_channels or 1):
             name = "num_heads" if settings.num_heads else "num_head_channels"
-            raise RequestError(
-                "model",
-                str(file.with_suffix(".json")),
-                f"{name} {getattr(settings, name)} does not divide the {channels} channels of an attention",
-                "Give what it was trained with.",
-            )
+            problem = f"{name} {getattr(settings, name)} does not divide the {channels} channels of an attention"
+            raise RequestError("model", str(file.with_suffix(".json")), problem, "Give what it was trained with.")
     return {channels: settings.num_heads or channels // (settings.num_head_channels or 1) for channels in at}
 
 
@@ -349,12 +320,8 @@ def _levels(settings: Settings) -> VP:
 
 
 def _refused(file: Path, problem: str) -> RequestError:
-    return RequestError(
-        "model",
-        str(file),
-        f"{problem}, so it is no diffusion checkpoint of guided-diffusion",
-        "Give its state dict as it was published, such as 256x256_diffusion.pt.",
-    )
+    remedy = "Give its state dict as it was published, such as 256x256_diffusion.pt."
+    return RequestError("model", str(file), f"{problem}, so it is no diffusion checkpoint of guided-diffusion", remedy)
 
 
 # --- the network -------------------------------------------------------------------------------------------------------

@@ -52,19 +52,13 @@ class DiTDenoiser(LatentDenoiser):
         config: Any = network.config
         latents: Any = vae.config
         if latents.latent_channels != config.in_channels:
-            raise RequestError(
-                "model",
-                f"in_channels {config.in_channels}",
-                f"its autoencoder's latents have {latents.latent_channels}",
-                "Copy transformer and vae from the same pipeline.",
-            )
+            problem = f"its autoencoder's latents have {latents.latent_channels}"
+            remedy = "Copy transformer and vae from the same pipeline."
+            raise RequestError("model", f"in_channels {config.in_channels}", problem, remedy)
         if config.out_channels not in (None, config.in_channels, 2 * config.in_channels):
-            raise RequestError(
-                "model",
-                f"out_channels {config.out_channels}",
-                "the transformer's output is neither the latents alone nor latents and variance",
-                "Use one with as many output as input channels, or twice as many.",
-            )
+            problem = "the transformer's output is neither the latents alone nor latents and variance"
+            remedy = "Use one with as many output as input channels, or twice as many."
+            raise RequestError("model", f"out_channels {config.out_channels}", problem, remedy)
         side = config.sample_size * factor_of(latents)
         super().__init__(network, vae, prediction, levels, (side, side), patch=config.patch_size, preview_vae=preview_vae)
         last = config.num_embeds_ada_norm

@@ -73,12 +73,9 @@ class EDMDenoiser(NetworkDenoiser):
         lowest = max(SIGMA_MIN, float(getattr(network, "sigma_min", SIGMA_MIN)))
         highest = min(SIGMA_MAX, float(getattr(network, "sigma_max", SIGMA_MAX)))
         if not lowest < highest:
-            raise RequestError(
-                "model",
-                f"sigma_min {lowest}, sigma_max {highest}",
-                "there are no noise levels between them",
-                "Set the network's sigma_min and sigma_max.",
-            )
+            problem = "there are no noise levels between them"
+            remedy = "Set the network's sigma_min and sigma_max."
+            raise RequestError("model", f"sigma_min {lowest}, sigma_max {highest}", problem, remedy)
         super().__init__(network, "edm", shape, EDM(lowest, highest))
         self.label_dim = int(getattr(network, "label_dim", 0) or 0)
         self._takes_labels = _takes_labels(network)
@@ -120,12 +117,8 @@ class EDMDenoiser(NetworkDenoiser):
             super().place(device, dtype)
             return
         if dtype == torch.bfloat16:
-            raise RequestError(
-                "model.dtype",
-                "bfloat16",
-                "this network chooses its own precision, float16 or float32 only",
-                "Use one of those.",
-            )
+            problem = "this network chooses its own precision, float16 or float32 only"
+            raise RequestError("model.dtype", "bfloat16", problem, "Use one of those.")
         network: Any = self.network
         network.use_fp16 = dtype == torch.float16
         self.to(device)
@@ -171,13 +164,11 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
     elif isinstance(made, nn.Module):
         denoiser = EDMDenoiser(made, classes=options.classes or (), null_class=options.null_class)
     else:
-        raise RequestError(
-            "model",
-            source.name,
-            f"it returns neither a denoiser nor a network ({type(made).__name__})",
+        remedy = (
             "Name a function without arguments that returns a handful.core.denoiser.Denoiser, or a torch module "
-            "called as net(x, sigma, class_labels).",
+            "called as net(x, sigma, class_labels)."
         )
+        raise RequestError("model", source.name, f"it returns neither a denoiser nor a network ({type(made).__name__})", remedy)
     if source.file is None:  # code can change images that no weight tells of
         denoiser.code_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     refuse_resolution(denoiser.image_shape[1:], options)
@@ -189,12 +180,9 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
 def _shape(network: nn.Module) -> tuple[int, int, int]:
     channels, side = getattr(network, "img_channels", None), getattr(network, "img_resolution", None)
     if channels is None or side is None:
-        raise RequestError(
-            "model",
-            type(network).__name__,
-            "the network has no img_channels and img_resolution, so the shape of its images is unknown",
-            "Set them, or return handful.models.edm.EDMDenoiser(network, shape=(c, h, w)).",
-        )
+        problem = "the network has no img_channels and img_resolution, so the shape of its images is unknown"
+        remedy = "Set them, or return handful.models.edm.EDMDenoiser(network, shape=(c, h, w))."
+        raise RequestError("model", type(network).__name__, problem, remedy)
     height, width = (side, side) if isinstance(side, int) else side
     return int(channels), int(height), int(width)
 
@@ -202,12 +190,8 @@ def _shape(network: nn.Module) -> tuple[int, int, int]:
 def _unpickled(file: Path, options: ModelOptions) -> object:
     """The network of a pickle: its exponential moving average, as NVIDIA calls it "ema", or the pickled network itself."""
     if not options.trust_pickle:
-        raise RequestError(
-            "model",
-            file,
-            "it is a pickle: loading it runs code from whoever made it, with all your rights on this machine",
-            "If you trust its maker, add --trust-pickle (model.trust_pickle: true).",
-        )
+        problem = "it is a pickle: loading it runs code from whoever made it, with all your rights on this machine"
+        raise RequestError("model", file, problem, "If you trust its maker, add --trust-pickle (model.trust_pickle: true).")
     try:
         with file.open("rb") as opened:
             held = pickle.load(opened)
@@ -220,19 +204,11 @@ def _unpickled(file: Path, options: ModelOptions) -> object:
             remedy = "Clone https://github.com/NVlabs/edm, and put its folder on PYTHONPATH."
         raise RequestError("model", file, f"its code needs the module {missing}, which is not installed", remedy) from error
     except Exception as error:  # the pickle's own code may raise anything
-        raise RequestError(
-            "model",
-            file,
-            f"it can't be unpickled ({type(error).__name__}: {first_line(error)})",
-            "Download it again: it is damaged, or no network of NVlabs/edm.",
-        ) from error
+        problem = f"it can't be unpickled ({type(error).__name__}: {first_line(error)})"
+        raise RequestError("model", file, problem, "Download it again: it is damaged, or no network of NVlabs/edm.") from error
     if isinstance(held, dict):
         if "ema" not in held:
-            raise RequestError(
-                "model",
-                file,
-                f"its dictionary holds {', '.join(map(str, held))}, but no 'ema' network",
-                "Use a network snapshot (network-snapshot-*.pkl).",
-            )
+            problem = f"its dictionary holds {', '.join(map(str, held))}, but no 'ema' network"
+            raise RequestError("model", file, problem, "Use a network snapshot (network-snapshot-*.pkl).")
         return held["ema"]
     return held

@@ -38,12 +38,8 @@ def scheduler_of(source: Source) -> Any:
     try:
         return FlowMatchEulerDiscreteScheduler.from_config(told)
     except (TypeError, ValueError) as error:
-        raise RequestError(
-            "model",
-            source.name,
-            f"no scheduler can be made from its config ({first_line(error)})",
-            "Copy scheduler_config.json again: it is damaged.",
-        ) from error
+        problem = f"no scheduler can be made from its config ({first_line(error)})"
+        raise RequestError("model", source.name, problem, "Copy scheduler_config.json again: it is damaged.") from error
 
 
 def flow_levels(scheduler: Any, tokens: int, *, time_scale: float, given_times: bool) -> Flow:
@@ -103,12 +99,9 @@ def load_flow_pipeline(source: Source, options: ModelOptions, kind: str, transfo
             str(source.file), config=str(configs.folder or configs.name), subfolder="transformer", torch_dtype=options.dtype
         )
     except Exception as error:  # as in `load_pipeline`
-        raise RequestError(
-            "model",
-            source.name,
-            f"no {transformer} can be read from it ({first_line(error)})",
-            f"Check that config names the configs of this model (now {configs.name}), and copy the file again.",
-        ) from error
+        problem = f"no {transformer} can be read from it ({first_line(error)})"
+        remedy = f"Check that config names the configs of this model (now {configs.name}), and copy the file again."
+        raise RequestError("model", source.name, problem, remedy) from error
     return load_pipeline(configs, options, kind, transformer=network)
 
 
@@ -123,12 +116,8 @@ def configs_of(source: Source, options: ModelOptions, kind: str) -> Source:
     name = options.config or default_config(read_shapes(source.file))
     found = find_source(name)
     if found is None or found.file is not None or (found.read_json("model_index.json") or {}).get("_class_name") != kind:
-        raise RequestError(
-            "model.config",
-            str(name),
-            f"'{source.name}' is the transformer of a {kind}, and there is no such pipeline",
-            "Give config: the pipeline's directory or hub name.",
-        )
+        problem = f"'{source.name}' is the transformer of a {kind}, and there is no such pipeline"
+        raise RequestError("model.config", str(name), problem, "Give config: the pipeline's directory or hub name.")
     return replace(found, parts=source.parts)
 
 
@@ -142,20 +131,14 @@ def refuse_missing(name: str, pipeline: Mapping[str, Any], needed: tuple[str, ..
 def refuse_channels(name: str, takes: int, latents: int) -> None:
     """Refuses a transformer that takes other channels than the latents have."""
     if takes != latents:
-        raise RequestError(
-            "model",
-            name,
+        problem = (
             f"its transformer takes {takes} channels and its latents have {latents}: it also needs an image, as inpainting "
-            f"models do, or its parts come from different models",
-            "Use the family's model for text to image.",
+            f"models do, or its parts come from different models"
         )
+        raise RequestError("model", name, problem, "Use the family's model for text to image.")
 
 
 def _refuse_kind(kind: str) -> None:
     if kind != SCHEDULER:
-        raise RequestError(
-            "model",
-            kind,
-            "this scheduler's levels are not known for this family",
-            f"Give the pipeline its own scheduler again: {SCHEDULER}.",
-        )
+        problem = "this scheduler's levels are not known for this family"
+        raise RequestError("model", kind, problem, f"Give the pipeline its own scheduler again: {SCHEDULER}.")

@@ -23,20 +23,13 @@ def set_labels(denoiser: Denoiser, label_count: int, classes: Sequence[str], nul
         RequestError: If they do not fit each other.
     """
     if null_class is not None and not 0 <= null_class < label_count:
-        raise RequestError(
-            "null_class",
-            null_class,
-            f"the model's labels are 0 to {label_count - 1}" if label_count else "the model takes no class labels",
-            "Name the label it was trained on for images without a class, or leave it out.",
-        )
+        problem = f"the model's labels are 0 to {label_count - 1}" if label_count else "the model takes no class labels"
+        remedy = "Name the label it was trained on for images without a class, or leave it out."
+        raise RequestError("null_class", null_class, problem, remedy)
     known = label_count - (null_class is not None)
     if classes and len(classes) != known:
-        raise RequestError(
-            "classes",
-            f"{len(classes)} names",
-            f"the model has {known} classes",
-            "Give one name per class, in the order of the labels, without the null class.",
-        )
+        remedy = "Give one name per class, in the order of the labels, without the null class."
+        raise RequestError("classes", f"{len(classes)} names", f"the model has {known} classes", remedy)
     denoiser.label_count, denoiser.classes, denoiser.null_class = label_count, tuple(classes), null_class
 
 
@@ -55,10 +48,6 @@ def label_condition(denoiser: NetworkDenoiser, labels: Sequence[int] | Sequence[
     if not denoiser.label_count:
         return Condition(None)
     if len(given) and not (int(given.min()) >= 0 and int(given.max()) < denoiser.label_count):
-        raise RequestError(
-            "labels",
-            given.unique().tolist(),
-            f"the model's labels are 0 to {denoiser.label_count - 1}",
-            "Ask for classes that the model was trained on.",
-        )
+        problem = f"the model's labels are 0 to {denoiser.label_count - 1}"
+        raise RequestError("labels", given.unique().tolist(), problem, "Ask for classes that the model was trained on.")
     return Condition(given.to(denoiser.device), denoiser.null_class)

@@ -64,12 +64,8 @@ class LatentDenoiser(NetworkDenoiser):
         for side in resolution:
             if side < 1 or side % (factor * patch):
                 near = max(1, round(side / (factor * patch))) * factor * patch
-                raise RequestError(
-                    "model.resolution",
-                    list(resolution),
-                    f"{side} is not a multiple of {factor * patch}, as this model's latents require",
-                    f"Use {near}.",
-                )
+                problem = f"{side} is not a multiple of {factor * patch}, as this model's latents require"
+                raise RequestError("model.resolution", list(resolution), problem, f"Use {near}.")
         tiny: Any = None if preview_vae is None else preview_vae.config
         if tiny:
             channels, blocks = tiny.latent_channels, len(tiny.decoder_block_out_channels)

@@ -70,12 +70,8 @@ OF_PIPELINES = (
 def refuse_resolution(own: tuple[int, ...], options: ModelOptions) -> None:
     """Refuses another resolution than the model's own, which networks with fixed positions or depths can't take."""
     if options.resolution is not None and tuple(options.resolution) != tuple(own):
-        raise RequestError(
-            "model.resolution",
-            list(options.resolution),
-            f"this model's images are {own[0]} x {own[1]}",
-            "Leave resolution out.",
-        )
+        problem = f"this model's images are {own[0]} x {own[1]}"
+        raise RequestError("model.resolution", list(options.resolution), problem, "Leave resolution out.")
 
 
 def refuse_options(options: ModelOptions, *names: str) -> None:

@@ -44,12 +44,8 @@ def on_meta(kind: str, config: dict[str, Any]) -> nn.Module:
         with torch.device("meta"):
             return cls.from_config(config)
     except (TypeError, ValueError, NotImplementedError) as error:
-        raise RequestError(
-            "model",
-            f"{kind}'s config",
-            f"no network can be made from it ({first_line(error)})",
-            "Copy config.json again: it is damaged.",
-        ) from error
+        problem = f"no network can be made from it ({first_line(error)})"
+        raise RequestError("model", f"{kind}'s config", problem, "Copy config.json again: it is damaged.") from error
 
 
 def component_on_meta(source: Source, component: str, default: str) -> nn.Module:
@@ -69,12 +65,8 @@ def check_components(source: Source, options: ModelOptions) -> None:
         decides = name in DECIDING or name.startswith(("text_encoder", "tokenizer"))
         there = isinstance(value, list) and bool(value) and value[0] is not None and name not in options.without
         if decides and there and not any((source.folder / name).glob("*")):
-            raise RequestError(
-                "model",
-                source.name,
-                f"it has no {name}/, which its model_index.json names",
-                "Copy the whole pipeline, as its save_pretrained wrote it.",
-            )
+            problem = f"it has no {name}/, which its model_index.json names"
+            raise RequestError("model", source.name, problem, "Copy the whole pipeline, as its save_pretrained wrote it.")
 
 
 def load_pipeline(source: Source, options: ModelOptions, kind: str, transformer: nn.Module | None = None) -> Any:
@@ -221,12 +213,8 @@ def load_component(source: Source, options: ModelOptions, part: str, kind: str) 
     network, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        raise RequestError(
-            "model",
-            str(where),
-            f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})",
-            "Copy config.json and weights from the same checkpoint.",
-        )
+        problem = f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})"
+        raise RequestError("model", str(where), problem, "Copy config.json and weights from the same checkpoint.")
     return network
 
 
@@ -267,12 +255,8 @@ def with_variant(source: Source, options: ModelOptions) -> tuple[ModelOptions, l
 def _refuse_lacking(network: nn.Module, field: str, name: str, which: str = "") -> None:
     """Refuses a network whose file lacked tensors; diffusers only warns of them."""
     if absent := [key for key, value in network.state_dict().items() if value.is_meta]:
-        raise RequestError(
-            field,
-            name,
-            f"it lacks {len(absent)} tensors{which}, first {absent[0]}",
-            "Copy weights and configs from the same model.",
-        )
+        problem = f"it lacks {len(absent)} tensors{which}, first {absent[0]}"
+        raise RequestError(field, name, problem, "Copy weights and configs from the same model.")
 
 
 def preview_decoder(options: ModelOptions, *, meta: bool = False, channels: int = 4) -> nn.Module | None:

@@ -103,12 +103,9 @@ def place(denoiser: NetworkDenoiser, asked: Placement) -> None:
         try:
             network.set_attention_backend(asked.attention)
         except Exception as error:  # an unknown name, a missing package, another device: each back end has its own
-            raise RequestError(
-                "model.attention",
-                asked.attention,
-                f"diffusers refuses it ({first_line(error)})",
-                "Name a back end that works on this machine, or leave it out.",
-            ) from error
+            problem = f"diffusers refuses it ({first_line(error)})"
+            remedy = "Name a back end that works on this machine, or leave it out."
+            raise RequestError("model.attention", asked.attention, problem, remedy) from error
     vae: Any = getattr(denoiser, "vae", None)
     if asked.vae_slicing:
         vae.enable_slicing()

@@ -57,12 +57,9 @@ class Prompts:
                 continue
             encode = self._encode
             if encode is None:
-                raise RequestError(
-                    "prompt",
-                    prompt,
-                    "the text encoders have been freed from memory, and this prompt was not encoded before",
-                    "Encode all prompts first (encode_prompts), or load the model again.",
-                )
+                problem = "the text encoders have been freed from memory, and this prompt was not encoded before"
+                remedy = "Encode all prompts first (encode_prompts), or load the model again."
+                raise RequestError("prompt", prompt, problem, remedy)
             self._kept[prompt] = {name: each.detach().cpu() for name, each in encode([prompt]).items()}
         if self._null is None and self._encode_null is not None:
             self._null = {name: each.detach().cpu() for name, each in self._encode_null().items()}
@@ -199,17 +196,9 @@ def refuse_for_prompts(options: ModelOptions, spare: tuple[str, ...]) -> None:
     """Refuses options that a pipeline with prompts does not have."""
     for field in ("classes", "null_class"):
         if (given := getattr(options, field)) is not None:
-            raise RequestError(
-                f"model.{field}",
-                given,
-                "this model takes prompts, not labels",
-                "Leave it out, and give a prompt for each class.",
-            )
+            problem = "this model takes prompts, not labels"
+            raise RequestError(f"model.{field}", given, problem, "Leave it out, and give a prompt for each class.")
     for component in options.without:
         if component not in spare:
-            raise RequestError(
-                "model.without",
-                component,
-                "this pipeline needs this part, or has no part of that name",
-                f"Remove it from model.without; only these parts can be left out: {', '.join(spare)}.",
-            )
+            remedy = f"Remove it from model.without; only these parts can be left out: {', '.join(spare)}."
+            raise RequestError("model.without", component, "this pipeline needs this part, or has no part of that name", remedy)

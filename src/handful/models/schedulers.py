@@ -58,18 +58,10 @@ def schedule_of(config: dict[str, Any]) -> tuple[Schedule, Prediction]:
     except (TypeError, ValueError, NotImplementedError) as error:
         if isinstance(error, RequestError):
             raise
-        raise RequestError(
-            "model",
-            f"{kind}'s config",
-            f"no scheduler can be made from it ({first_line(error)})",
-            "Copy scheduler_config.json again: it is damaged.",
-        ) from error
-    raise RequestError(
-        "model",
-        f"{kind} with prediction_type {predicts}",
-        "this scheduler is not known",
-        "Save the model with a DDPMScheduler or DDIMScheduler.",
-    )
+        problem = f"no scheduler can be made from it ({first_line(error)})"
+        raise RequestError("model", f"{kind}'s config", problem, "Copy scheduler_config.json again: it is damaged.") from error
+    remedy = "Save the model with a DDPMScheduler or DDIMScheduler."
+    raise RequestError("model", f"{kind} with prediction_type {predicts}", "this scheduler is not known", remedy)
 
 
 def plain_abar(config: dict[str, Any]) -> Tensor | None:

@@ -69,13 +69,11 @@ def load_pipeline_file(source: Source, options: ModelOptions, kind: str) -> Any:
     try:
         return load_pipeline(source, options, kind)
     except RequestError as error:
-        raise RequestError(
-            "model",
-            source.name,
-            error.problem,
+        remedy = (
             "Copy the file again, and check that config names the configs "
-            f"and tokenizers of its own model (now {options.config}).",
-        ) from error
+            f"and tokenizers of its own model (now {options.config})."
+        )
+        raise RequestError("model", source.name, error.problem, remedy) from error
 
 
 def family_of_kind(kind: str) -> ModuleType:
@@ -126,12 +124,8 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
     network = {key.removeprefix(PREFIX) for key in shapes}
     for key, other in OTHERS.items():
         if key in network:
-            raise RequestError(
-                "model",
-                name,
-                f"it is a {other} model, which handful can't read from a single file",
-                "Use a model of Stable Diffusion or FLUX.1.",
-            )
+            problem = f"it is a {other} model, which handful can't read from a single file"
+            raise RequestError("model", name, problem, "Use a model of Stable Diffusion or FLUX.1.")
     for key, kind in TRANSFORMERS.items():
         if key in network:
             return kind
@@ -140,30 +134,20 @@ def pipeline_of(name: str, shapes: Shapes) -> str:
         raise RequestError("model", name, f"it is {told[0]}", told[1])
     if first is None:
         one = next(iter(sorted(shapes)), "none")
-        raise RequestError(
-            "model",
-            name,
-            f"its tensors are not those of a whole pipeline ({len(shapes)}, first {one})",
-            "Give a file of a whole Stable Diffusion, or the directory of a pipeline.",
-        )
+        problem = f"its tensors are not those of a whole pipeline ({len(shapes)}, first {one})"
+        raise RequestError("model", name, problem, "Give a file of a whole Stable Diffusion, or the directory of a pipeline.")
     latents = shapes.get("first_stage_model.decoder.conv_in.weight", (0, 4))[1]
     if first[1] != latents:
-        raise RequestError(
-            "model",
-            name,
+        problem = (
             f"its UNet takes {first[1]} channels and its latents have {latents}: it also needs an image, as inpainting "
-            f"models do",
-            "Use the family's base model for text to image.",
+            f"models do"
         )
+        raise RequestError("model", name, problem, "Use the family's base model for text to image.")
     if any(key.startswith("conditioner.embedders.1.") for key in shapes):
         return "StableDiffusionXLPipeline"
     if any(key.startswith("conditioner.embedders.0.") for key in shapes):
-        raise RequestError(
-            "model",
-            name,
-            "it is a refiner of SDXL, which also needs an aesthetic score",
-            "Use the family's base model for text to image.",
-        )
+        problem = "it is a refiner of SDXL, which also needs an aesthetic score"
+        raise RequestError("model", name, problem, "Use the family's base model for text to image.")
     if not any(key.startswith("cond_stage_model.") for key in shapes):
         raise RequestError("model", name, "it holds a UNet and no text encoder", "Give a file of the whole pipeline.")
     return "StableDiffusionPipeline"

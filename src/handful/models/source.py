@@ -105,24 +105,17 @@ class Source:
         except hub.LocalEntryNotFoundError as error:  # offline, or no connection, and not in the cache
             if self._is_cached():  # the model is there, and just has no such file
                 return None
-            raise RequestError(
-                "model",
-                self.name,
-                f"the hub can't be reached, and its cache ({constants.HF_HUB_CACHE}) does not hold {path}",
-                f"Give a local directory, or go online once: hf download {self.name}.",
-            ) from error
+            problem = f"the hub can't be reached, and its cache ({constants.HF_HUB_CACHE}) does not hold {path}"
+            remedy = f"Give a local directory, or go online once: hf download {self.name}."
+            raise RequestError("model", self.name, problem, remedy) from error
         except hub.EntryNotFoundError:
             return None
         except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RevisionNotFoundError) as error:
             remedy = "Check the name and revision, accept its licence on the hub, and run hf auth login."
             raise RequestError("model", self.name, f"the hub refuses it ({first_line(error)})", remedy) from error
         except (OSError, ValueError, hub.HfHubHTTPError) as error:  # a name that can't be one is a ValueError
-            raise RequestError(
-                "model",
-                self.name,
-                f"the hub can't be reached ({first_line(error)})",
-                "Give a local directory, or try again later.",
-            ) from error
+            problem = f"the hub can't be reached ({first_line(error)})"
+            raise RequestError("model", self.name, problem, "Give a local directory, or try again later.") from error
 
     def _is_cached(self) -> bool:
         """Whether the hub's cache holds the model: its index, or the config of a network alone."""

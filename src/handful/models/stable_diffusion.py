@@ -219,20 +219,14 @@ def _refuse(
     if index.get("requires_aesthetics_score") or (xl and pooled is not None and pooled != _pooled_width(unet)):
         raise RequestError("model", name, "it is a refiner of SDXL, which also needs an aesthetic score", other)
     if absent := [component for component in needed if component in missing]:
-        raise RequestError(
-            "model",
-            name,
-            f"the pipeline has no {' and no '.join(absent)}",
-            "Load it with all its parts; refiners of SDXL, which have one text encoder, can't be used.",
-        )
+        remedy = "Load it with all its parts; refiners of SDXL, which have one text encoder, can't be used."
+        raise RequestError("model", name, f"the pipeline has no {' and no '.join(absent)}", remedy)
     if unet["in_channels"] != vae["latent_channels"]:
-        raise RequestError(
-            "model",
-            name,
+        problem = (
             f"its UNet takes {unet['in_channels']} channels and its latents have {vae['latent_channels']}: it also needs an "
-            f"image, as inpainting models do",
-            other,
+            f"image, as inpainting models do"
         )
+        raise RequestError("model", name, problem, other)
     for field, what in TOLD_MORE.items():
         if unet.get(field) is not None:
             raise RequestError("model", name, f"its UNet also needs {what} ({field} {unet[field]})", other)

@@ -67,12 +67,8 @@ class StableDiffusion3Denoiser(Prompted, LatentDenoiser):
         height, width = resolution or (config.sample_size * factor,) * 2
         largest = config.pos_embed_max_size * config.patch_size * factor
         if max(height, width) > largest:
-            raise RequestError(
-                "model.resolution",
-                [height, width],
-                f"the transformer has positions for {largest} pixels per side at most",
-                f"Use {largest} or less per side.",
-            )
+            problem = f"the transformer has positions for {largest} pixels per side at most"
+            raise RequestError("model.resolution", [height, width], problem, f"Use {largest} or less per side.")
         patch = config.patch_size
         levels = flow_levels(
             scheduler,

@@ -64,12 +64,9 @@ class UNet2DDenoiser(_Labelled, NetworkDenoiser):
     ) -> None:
         channels, height, width = _shape(network)
         if channels not in (1, 3):
-            raise RequestError(
-                "model",
-                f"in_channels {channels}",
-                "its images have neither 1 nor 3 channels: it is a UNet of latents, and its directory has no autoencoder",
-                "Give the whole pipeline's directory, with the autoencoder in vae/ or vqvae/.",
-            )
+            problem = "its images have neither 1 nor 3 channels: it is a UNet of latents, and its directory has no autoencoder"
+            remedy = "Give the whole pipeline's directory, with the autoencoder in vae/ or vqvae/."
+            raise RequestError("model", f"in_channels {channels}", problem, remedy)
         super().__init__(network, prediction, (channels, height, width), levels)
         set_labels(self, _config(network).num_class_embeds or 0, classes, null_class)
 
@@ -96,12 +93,8 @@ class LatentUNetDenoiser(_Labelled, LatentDenoiser):
     ) -> None:
         (channels, height, width), latents = _shape(network), _config(vae)
         if channels != latents.latent_channels:
-            raise RequestError(
-                "model",
-                f"in_channels {channels}",
-                f"its autoencoder's latents have {latents.latent_channels}: it also needs an image, as upscalers do",
-                "Use a model that takes class labels or nothing.",
-            )
+            problem = f"its autoencoder's latents have {latents.latent_channels}: it also needs an image, as upscalers do"
+            raise RequestError("model", f"in_channels {channels}", problem, "Use a model that takes class labels or nothing.")
         factor = factor_of(latents)
         super().__init__(network, vae, prediction, levels, (height * factor, width * factor), preview_vae=preview_vae)
         set_labels(self, _config(network).num_class_embeds or 0, classes, null_class)
@@ -120,19 +113,13 @@ def _shape(network: nn.Module) -> tuple[int, int, int]:
             "model", "sample_size", "the UNet's config does not say its resolution", "Write sample_size into its config.json."
         )
     if config.out_channels not in (config.in_channels, 2 * config.in_channels):
-        raise RequestError(
-            "model",
-            f"out_channels {config.out_channels}",
-            "the UNet's output is neither the image alone nor image and variance",
-            "Use a UNet2DModel with as many output as input channels, or twice as many.",
-        )
+        problem = "the UNet's output is neither the image alone nor image and variance"
+        remedy = "Use a UNet2DModel with as many output as input channels, or twice as many."
+        raise RequestError("model", f"out_channels {config.out_channels}", problem, remedy)
     if config.class_embed_type is not None:
-        raise RequestError(
-            "model",
-            f"class_embed_type {config.class_embed_type}",
-            "the UNet takes numbers or vectors as conditions, not class labels",
-            "Build its denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
-        )
+        problem = "the UNet takes numbers or vectors as conditions, not class labels"
+        remedy = "Build its denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser."
+        raise RequestError("model", f"class_embed_type {config.class_embed_type}", problem, remedy)
     height, width = (side, side) if isinstance(side, int) else side
     return config.in_channels, height, width
 
@@ -184,12 +171,9 @@ def _autoencoder(source: Source) -> str | None:
     index = source.read_json("model_index.json") or {}
     parts = [name for name, value in index.items() if isinstance(value, list) and value[:1] != [None]]
     if strange := [name for name in parts if name not in ("unet", "scheduler", *AUTOENCODERS)]:
-        raise RequestError(
-            "model",
-            source.name,
-            f"it is a {index.get('_class_name')}, an unknown family: its UNet needs more inputs ({', '.join(strange)})",
-            "Build the denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser.",
-        )
+        problem = f"it is a {index.get('_class_name')}, an unknown family: its UNet needs more inputs ({', '.join(strange)})"
+        remedy = "Build the denoiser in FILE.py:FUNCTION, which may return any handful.core.denoiser.Denoiser."
+        raise RequestError("model", source.name, problem, remedy)
     return next((name for name in AUTOENCODERS if name in parts), None)
 
 
@@ -202,29 +186,17 @@ def _denoiser(
 ) -> UNet2DDenoiser | LatentUNetDenoiser:
     told = source.read_json("scheduler/scheduler_config.json") or source.read_json("scheduler_config.json")
     if told is None:
-        raise RequestError(
-            "model",
-            source.name,
-            "there is no scheduler_config.json, so its noise levels are unknown",
-            "Copy the pipeline's scheduler/ folder beside unet/.",
-        )
+        problem = "there is no scheduler_config.json, so its noise levels are unknown"
+        raise RequestError("model", source.name, problem, "Copy the pipeline's scheduler/ folder beside unet/.")
     levels, prediction = schedule_of(told)
     notes = source.read_json("handful.json") or {}
     said = notes.get("classes", []), notes.get("null_class")
     if not isinstance(said[0], list) or not all(isinstance(name, str) for name in said[0]):
-        raise RequestError(
-            "classes",
-            said[0],
-            f"in the handful.json of '{source.name}' this is not a list of names",
-            'Write {"classes": ["name of label 0", ...]}.',
-        )
+        problem = f"in the handful.json of '{source.name}' this is not a list of names"
+        raise RequestError("classes", said[0], problem, 'Write {"classes": ["name of label 0", ...]}.')
     if said[1] is not None and type(said[1]) is not int:  # JSON's true is an int to isinstance
-        raise RequestError(
-            "null_class",
-            said[1],
-            f"in the handful.json of '{source.name}' this is not a label",
-            "Write a whole number, or leave it out.",
-        )
+        problem = f"in the handful.json of '{source.name}' this is not a label"
+        raise RequestError("null_class", said[1], problem, "Write a whole number, or leave it out.")
     words: dict[str, Any] = {
         "null_class": said[1] if options.null_class is None else options.null_class,
         "classes": said[0] if options.classes is None else options.classes,

@@ -27,12 +27,8 @@ def run_user_file(path: Path, attribute: str, field: str) -> Any:
     name = f"handful_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise RequestError(
-            field,
-            f"{path}:{attribute}",
-            "there is no such Python file",
-            "Write FILE.py:FUNCTION with the path of an existing file.",
-        )
+        problem = "there is no such Python file"
+        raise RequestError(field, f"{path}:{attribute}", problem, "Write FILE.py:FUNCTION with the path of an existing file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # data classes and pickles look their module up
     try:

@@ -43,12 +43,8 @@ def listed_exemplars(recipe: Recipe, out: Path) -> tuple[Recipe, dict[str, int] 
     else:
         root = split_source(asked.path, "exemplars")[1].resolve()
         if root in (resolved := out.resolve(), *resolved.parents):
-            raise RequestError(
-                "out",
-                out,
-                f"it is inside the folder of exemplars '{asked.path}', and would be read as a class",
-                "Choose an --out outside that folder.",
-            )
+            problem = f"it is inside the folder of exemplars '{asked.path}', and would be read as a class"
+            raise RequestError("out", out, problem, "Choose an --out outside that folder.")
         counts = labelled_files(asked.path, field="exemplars", flat=True).counts
     for name in recipe.classes or ():
         if name not in counts:
@@ -89,12 +85,8 @@ def with_their_prompts(recipe: Recipe) -> tuple[Recipe, list[str]]:
 def _refuse_few(path: str, wanted: int, counts: Mapping[str, int]) -> None:
     few = [f"'{name}' has {count}" for name, count in counts.items() if count < wanted]
     if few:
-        raise RequestError(
-            "exemplars.k",
-            wanted,
-            f"'{path}' has fewer: {some_of(few)}",
-            f"Ask for {min(counts.values())} (--k), or add images.",
-        )
+        problem = f"'{path}' has fewer: {some_of(few)}"
+        raise RequestError("exemplars.k", wanted, problem, f"Ask for {min(counts.values())} (--k), or add images.")
 
 
 def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: Sequence[str]) -> Given | None:
@@ -131,12 +123,9 @@ def drawn_exemplars(recipe: Recipe, image_shape: tuple[int, int, int], classes: 
     drawn = ExemplarFeatures.load(file)
     if drawn.shape != image_shape:
         ours, theirs = (f"{height} x {width} x {channels}" for channels, height, width in (image_shape, drawn.shape))
-        raise RequestError(
-            "exemplars",
-            asked.path,
-            f"its features come from images of {theirs}, and the model makes images of {ours}",
-            f"Make it for this model: handful exemplars DIR --model {recipe.model.name} ...",
-        )
+        problem = f"its features come from images of {theirs}, and the model makes images of {ours}"
+        remedy = f"Make it for this model: handful exemplars DIR --model {recipe.model.name} ..."
+        raise RequestError("exemplars", asked.path, problem, remedy)
     drawn = drawn.only(classes)
     return drawn if asked.k is None else drawn.select(asked.k)
 

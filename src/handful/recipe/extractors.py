@@ -77,12 +77,8 @@ def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool =
     template, given = looks.template or PLAIN_TEMPLATE, dict(looks.prompts)
     around = template.replace("{}", "")
     if around == template or "{" in around or "}" in around:
-        raise RequestError(
-            "template",
-            template,
-            "it does not say where the class name goes",
-            'Write {} and no other braces, as in "a photo of a {}".',
-        )
+        problem = "it does not say where the class name goes"
+        raise RequestError("template", template, problem, 'Write {} and no other braces, as in "a photo of a {}".')
     others = [name for name in given if name not in classes]
     if refuse_others and others and not set(classes) <= set(given):
         raise RequestError("prompts", others[0], "no such class is generated", f"The classes are: {some_of(classes, 10)}.")
@@ -92,12 +88,8 @@ def class_prompts(looks: Looks, classes: Sequence[str], *, refuse_others: bool =
         if not prompt.strip():
             raise RequestError(f"prompts.{name}", prompt, "it is empty", "Describe what an image of this class shows.")
         if prompt in said:
-            raise RequestError(
-                f"prompts.{name}",
-                prompt,
-                f"'{said[prompt]}' has the same prompt, and CLIP can't tell the two apart",
-                "Give each class another prompt.",
-            )
+            problem = f"'{said[prompt]}' has the same prompt, and CLIP can't tell the two apart"
+            raise RequestError(f"prompts.{name}", prompt, problem, "Give each class another prompt.")
         said[prompt] = name
     return prompts
 
@@ -117,19 +109,12 @@ def targets_of(
         RequestError: If a class has no counterpart that is certain, or the classifier has no gradient.
     """
     if names and len(names) != count:
-        raise RequestError(
-            "classifier",
-            request.classifier,
-            f"it has names of {len(names)} classes, but {count} logits",
-            "Name each of its classes, or none.",
-        )
+        problem = f"it has names of {len(names)} classes, but {count} logits"
+        raise RequestError("classifier", request.classifier, problem, "Name each of its classes, or none.")
     if count == 1 and request.tau1 == request.tau2:
-        raise RequestError(
-            "tau2",
-            request.tau2,
-            "with a single class log p(y | x) is always 0, so there is no gradient",
-            "Use tau2 0 (the logit alone), or a classifier with more classes. CLIP's classes are those you generate.",
-        )
+        problem = "with a single class log p(y | x) is always 0, so there is no gradient"
+        remedy = "Use tau2 0 (the logit alone), or a classifier with more classes. CLIP's classes are those you generate."
+        raise RequestError("tau2", request.tau2, problem, remedy)
     unknown = [name for name in request.classes if name not in labels]
     if unknown and not set(labels) <= set(request.classes):
         raise RequestError("classes", unknown[0], "no such class is generated", f"The classes are: {some_of(labels, 10)}.")
@@ -149,12 +134,8 @@ def targets_of(
             found[name] = label
         else:
             problem = f"the classifier's {count} classes have no names, and the model's are {len(model_classes) or 'unknown'}"
-            raise RequestError(
-                "classes",
-                name,
-                problem,
-                f"Write its number: classes: {{{name}: NUMBER}}. Or by_label: true, if its numbers are the model's labels.",
-            )
+            remedy = f"Write its number: classes: {{{name}: NUMBER}}. Or by_label: true, if its numbers are the model's labels."
+            raise RequestError("classes", name, problem, remedy)
     return found
 
 
@@ -163,12 +144,8 @@ def _noisy(name: str) -> FeatureExtractor:
     file, _, attribute = name.rpartition(":")
     network = run_user_file(Path(file), attribute, "classifier")
     if not isinstance(network, nn.Module) or isinstance(network, FeatureExtractor):
-        raise RequestError(
-            "classifier",
-            name,
-            "the function does not return a torch module of noisy states",
-            "Return a module that takes (x_t / n, time) and gives logits.",
-        )
+        problem = "the function does not return a torch module of noisy states"
+        raise RequestError("classifier", name, problem, "Return a module that takes (x_t / n, time) and gives logits.")
     extractor = FeatureExtractor(name, network, channels=None)
     extractor.digest = hashlib.sha256(extractor.digest.encode() + Path(file).read_bytes()).hexdigest()
     return extractor

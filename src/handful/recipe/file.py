@@ -226,12 +226,8 @@ def _setting(key: str, text: str, setting: str) -> Any:
 def _terms(present: object, methods: Sequence[str]) -> list[dict[str, Any]]:
     if "none" in methods:
         if len(methods) > 1:
-            raise RequestError(
-                "--guidance",
-                list(methods),
-                "none can't be combined with other methods",
-                "Give either none or the other methods.",
-            )
+            problem = "none can't be combined with other methods"
+            raise RequestError("--guidance", list(methods), problem, "Give either none or the other methods.")
         return []
     terms = [term for term in present if isinstance(term, dict)] if isinstance(present, list) else []
     had = {term.get("method"): term for term in terms}
@@ -267,12 +263,8 @@ def _put(data: dict[str, Any], keys: list[str], value: object, setting: str) -> 
                 i for i, item in enumerate(here) if str(i) == key or (isinstance(item, dict) and item.get("method") == key)
             ]
             if len(found) != 1:
-                raise RequestError(
-                    "--set",
-                    setting,
-                    f"{'.'.join(keys[:depth])} has no item {key}",
-                    f"It has {len(here)}, counted from 0; add a term by --guidance {key}.",
-                )
+                remedy = f"It has {len(here)}, counted from 0; add a term by --guidance {key}."
+                raise RequestError("--set", setting, f"{'.'.join(keys[:depth])} has no item {key}", remedy)
             if last:
                 here[found[0]] = value
             else:

@@ -95,12 +95,8 @@ def read_inversion(guidance: Requests) -> Inverted | None:
     if not found:
         return None
     if len(found) > 1:
-        raise RequestError(
-            f"guidance[{found[1][0]}]",
-            guidance[found[1][0]].method,
-            "an image can start only from the targets of one inversion",
-            "Keep one of these terms.",
-        )
+        problem = "an image can start only from the targets of one inversion"
+        raise RequestError(f"guidance[{found[1][0]}]", guidance[found[1][0]].method, problem, "Keep one of these terms.")
     index, path = found[0]
     with named(index):
         embeddings = Embeddings.load(path)

@@ -102,12 +102,8 @@ def assign_labels(
         raise RequestError("classes", twice, "this class is named twice", "Name each class once.")
     missing = [name for name in wanted or () if found is not None and name not in found]
     if missing:
-        raise RequestError(
-            "classes",
-            missing[0],
-            "there are no exemplars of this class",
-            did_you_mean(missing[0], found or (), "The exemplars' classes"),
-        )
+        problem = "there are no exemplars of this class"
+        raise RequestError("classes", missing[0], problem, did_you_mean(missing[0], found or (), "The exemplars' classes"))
     chosen = wanted if wanted is not None else found
     if said:
         chosen = list(said) if chosen is None else chosen
@@ -132,12 +128,8 @@ def assign_labels(
         )
     labels = [label for label in range(label_count) if label != null_class]
     if names and len(names) != len(labels):
-        raise RequestError(
-            "model.classes",
-            list(names),
-            f"{len(names)} names for {len(labels)} classes",
-            "Give one name per label, in the labels' order, without the null class.",
-        )
+        remedy = "Give one name per label, in the labels' order, without the null class."
+        raise RequestError("model.classes", list(names), f"{len(names)} names for {len(labels)} classes", remedy)
     by_name: Mapping[str, int] = dict(zip(names, labels, strict=False))
     _refuse_twice(names)
 
@@ -166,14 +158,12 @@ def assign_labels(
     if by_name:
         unknown = next(name for name in chosen if name not in by_name)
         field_name = "classes" if wanted is not None else "exemplars"
-        raise RequestError(
-            field_name,
-            unknown,
-            "the model knows no such class",
+        remedy = (
             did_you_mean(unknown, [f'"{name}"' if "," in name else name for name in names], "It knows")
             + " Rename the folder, or name all the model's classes in the order of its labels (--class-names)."
-            + (_QUOTED if any("," in name for name in names) else ""),
+            + (_QUOTED if any("," in name for name in names) else "")
         )
+        raise RequestError(field_name, unknown, "the model knows no such class", remedy)
     if found is not None and len(found) == len(labels):
         order = sorted(found)
         by_order = dict(zip(order, labels, strict=True))
@@ -186,13 +176,11 @@ def assign_labels(
         return Labels({name: by_order[name] for name in ordered}, null_class, tuple(order), notes)
     listed = ", ".join(list(chosen)[:10]) + (", ..." if len(chosen) > 10 else "")
     problem = f"the model has {len(labels)} classes without names, so these {len(chosen)} can't be matched: {listed}"
-    raise RequestError(
-        "classes" if wanted is not None else "exemplars",
-        list(chosen),
-        problem,
+    remedy = (
         f"State the names of all {len(labels)} in the labels' order with model.classes (--class-names), and "
-        'the label for "no class" with model.null_class (--null-class). Or name the folders by label.',
+        'the label for "no class" with model.null_class (--null-class). Or name the folders by label.'
     )
+    raise RequestError("classes" if wanted is not None else "exemplars", list(chosen), problem, remedy)
 
 
 def _as_said(name: str, meant: int | str, names: Sequence[str], labels: Sequence[int]) -> int:
@@ -271,12 +259,8 @@ def _range(labels: list[int]) -> str:
 def _refuse_twice(names: Sequence[str]) -> None:
     twice = sorted({name for name in names if list(names).count(name) > 1}) if len(set(names)) < len(names) else []
     if twice:
-        raise RequestError(
-            "model.classes",
-            twice[0],
-            "two of the model's classes have this same name",
-            "Give distinct names with model.classes (--class-names).",
-        )
+        problem = "two of the model's classes have this same name"
+        raise RequestError("model.classes", twice[0], problem, "Give distinct names with model.classes (--class-names).")
 
 
 def plan_cohorts(

@@ -93,43 +93,28 @@ def prompts_of(classes: Iterable[str], asked: ModelRequest) -> dict[str, str | t
         raise RequestError("model.prompts", stray[0], "there is no such class", did_you_mean(stray[0], classes, "Classes"))
     fields = _fields("model.template", asked.template)
     if not fields:
-        raise RequestError(
-            "model.template",
-            asked.template,
-            "it has no place for the class name",
-            'Write {} where the name goes, as in "a photo of a {}".',
-        )
+        problem = "it has no place for the class name"
+        raise RequestError("model.template", asked.template, problem, 'Write {} where the name goes, as in "a photo of a {}".')
     pattern = None if asked.class_pattern is None else _pattern(asked.class_pattern)
     lacking = [] if pattern is None else [field for field in fields if field not in pattern.groupindex]
     if pattern is not None and lacking:
-        raise RequestError(
-            "model.template",
-            asked.template,
-            f"the class pattern has no field {{{lacking[0]}}}",
-            f"Its fields are: {', '.join(pattern.groupindex)}.",
-        )
+        problem = f"the class pattern has no field {{{lacking[0]}}}"
+        raise RequestError("model.template", asked.template, problem, f"Its fields are: {', '.join(pattern.groupindex)}.")
     return {name: asked.prompts[name] if name in asked.prompts else _filled(asked, fields, pattern, name) for name in classes}
 
 
 def _filled(asked: ModelRequest, fields: list[str], pattern: re.Pattern[str] | None, name: str) -> str:
     if pattern is None:
         if len(set(fields)) > 1:
-            raise RequestError(
-                "model.template",
-                asked.template,
-                f"it has {len(set(fields))} fields, and a class name such as '{name}' fills one",
-                "Describe the class names with model.class_pattern, such as '{region}--{object}'.",
-            )
+            problem = f"it has {len(set(fields))} fields, and a class name such as '{name}' fills one"
+            remedy = "Describe the class names with model.class_pattern, such as '{region}--{object}'."
+            raise RequestError("model.template", asked.template, problem, remedy)
         values = dict.fromkeys(fields, name)
     else:
         match = pattern.fullmatch(name)
         if match is None:
-            raise RequestError(
-                "model.class_pattern",
-                asked.class_pattern,
-                f"the class '{name}' does not fit it",
-                "Rename the class's folder, or give its prompt in model.prompts.",
-            )
+            remedy = "Rename the class's folder, or give its prompt in model.prompts."
+            raise RequestError("model.class_pattern", asked.class_pattern, f"the class '{name}' does not fit it", remedy)
         values = match.groupdict()
     return "".join(
         text + ("" if field is None else values[field].replace("_", " "))

@@ -72,19 +72,11 @@ def complete(recipe: Recipe, inverted: Inverted | None = None) -> tuple[Recipe, 
     sampler = recipe.sampler
     for name, owner, given in (("eta", "ddim", sampler.eta), ("variance", "ddpm", sampler.variance)):
         if given and sampler.name != owner:
-            raise RequestError(
-                f"sampler.{name}",
-                given,
-                f"the sampler {sampler.name} has no {name}",
-                f"Use the sampler {owner}, or leave {name} out.",
-            )
+            problem = f"the sampler {sampler.name} has no {name}"
+            raise RequestError(f"sampler.{name}", given, problem, f"Use the sampler {owner}, or leave {name} out.")
     if sampler.recurrence > 1 and sampler.name not in STOCHASTIC:
-        raise RequestError(
-            "sampler.recurrence",
-            sampler.recurrence,
-            f"the sampler {sampler.name} can't repeat a step",
-            f"Use {' or '.join(STOCHASTIC)}, or recurrence 1.",
-        )
+        remedy = f"Use {' or '.join(STOCHASTIC)}, or recurrence 1."
+        raise RequestError("sampler.recurrence", sampler.recurrence, f"the sampler {sampler.name} can't repeat a step", remedy)
     return recipe, notes
 
 
@@ -128,23 +120,15 @@ def resolve(
     if inverted is not None:
         inverted.check(outline)
     elif outline.prompted and recipe.classes is None and found is None:
-        raise RequestError(
-            "classes",
-            None,
-            "this model takes prompts, and no classes are named",
-            "Name them (--classes cat,dog), or give exemplars: a folder per class.",
-        )
+        problem = "this model takes prompts, and no classes are named"
+        raise RequestError("classes", None, problem, "Name them (--classes cat,dog), or give exemplars: a folder per class.")
     _refuse_unread(recipe, outline)
     if recipe.model.labels and (inverted or not outline.label_count):
         problem = "this model is told prompts, not labels" if outline.prompted else "here the model is told no label"
         raise RequestError("model.labels", recipe.model.labels, problem, "Leave it out.")
     if outline.prompted and recipe.model.classes is not None:
-        raise RequestError(
-            "model.classes",
-            list(recipe.model.classes),
-            "this model takes prompts, not labels",
-            "Leave it out: each class name becomes a prompt.",
-        )
+        remedy = "Leave it out: each class name becomes a prompt."
+        raise RequestError("model.classes", list(recipe.model.classes), "this model takes prompts, not labels", remedy)
     labels = assign_labels(
         recipe.classes,
         found,
@@ -179,21 +163,13 @@ def resolve(
         guidance[index] = _with_reduce(term, index, outline, shown)
     looking = [term for _, term in potentials(guidance)]
     if recipe.model.offload != "none" and any(term.jacobian == "exact" for term in looking):
-        raise RequestError(
-            "model.offload",
-            recipe.model.offload,
-            "an exact jacobian needs the network and the decoder at once",
-            "Use jacobian gaussian, or leave offload out.",
-        )
+        problem = "an exact jacobian needs the network and the decoder at once"
+        raise RequestError("model.offload", recipe.model.offload, problem, "Use jacobian gaussian, or leave offload out.")
     reduces = [term.reduce or 1 for term in looking]
     tiny = recipe.model.preview_decoder
     if tiny and reduces and isinstance(outline, LatentDenoiser) and all(map(outline.is_linear, reduces)):
-        raise RequestError(
-            "model.preview_decoder",
-            tiny,
-            f"at reduce {reduces[0]} a linear map replaces the decoder",
-            "Leave it out, or use reduce 1.",
-        )
+        problem = f"at reduce {reduces[0]} a linear map replaces the decoder"
+        raise RequestError("model.preview_decoder", tiny, problem, "Leave it out, or use reduce 1.")
     model = {
         "null_class": labels.null_class,
         "classes": labels.model_classes,
@@ -222,12 +198,8 @@ def _prompts(recipe: Recipe, labels: Labels, inverted: Inverted | None) -> dict[
     prompt = inverted.fitted.prompt or ""
     for name, given in recipe.model.prompts.items():
         if given != prompt:
-            raise RequestError(
-                "model.prompts",
-                {name: given},
-                f"the embeddings were fitted with the prompt {prompt!r}, and work only with it",
-                "Leave prompts out, or fit again with --condition.",
-            )
+            problem = f"the embeddings were fitted with the prompt {prompt!r}, and work only with it"
+            raise RequestError("model.prompts", {name: given}, problem, "Leave prompts out, or fit again with --condition.")
     return dict.fromkeys(labels.of, prompt)
 
 
@@ -246,19 +218,11 @@ def _refuse_noised_labels(recipe: Recipe, index: int, method: str, outline: Deno
         problem = (
             "handful does not know where this model embeds its labels" if outline.label_count else "this model is unconditional"
         )
-        raise RequestError(
-            f"guidance[{index}]",
-            method,
-            f"{problem}, so there is nothing to put noise on",
-            "Use another guidance, or a diffusers model that takes labels or prompts.",
-        )
+        remedy = "Use another guidance, or a diffusers model that takes labels or prompts."
+        raise RequestError(f"guidance[{index}]", method, f"{problem}, so there is nothing to put noise on", remedy)
     if recipe.model.compile:
-        raise RequestError(
-            "model.compile",
-            True,
-            f"{method} changes the network's embedding of labels while it runs, which a compiled network would ignore",
-            "Leave compile out.",
-        )
+        problem = f"{method} changes the network's embedding of labels while it runs, which a compiled network would ignore"
+        raise RequestError("model.compile", True, problem, "Leave compile out.")
 
 
 def _variance(recipe: Recipe, outline: Denoiser) -> str | None:
@@ -274,19 +238,12 @@ def _with_reduce(term: PotentialRequest, index: int, outline: Denoiser, exemplar
     """The term with its `reduce` decided, and refused where the images or latents do not divide by it."""
     reduce = term.reduce or (outline.preview_factor if exemplars else 1)
     if not exemplars and isinstance(outline, LatentDenoiser) and outline.is_linear(reduce):
-        raise RequestError(
-            f"guidance[{index}].reduce",
-            reduce,
-            "the linear map that replaces the decoder there is fitted to exemplars, and there are no images of them",
-            "Give a folder of some (--exemplars DIR), or use reduce 1.",
-        )
+        problem = "the linear map that replaces the decoder there is fitted to exemplars, and there are no images of them"
+        remedy = "Give a folder of some (--exemplars DIR), or use reduce 1."
+        raise RequestError(f"guidance[{index}].reduce", reduce, problem, remedy)
     averaged = outline.averaged(reduce) if isinstance(outline, LatentDenoiser) else reduce
     if any(side % averaged for side in outline.shape[1:]) or any(side % reduce for side in outline.image_shape[1:]):
         size = f"{outline.image_shape[1]} x {outline.image_shape[2]}"
-        raise RequestError(
-            f"guidance[{index}].reduce",
-            reduce,
-            f"images of {size} can't be shrunk by it",
-            "Use a divisor of their sides, and of their latents', or leave it out.",
-        )
+        remedy = "Use a divisor of their sides, and of their latents', or leave it out."
+        raise RequestError(f"guidance[{index}].reduce", reduce, f"images of {size} can't be shrunk by it", remedy)
     return term.model_copy(update={"reduce": reduce})

@@ -49,12 +49,8 @@ def contact_sheet_png(
     """The sheet as the bytes of a PNG, the same for the same images; see `contact_sheet`."""
     classes = list(generated)
     if not classes or columns < 1 or rows < 1:
-        raise RequestError(
-            "contact_sheet",
-            (len(classes), columns, rows),
-            "there is nothing to draw",
-            "Give at least one class, column and row.",
-        )
+        problem = "there is nothing to draw"
+        raise RequestError("contact_sheet", (len(classes), columns, rows), problem, "Give at least one class, column and row.")
     shown = classes[:MOST_CLASSES]
     height, width = generated[shown[0]].shape[-2:]
     tile = tile_size(height, width)

@@ -101,13 +101,11 @@ class OwnedDirectory:
         self._own.mkdir(parents=True, exist_ok=True)
         with held(self._own / "lock", seconds) as got:
             if not got:
-                raise RequestError(
-                    "out",
-                    self.path,
-                    f"another process is {self._doing} into it",
+                remedy = (
                     "Wait until it has finished, or choose another --out. If no process works there, on any machine, remove "
-                    f"'{self._own / 'lock'}'.",
+                    f"'{self._own / 'lock'}'."
                 )
+                raise RequestError("out", self.path, f"another process is {self._doing} into it", remedy)
             yield
 
     def _clear(self) -> None:

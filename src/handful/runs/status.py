@@ -177,12 +177,8 @@ def _listed(directory: RunDirectory) -> Iterator[tuple[str, str]]:
 def _opened(out: str | Path) -> RunDirectory:
     directory = RunDirectory(out)
     if not (directory.path / RECIPE).is_file() or not directory.own.is_dir():
-        raise RequestError(
-            "out",
-            directory.path,
-            "this is not a run directory of handful",
-            "Give the directory that was --out of handful generate.",
-        )
+        problem = "this is not a run directory of handful"
+        raise RequestError("out", directory.path, problem, "Give the directory that was --out of handful generate.")
     with suppress(OSError, yaml.YAMLError, AttributeError):
         asked = yaml.safe_load((directory.path / RECIPE).read_text(encoding="utf-8")).get("output") or {}
         directory.writer = Writer(asked.get("format", "imagefolder"), asked.get("image", "png"))

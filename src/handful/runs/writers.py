@@ -180,12 +180,8 @@ def check_class_names(names: Iterable[str], field: str) -> None:
         if name.casefold() in seen:
             problem = f"on some file systems it is the same folder as '{seen[name.casefold()]}'"
         if problem:
-            raise RequestError(
-                field,
-                name,
-                f"this class name can't name a folder: {problem}",
-                "Rename the class, or give other names with --class-names.",
-            )
+            remedy = "Rename the class, or give other names with --class-names."
+            raise RequestError(field, name, f"this class name can't name a folder: {problem}", remedy)
         seen[name.casefold()] = name
 
 

@@ -182,12 +182,8 @@ def _folders(request: SweepRequest, classes: Sequence[str] | None, out: Path) ->
     pool, test = request.recipe.exemplars.path, request.utility and request.utility.test
     for name, root in (("real", request.real), ("recipe.exemplars.path", pool), ("utility.test", test)):
         if root is not None and Path(root).resolve() in (out.resolve(), *out.resolve().parents):
-            raise RequestError(
-                "out",
-                out,
-                f"it is inside {name} '{root}', where it would count as one more class",
-                "Choose an --out outside that folder.",
-            )
+            problem = f"it is inside {name} '{root}', where it would count as one more class"
+            raise RequestError("out", out, problem, "Choose an --out outside that folder.")
     real = look_into(request.real, classes, "real")
     return (
         real,
@@ -215,12 +211,8 @@ def _check_pool(pool: Folder, sets: Sequence[PlannedSet]) -> None:
 def _check_judge(job: SweepJob, request: SweepRequest) -> None:
     assert job.judge is not None
     if request.objective.endswith("judge_accuracy") and not job.judge.is_classifier:
-        raise RequestError(
-            "objective",
-            request.objective,
-            f"the judge {request.judge} is not a classifier, which this column needs",
-            "Choose another column, or use a classifier as the judge.",
-        )
+        problem = f"the judge {request.judge} is not a classifier, which this column needs"
+        raise RequestError("objective", request.objective, problem, "Choose another column, or use a classifier as the judge.")
 
 
 def _check_versions(job: SweepJob, stored: dict[str, Any], known: dict[str, Any]) -> None:

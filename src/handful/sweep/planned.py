@@ -111,12 +111,8 @@ def _numbers(request: SweepRequest, name: str) -> tuple[int, ...]:
     if not guided:
         return (0,)
     if request.recipe.exemplars.path is None:
-        raise RequestError(
-            "recipe.exemplars.path",
-            None,
-            f"{guided[0][1].method} guidance (methods.{name}) needs exemplars",
-            "Give a folder with a folder of images per class.",
-        )
+        problem = f"{guided[0][1].method} guidance (methods.{name}) needs exemplars"
+        raise RequestError("recipe.exemplars.path", None, problem, "Give a folder with a folder of images per class.")
     if request.k is None:
         raise RequestError(
             "k", None, f"methods.{name} is guided by exemplars, and their number is missing", "State k, such as k: [32]."

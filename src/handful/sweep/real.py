@@ -56,13 +56,11 @@ def refuse_shared(real: Folder, exemplars: Folder) -> list[str]:
     pool = set(exemplars.contents.values())
     same = [file for file, content in real.contents.items() if content in pool]
     if len(same) >= _SAME * len(real.contents):
-        raise RequestError(
-            "real",
-            real.root,
+        problem = (
             f"{len(same)} of its {len(real.contents)} images are also among the exemplars ('{exemplars.root}'), and sets "
-            f"must not be judged by images that guided them",
-            "Give other real images, or move these out of one of the folders.",
+            f"must not be judged by images that guided them"
         )
+        raise RequestError("real", real.root, problem, "Give other real images, or move these out of one of the folders.")
     return [f"{len(same)} of the real images are also in the exemplars' folder"] if same else []
 
 
@@ -77,12 +75,9 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
     """
     single = [name for name, of_class in real.files.items() if len(of_class) < 2]
     if single:
-        raise RequestError(
-            "real",
-            single[0],
-            "this class has one image, but one is needed to choose by and one to report on",
-            "Give 2 or more real images of each class; 50 or more give useful numbers.",
-        )
+        problem = "this class has one image, but one is needed to choose by and one to report on"
+        remedy = "Give 2 or more real images of each class; 50 or more give useful numbers."
+        raise RequestError("real", single[0], problem, remedy)
     halves: dict[str, dict[str, list[int]]] = {VALIDATION: {}, TEST: {}}
     for name, of_class in real.files.items():
         # RandomState is what numpy promises never to change
@@ -92,12 +87,8 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
         halves[TEST][name] = sorted(order[count:].tolist())
     for split, places in halves.items():
         if (count := sum(map(len, places.values()))) <= neighbours:
-            raise RequestError(
-                "real",
-                real.root,
-                f"its {split} half has {count} images, too few for {neighbours} neighbours",
-                "Add real images, or lower neighbours.",
-            )
+            problem = f"its {split} half has {count} images, too few for {neighbours} neighbours"
+            raise RequestError("real", real.root, problem, "Add real images, or lower neighbours.")
     return halves
 
 
@@ -147,12 +138,8 @@ def read_real(
     kept = [place for place, file in enumerate(others.files) if test.contents[file] not in chosen_by]
     left = _at(others, kept)
     if missing := [name for name in classes if name not in left.labels]:
-        raise RequestError(
-            "utility.test",
-            test.root,
-            f"all its images of class '{missing[0]}' are already used to choose settings",
-            "Give other images to test on, or leave it out.",
-        )
+        problem = f"all its images of class '{missing[0]}' are already used to choose settings"
+        raise RequestError("utility.test", test.root, problem, "Give other images to test on, or leave it out.")
     return RealImages(halves, {VALIDATION: tests[VALIDATION], TEST: left})
 
 

@@ -170,12 +170,8 @@ def _check_methods(request: SweepRequest) -> None:
     for name, method in request.methods.items():
         field = f"methods.{name}"
         if not _NAME.fullmatch(name):
-            raise RequestError(
-                "methods",
-                name,
-                "a method's name becomes the name of a folder",
-                "Use letters, digits, and . _ + - within the name.",
-            )
+            problem = "a method's name becomes the name of a folder"
+            raise RequestError("methods", name, problem, "Use letters, digits, and . _ + - within the name.")
         if (method.scales or method.term) and method.term >= len(method.guidance):
             shown, problem = (
                 (method.scales, "there is no term to scale")
@@ -195,12 +191,8 @@ def _check_methods(request: SweepRequest) -> None:
         )
     baseline = request.methods[request.baseline]
     if len(baseline.scales or ()) > 1 or len(baseline.k or ()) > 1:
-        raise RequestError(
-            "baseline",
-            request.baseline,
-            "it has several scales or k, but one setting is needed",
-            "Give it one, or name another method: `none: {guidance: []}` is usual.",
-        )
+        remedy = "Give it one, or name another method: `none: {guidance: []}` is usual."
+        raise RequestError("baseline", request.baseline, "it has several scales or k, but one setting is needed", remedy)
 
 
 def _refuse_twice(field: str, values: tuple[Any, ...] | None) -> None:

@@ -99,12 +99,8 @@ def run_sweep(
     result = SweepResult(directory.path, request, [], len(job.sets), notes=list(job.notes))
     with explain_full_disk(directory.path), directory.locked():
         if directory.stored() != job.stored:
-            raise RequestError(
-                "out",
-                directory.path,
-                "meanwhile another process has begun or continued a run there",
-                "Repeat the same command.",
-            )
+            problem = "meanwhile another process has begun or continued a run there"
+            raise RequestError("out", directory.path, problem, "Repeat the same command.")
         records = read_records(directory, job.sets)
         result.resumed = sum(bool(record.get("measured")) for record in records.values())
         directory.publish(MARK, sweep_yaml(request, job.provenance))
