@@ -116,9 +116,7 @@ def watch(
         for cohort in pending:
             held = _Held(job, cohort, classifiers, looks, progress)
             watched = replace(job, denoiser=Watched(job.denoiser, cohort.count, held.step))
-            seeds = [
-                image_seed(job.recipe.seed, cohort.class_name, i) for i in range(cohort.first, cohort.first + cohort.count)
-            ]
+            seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in cohort.indices]
             sample_cohort(watched, cohort, (), seeds, lambda *_: None)
             directory.publish(
                 cohort_file(cohort), save({name: torch.stack(parts).contiguous() for name, parts in held.tensors.items()})
@@ -198,7 +196,7 @@ class Recorded:
 
     def places(self) -> list[tuple[str, int]]:
         """Class and index of each image."""
-        return [(c.class_name, i) for c, _ in self._files for i in range(c.first, c.first + c.count)]
+        return [(c.class_name, i) for c, _ in self._files for i in c.indices]
 
     def _slices(self, name: str, place: int) -> Iterator[tuple[Cohort, Tensor]]:
         for cohort, file in self._files:

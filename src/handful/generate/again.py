@@ -12,7 +12,6 @@ from handful.data.images import read_image
 from handful.errors import RequestError
 from handful.generate.job import Job
 from handful.generate.run import cohort_again
-from handful.recipe.plan import Cohort
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,12 @@ def make_again(job: Job, image: str) -> Again:
         RunError: It can't be made.
     """
     name, _, number = image.rpartition("/")
-    found = next((cohort for cohort in job.cohorts if number.isdecimal() and _holds(cohort, name, int(number))), None)
+    index = int(number) if number.isdecimal() else -1
+    found = next((cohort for cohort in job.cohorts if cohort.class_name == name and index in cohort.indices), None)
     if found is None:
         classes = ", ".join(dict.fromkeys(cohort.class_name for cohort in job.cohorts[:5]))
         raise RequestError("--only", image, "this run has no such image", f"Write CLASS/NUMBER from 0; classes: {classes}.")
-    place, directory = int(number) - found.first, job.directory
+    place, directory = index - found.first, job.directory
     rows = directory.rows(found, job.schema)
     if rows is None:
         raise RequestError(
@@ -88,10 +88,6 @@ def make_again(job: Job, image: str) -> Again:
         apart = read_image(content, channels=channels) - read_image(there, channels=channels)
         largest = float(apart.abs().max() * 127.5)
     return Again(file, same, largest, restored, found.count)
-
-
-def _holds(cohort: Cohort, name: str, number: int) -> bool:
-    return cohort.class_name == name and cohort.first <= number < cohort.first + cohort.count
 
 
 def _read(path: Path) -> bytes | None:

@@ -6,6 +6,8 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,7 +32,7 @@ def planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:
     """What is known of a cohort's images before they are made."""
     files = job.directory.writer.files(cohort)
     shared = {"class": cohort.class_name, "label": cohort.label, "cohort": cohort.index, "status": status}
-    shared |= {"model": job.model_name, "guidance": guidance_text(job.of(cohort).recipe)}
+    shared |= {"model": Path(job.recipe.model.name).name, "guidance": guidance_text(job.of(cohort).recipe)}
     return [
         {
             "file": files[place] if status == DONE else None,
@@ -60,7 +62,8 @@ def finish(job: Job) -> int:
         manifest = stack.enter_context(directory.replacing(MANIFEST))
         table = stack.enter_context(pq.ParquetWriter(manifest, job.schema))
         lines = stack.enter_context(directory.replacing(f"{IMAGES}/{METADATA}")) if folder and images else None
-        for rows in _groups(_rows(job, marked)):
+        every = _rows(job, marked)
+        while rows := list(islice(every, _GROUP)):
             table.write_table(pa.Table.from_pylist(rows, job.schema))
             for row in rows:
                 if row["status"] == DONE:
@@ -86,17 +89,6 @@ def _rows(job: Job, marked: set[str]) -> Iterator[dict[str, Any]]:
     for cohort in job.cohorts:
         rows = job.directory.rows(cohort, job.schema) if cohort.key in marked else None
         yield from rows if rows is not None else planned_rows(job, cohort, FAILED)
-
-
-def _groups(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    held: list[dict[str, Any]] = []
-    for row in rows:
-        held.append(row)
-        if len(held) == _GROUP:
-            yield held
-            held = []
-    if held:
-        yield held
 
 
 def _contact_sheet(job: Job, files: Mapping[str, Sequence[str]]) -> bytes:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from handful.errors import RequestError
 from handful.generate.job import make_ready, placement_of, with_weights
 from handful.generate.run import same_arithmetic
 from handful.guidance.inversion import Embeddings, check_interval, no_condition, reconstruct
-from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, fit
+from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, check_numbers, fit
 from handful.metrics.few_shot import Mean, Reconstruction, reconstruction
 from handful.models import skeleton
 from handful.models.placement import check_placement
@@ -55,7 +55,6 @@ class InvertRequest:
         segments: eta; None: one for each guided step, 15 at most.
         steps, spacing: Of the path; None takes the model's default spacing.
         interval: The guided steps lo <= i < hi, counted from the clean end; None: 5 to 20 of 25, scaled to the steps.
-        score_scale: s.
         method, epochs, lr, spread_weight, seed, perturbation: As for `fit`.
         condition: The condition: a class name, a label or a prompt. None or "null": no class, no prompt.
         clamp: Keep the model's estimate inside [-1, 1]; None: where the model works on pixels.
@@ -83,16 +82,10 @@ class InvertRequest:
 
     def __post_init__(self) -> None:
         if self.method not in EPOCHS:
-            raise RequestError(
-                "method", self.method, "there is no such method of fitting", did_you_mean(self.method, EPOCHS, "Ways")
-            )
-        for name, least in (("epochs", 1), ("spread_weight", 0), ("perturbation", 0), ("seed", 0)):
-            given = getattr(self, name)
-            if given is not None and not (math.isfinite(given) and given >= least):
-                raise RequestError(name, given, f"it must be a finite number, {least} or more", f"Use {least} or more.")
-        for name in ("lr", "score_scale"):
-            if not (math.isfinite(given := getattr(self, name)) and given > 0):
-                raise RequestError(name, given, "it must be a finite number above 0", "Leave it out for the paper's value.")
+            problem, remedy = "there is no such method of fitting", did_you_mean(self.method, EPOCHS, "Ways")
+            raise RequestError("method", self.method, problem, remedy)
+        names = ("epochs", "spread_weight", "perturbation", "seed", "lr", "score_scale")
+        check_numbers(**{name: given for name in names if (given := getattr(self, name)) is not None})
 
 
 @dataclass
@@ -101,15 +94,9 @@ class InvertJob:
 
     Attributes:
         request: With its open choices made.
-        out: The file to be.
-        denoiser: On its device, in its precision.
-        device: Where it computes.
-        levels: The path.
         fitted: How the model is called.
         targets: Images (N, c, h, w) in [-1, 1], on the CPU.
         asked: All that decides the embeddings, as plain data; it is kept in the file.
-        hashes: The targets' content hashes.
-        digest: The model's.
         kept: The embeddings of this same request, where they are there already.
         notes: What was concluded, in words for the user.
     """
@@ -177,13 +164,10 @@ class InvertSummary:
     """What came of a fit.
 
     Attributes:
-        out: The file.
-        targets, segments: How many.
         losses: Of each segment's last epoch, the clean end first.
         reconstruction: How near the targets come out of their noised selves with their own embeddings.
         kept: Whether the file was there already.
         seconds: Of fitting, in this process.
-        notes: What was concluded from the request.
     """
 
     out: Path
@@ -204,13 +188,9 @@ class InvertSummary:
         how = "from an earlier run" if self.kept else f"fitted in {self.seconds:.1f} s"
         mse, ssim = self.reconstruction.mse, self.reconstruction.ssim
         return (
-            f"{self.targets} targets, {self.segments} segments in {self.out} ({how}; loss {_mean(self.losses):.4g})\n"
+            f"{self.targets} targets, {self.segments} segments in {self.out} ({how}; loss {fmean(self.losses):.4g})\n"
             f"reconstruction: MSE {_with_error(mse)}, SSIM {_with_error(ssim)}"
         )
-
-
-def _mean(values: list[float]) -> float:
-    return math.fsum(values) / len(values)
 
 
 def _with_error(of: Mean) -> str:
@@ -418,11 +398,7 @@ def _writable(out: Path) -> Path:
 
 
 def _kept(out: Path, asked: Mapping[str, Any]) -> Embeddings | None:
-    """What is there already, if it is what is asked for.
-
-    Raises:
-        RequestError: If it is something else.
-    """
+    """What is there already, if it is what is asked for."""
     if not out.exists():
         return None
     try:

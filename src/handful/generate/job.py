@@ -65,16 +65,10 @@ class Job:
 
     Attributes:
         recipe: With every automatic choice replaced by what it became.
-        directory: Where it goes.
-        denoiser: On its device, in its precision.
-        device: Where it computes.
-        levels: The path of the sampler.
         exemplars: Of the classes to generate, images or features alone; None without.
         extractors: By name, on the device.
         cohorts: All of them, in the plan's order.
-        schema: Of the manifest.
         image_shape: (c, h, w) of one image.
-        provenance: For recipe.yaml.
         notes: What was concluded, in words for the user.
         inverted: What guidance by inversion takes; None without.
         targets: For classifiers, by class and by the term's place: which of its classes that is.
@@ -84,7 +78,6 @@ class Job:
         grown: Whether other classes or numbers of images are asked for than when the run began.
         done: Keys of the cohorts that lie finished in the directory.
         encoded: x0 of the exemplars that images start from, by class, as far as they are encoded.
-        parts: Of a mixture, the settings.
         timeouts: When other processes that share the run count as gone.
         bytes_needed: Estimate of the disk space that the others take; the upper bound, as if nothing compressed.
     """
@@ -132,11 +125,6 @@ class Job:
         setting = self.parts[setting_of(cohort.index, [each.share for each in self.recipe.mix])]
         return replace(self, recipe=setting.recipe, levels=setting.levels, targets=setting.targets)
 
-    @property
-    def model_name(self) -> str:
-        """The model, without the folders that lead to it."""
-        return Path(self.recipe.model.name).name
-
     def refresh(self) -> None:
         """Looks for cohorts that were made since `prepare`; markers that are not true go. By the holder of the lock."""
         marked = self.directory.marked()
@@ -161,7 +149,6 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     """Checks a request against the world; writes nothing.
 
     Args:
-        recipe: What is asked for.
         out: The run directory: new, empty, or with an unfinished (or finished) run of this same recipe.
         allow_version_change: Go on with a run that other versions of the libraries began. Its bytes are then no longer
             those of either version alone.
@@ -267,6 +254,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     if mix:
         recipe, parts = _mixed(recipe, mix, settings, targets, cohorts)
     directory.writer = Writer(recipe.output.format, recipe.output.image, tuple(labels.of))
+    several = any(not isinstance(each, str) for each in recipe.model.prompts.values())
     job = Job(
         recipe,
         directory,
@@ -276,7 +264,7 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
         exemplars,
         extractors,
         cohorts,
-        manifest_schema(energies, started.start is not None, _several_prompts(recipe)),
+        manifest_schema(energies, started.start is not None, several),
         image_shape,
         provenance,
         notes,
@@ -356,10 +344,6 @@ def _planned(
     return recipe.model_copy(update=update), cohorts, notes
 
 
-def _several_prompts(recipe: Recipe) -> bool:
-    return any(not isinstance(each, str) for each in recipe.model.prompts.values())
-
-
 def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, null_class: int | None) -> NetworkDenoiser:
     """The model of an outline, loaded; an outline with weights is the model itself: code of the user's need not run twice."""
     denoiser = load(name, options) if any(each.is_meta for each in outline.parameters()) else outline
@@ -373,7 +357,6 @@ def make_ready(
     """Encodes what the model will be told, lets its text encoders go, moves it to where it runs, and tries it once.
 
     Args:
-        levels: The path of the sampler.
         told: A label or a prompt to try it with, alone in a list.
 
     Returns:

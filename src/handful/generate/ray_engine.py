@@ -27,11 +27,7 @@ _BLOCKS = 2000  # a block is what is tried again together
 
 
 class CohortActor:
-    """An actor: one of the processes that work on a run.
-
-    Args:
-        recipe, out, allow_version_change, timeouts: As for `prepare`.
-    """
+    """An actor: one of the processes that work on a run."""
 
     def __init__(self, recipe: Recipe, out: str, allow_version_change: bool, timeouts: Timeouts) -> None:
         job = prepare(recipe, out, allow_version_change=allow_version_change, timeouts=timeouts)
@@ -56,8 +52,6 @@ def run_by_ray(
     """Runs a job by Ray.
 
     Args:
-        job: From `prepare`, for what it has checked.
-        recipe: What it was prepared from.
         workers: The largest number of actors.
         progress: Is notified of each finished cohort.
         address: Of a Ray cluster; None: one that this process is connected to, else one of this machine alone.
@@ -153,11 +147,7 @@ def _leave(job: Job, seconds: float = 10) -> None:
 
 
 def _knock(address: str | None) -> None:
-    """Ray itself tries for minutes where nobody listens.
-
-    Raises:
-        OSError: Nobody does.
-    """
+    """Ray itself tries for minutes where nobody listens."""
     host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     if port.isdecimal():
         socket.create_connection((host or "127.0.0.1", int(port)), timeout=5).close()

@@ -61,14 +61,11 @@ class RunSummary:
     """What a run did.
 
     Attributes:
-        out: The run directory.
-        images: How many lie there now.
         cohorts_done, cohorts_resumed, cohorts_failed: Made now, by this process; found finished; failed.
         cohorts_elsewhere: Made meanwhile by other processes on the same directory.
         seconds: Of sampling alone, in this process: noise to decoded images.
         images_per_second: Of the images made now; None where none was.
         failures: What went wrong, a text for each failed cohort.
-        notes: What was concluded from the request.
     """
 
     out: Path
@@ -105,7 +102,6 @@ def run(
     Each cohort is made by one of them (`handful.runs.claims`); what a process leaves that dies is made by another.
 
     Args:
-        job: From `prepare`.
         progress: Is notified of every step; None: nobody is.
         order: Places of the cohorts in the plan, in the order to make them; None: as planned. It changes no byte.
         cache: Where exemplar features are kept; None: `handful.data.exemplars.default_cache()`.
@@ -144,9 +140,6 @@ def run(
 class Worker:
     """One of the processes that make a run's cohorts; at work inside a `with` block.
 
-    Args:
-        job, progress, cache: As for `run`.
-
     Attributes:
         claims: Who makes what.
         summary: What this process has done.
@@ -171,11 +164,7 @@ class Worker:
         return self._stack.__exit__(*error)
 
     def make(self, cohort: Cohort, claim: int) -> bool:
-        """Makes and commits a cohort that is claimed; False where the claim was lost meanwhile.
-
-        Raises:
-            RunError: It can't be made.
-        """
+        """Makes and commits a cohort that is claimed; False where the claim was lost meanwhile."""
         if self._features is None:
             self._features = _exemplar_features(self.job, self._cache)
             _fit_preview(self.job, self.progress)
@@ -303,7 +292,7 @@ def _make(
     Raises:
         RunError: If the model or the guidance gives NaN or infinite values; naming model, class, cohort and step.
     """
-    seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in _indices(cohort)]
+    seeds = [image_seed(job.recipe.seed, cohort.class_name, index) for index in cohort.indices]
     context = Context(
         job.extractors,
         features[cohort.class_name],
@@ -345,10 +334,6 @@ def _make(
         place = f"step {at + 1} of {steps}" if at < steps else "decoding and measuring"
         raise RunError(f"model '{job.recipe.model.name}', {cohort}, {place}: {error}") from None
     return contents, rows
-
-
-def _indices(cohort: Cohort) -> range:
-    return range(cohort.first, cohort.first + cohort.count)
 
 
 @torch.no_grad()
@@ -393,7 +378,7 @@ def _starts(job: Job, cohort: Cohort) -> list[tuple[str, int]]:
     assert job.recipe.start is not None
     own, counts = job.recipe.start.of == "class", job.exemplars.counts
     whose = [(name, place) for name in counts if (name == cohort.class_name) == own for place in range(counts[name])]
-    return [whose[place] for place in start_places(job.recipe.seed, cohort.class_name, _indices(cohort), len(whose))]
+    return [whose[place] for place in start_places(job.recipe.seed, cohort.class_name, cohort.indices, len(whose))]
 
 
 def _in_parts(call: Callable[[Tensor], Tensor], cohort: Tensor, size: int) -> Tensor:
@@ -479,11 +464,7 @@ def _nearest(job: Job, cohort: Cohort, term: ExemplarPotential, seen: Tensor) ->
 
 @contextmanager
 def same_arithmetic(wanted: int | None = None) -> Iterator[None]:
-    """The sums of every start of a run in the same order: threads as at the first, no algorithm chosen by its timing.
-
-    Args:
-        wanted: Threads; None leaves them.
-    """
+    """The sums of every start of a run in the same order: threads as at the first, no algorithm chosen by its timing."""
     cudnn: Any = torch.backends.cudnn
     threads = torch.get_num_threads()
     before = cudnn.deterministic, cudnn.benchmark

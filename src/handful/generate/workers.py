@@ -29,7 +29,6 @@ def run_with_workers(job: Job, recipe: Recipe, workers: int, progress: Progress 
 
     Args:
         job: From `prepare`, for what it has checked; its weights are not used.
-        recipe: What it was prepared from.
         workers: How many, 1 or more. With several GPUs each takes the next one; else each takes a share of the processors'
             threads, unless OMP_NUM_THREADS says how many.
 

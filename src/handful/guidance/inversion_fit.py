@@ -159,7 +159,7 @@ def fit(
     if method not in get_args(Method):
         raise RequestError("method", method, "no such way to fit", f"Choose one of: {', '.join(get_args(Method))}.")
     levels, epochs = levels or denoiser.levels.spacing(STEPS), EPOCHS[method] if epochs is None else epochs
-    _check_numbers(epochs=epochs, lr=lr, scale=scale, spread_weight=spread_weight, perturbation=perturbation, seed=seed)
+    check_numbers(epochs=epochs, lr=lr, scale=scale, spread_weight=spread_weight, perturbation=perturbation, seed=seed)
     check_interval(interval, segments, levels)
     _check_targets(denoiser, targets, hashes)
     condition = condition or no_condition(denoiser, len(targets))
@@ -206,17 +206,13 @@ def fit(
     return Embeddings(at.G, x0.cpu(), levels, interval, scale, perturbation, model, tuple(hashes), fitted)
 
 
-def _check_numbers(*, epochs: int, lr: float, scale: float, spread_weight: float, perturbation: float, seed: int) -> None:
-    for name, value, least in (
-        ("epochs", epochs, 1),
-        ("spread_weight", spread_weight, 0),
-        ("perturbation", perturbation, 0),
-        ("seed", seed, 0),
-    ):
-        if not (math.isfinite(value) and value >= least):
+def check_numbers(**given: float) -> None:
+    """Refuses numbers of a fit, by name, that are out of their range."""
+    for name, value in given.items():
+        least = {"epochs": 1, "spread_weight": 0, "perturbation": 0, "seed": 0}.get(name)
+        if least is not None and not (math.isfinite(value) and value >= least):
             raise RequestError(name, value, f"it must be a finite number, {least} or more", f"Use {least} or more.")
-    for name, value in (("lr", lr), ("scale", scale)):
-        if not (math.isfinite(value) and value > 0):
+        if least is None and not (math.isfinite(value) and value > 0):
             raise RequestError(name, value, "it must be a finite number above 0", "Leave it out for the paper's value.")
 
 

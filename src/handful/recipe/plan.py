@@ -43,6 +43,11 @@ class Cohort:
     count: int
 
     @property
+    def indices(self) -> range:
+        """The numbers of its images in the class."""
+        return range(self.first, self.first + self.count)
+
+    @property
     def key(self) -> str:
         """Its name on disk. The index comes last and has at least four digits, so no two cohorts share a name."""
         return f"{self.class_name}-{self.index:04d}"

@@ -31,8 +31,6 @@ def card(root: Path, recipe: Mapping[str, Any], counts: Mapping[str, int], dista
 
     Args:
         root: The run directory, for what `handful evaluate` and `handful utility` kept there.
-        recipe: With every default written out.
-        counts: Images of each class.
         distances: Of images to their nearest exemplar, where that was measured.
     """
     images = sum(counts.values())

@@ -27,12 +27,7 @@ PATHS = {
 
 
 class Comparison(NamedTuple):
-    """What differs, a line for each field in the fields' order.
-
-    Attributes:
-        unlike: What makes it another request.
-        how: What only says how to compute.
-    """
+    """What differs, a line for each field in the fields' order."""
 
     unlike: list[str]
     how: list[str]
@@ -42,9 +37,6 @@ class Comparison(NamedTuple):
 
         Args:
             problem: What lies there, such as "it holds the run of another recipe".
-
-        Raises:
-            RequestError: Naming what differs.
         """
         if self.unlike:
             more = [f"and {len(self.unlike) - 12} more"] if len(self.unlike) > 12 else []
@@ -61,8 +53,6 @@ def compared(
     """Compares two requests (plain data).
 
     Args:
-        there, here: The stored one and the new one.
-        before, now: Their provenances.
         contents: The provenances' keys of what was read, which must be the same; those that `now` has not are not compared.
     """
     before, now = before or {}, now or {}

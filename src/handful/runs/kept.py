@@ -42,9 +42,6 @@ def keep(run: str | Path, kind: str, key: str, data: Mapping[str, Any]) -> Path 
 
     Args:
         run: Of a folder that is no run directory nothing is kept: a new folder in it would be taken for a class.
-        kind: Such as `evaluation` or `utility`.
-        key: From `key_of`.
-        data: What JSON can hold.
 
     Returns:
         The file; None where it can't be kept (no run directory, or a read-only one).

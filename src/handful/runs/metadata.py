@@ -78,9 +78,7 @@ def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", reme
     An image that guided is known by its content: a copy of it under another name is left out too.
 
     Args:
-        run: A run directory.
         needed: How many of each class there must be.
-        field: What errors call them.
         remedy: The option that names other images.
 
     Raises:

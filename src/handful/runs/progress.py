@@ -44,10 +44,7 @@ class Lines(Progress):
     """Plain lines: `generated 128 of 640 images, 12.3 images/s, 42 s left`.
 
     Args:
-        stream: Where to; None: stderr.
         seconds: At most one line in so many seconds.
-        clock: For tests.
-        words: What is done to what.
     """
 
     def __init__(
@@ -93,11 +90,7 @@ class Lines(Progress):
 
 
 class Bar(Progress):
-    """A bar with rate and time left, for terminals.
-
-    Args:
-        words: What is done to what.
-    """
+    """A bar with rate and time left, for terminals."""
 
     def __init__(self, words: Words = IMAGES) -> None:
         self._words = words

@@ -43,7 +43,6 @@ class Plan:
     """What is laid out in a run directory.
 
     Attributes:
-        labels: By class, in order.
         sizes: By class the images of each cohort.
     """
 
@@ -149,7 +148,6 @@ class RunDirectory(OwnedDirectory):
 
         Args:
             images: The images' contents, in the order of the rows.
-            rows: Of the manifest.
         """
         packed = self.writer.pack(cohort, images, rows)
         self.put(packed)

@@ -25,13 +25,10 @@ class Status:
     """How far a run is.
 
     Attributes:
-        images, images_done: Planned, and there.
-        cohorts, cohorts_done: Likewise.
         failed: By cohort why it could not be made; tried again by the next start.
         claimed: By cohort the worker that makes it.
         workers: Those that are there, as far as can be seen at once.
         rate: Images a second of all workers, each by its own clock; None where none has made an image yet.
-        seconds_left: At that rate.
     """
 
     images: int = 0

@@ -169,11 +169,7 @@ def _parquet(
 
 
 def check_class_names(names: Iterable[str], field: str) -> None:
-    """Refuses class names that can't be names of folders: nothing is ever renamed in silence, or written elsewhere.
-
-    Raises:
-        RequestError: Naming the first such class.
-    """
+    """Refuses class names that can't be names of folders: nothing is ever renamed in silence, or written elsewhere."""
     seen: dict[str, str] = {}
     for name in names:
         problem = _problem(name)
