@@ -16,7 +16,8 @@ from handful.errors import RequestError
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
 from handful.models import from_pipeline, load
-from handful.models.any_pipeline import PipelineDenoiser, _same, pack, unpack
+from handful.models.any_pipeline import PipelineDenoiser, _same
+from handful.models.latent import packed, unpacked
 
 PROMPTS = ["a red cat", "a dog"]
 SIZE = (32, 32)
@@ -39,9 +40,9 @@ def own(pipeline: Any, denoiser: PipelineDenoiser, name: str, steps: int, w: flo
     words = {scale: w + 1, "output_type": "latent", **words}
     words |= {"cfg_normalization": False} if name == "lumina2" else {}
     words |= {"use_resolution_binning": False} if name in MULTISTEP else {}
-    packed = denoiser.heard.packed
+    of_tokens = denoiser.heard.packed
     height, width = denoiser.resolution
-    given = pack(latents) if packed else latents
+    given = packed(latents) if of_tokens else latents
     # one at a time, since some encode a prompt otherwise beside a longer one
     found = torch.cat(
         [
@@ -49,7 +50,7 @@ def own(pipeline: Any, denoiser: PipelineDenoiser, name: str, steps: int, w: flo
             for prompt, one in zip(PROMPTS, given, strict=True)
         ]
     )
-    return unpack(found, height // 16, width // 16) if packed and words["output_type"] == "latent" else found
+    return unpacked(found, height // 16, width // 16) if of_tokens and words["output_type"] == "latent" else found
 
 
 @torch.no_grad()
