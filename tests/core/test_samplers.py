@@ -15,6 +15,7 @@ from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultist
 from diffusers.schedulers.scheduling_edm_euler import EDMEulerScheduler
 from diffusers.schedulers.scheduling_flow_match_heun_discrete import FlowMatchHeunDiscreteScheduler
 from scipy.integrate import solve_ivp
+from support.drawn import normal
 from torch import Tensor
 
 from handful.core.denoiser import Clamped, Condition, Denoiser, Prediction
@@ -26,10 +27,6 @@ from handful.models.unet2d import UNet2DDenoiser
 
 CIFAR = Path(__file__).resolve().parents[3] / "shared" / "models" / "cifar10-unet"
 NOTHING = Condition(None)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Ideal(Denoiser):

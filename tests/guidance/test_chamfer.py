@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.drawn import normal
 from torch import Tensor
 
 from handful.errors import RequestError
@@ -9,10 +10,6 @@ from handful.features.registry import pixels
 from handful.guidance import Chamfer, chamfer_distance
 from handful.guidance.chamfer import COVERAGE_WEIGHT, ChamferRequest, spacing
 from handful.guidance.distances import squared_distances
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def naive(exemplars: Tensor, generated: Tensor, w_c: float = 1.0, w_f: float = 1.0) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.drawn import normal
 from support.pipelines_dit import tiny_dit
 from torch import Tensor, nn
 
@@ -24,10 +25,6 @@ CLASSES = 5
 TARGETS = torch.tensor([0, 3, 4, 3])
 DDPM_PULL = Pull(rule="ancestral", normalize="none", jacobian="identity", input="x0_hat")
 EDM_PULL = Pull(rule="before", input="x_t", normalize="sample")
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Toy(Denoiser):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.drawn import normal
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -16,10 +17,6 @@ from handful.features.registry import FeatureExtractor, pixels
 from handful.guidance import CFG, Chamfer, Guidance, Guided, Potential, Pull, Step, Timing
 
 LATENT = (2, 4, 4)
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Latent(Denoiser):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.drawn import normal
 from support.runs import digits_recipe
 
 from handful.data.images import read_image
@@ -15,10 +16,6 @@ from handful.features.registry import load_extractor
 from handful.generate import prepare
 from handful.generate.run import run
 from handful.guidance.particle import Particle, repulsion
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def test_it_is_half_the_papers_sum_of_kernels_at_the_medians_bandwidth():

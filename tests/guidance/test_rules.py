@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.drawn import normal
 from support.pipelines import tiny_sdxl
 from torch import Tensor, nn
 
@@ -27,10 +28,6 @@ PATHS = {
     "edm": lambda: EDM().spacing(STEPS),
     "flow": lambda: Flow().spacing(STEPS + 1).last(STEPS),
 }
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Smooth(Denoiser):

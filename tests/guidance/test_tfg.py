@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.drawn import normal
 from torch import Tensor, nn
 
 from handful.core.denoiser import Condition, Denoiser
@@ -31,10 +32,6 @@ from handful.guidance import Chamfer, Classifier, Guidance, Guided, Potential, P
 SHAPE, N, STEPS = (1, 4, 4), 4, 5
 TARGETS = torch.tensor([0, 1, 2, 1])
 CONDITION = Condition()
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 class Smooth(Denoiser):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.drawn import normal
 from torch import Tensor, nn
 
 from handful.core.denoiser import Condition, Denoiser
@@ -25,10 +26,6 @@ from handful.recipe.resolve import complete
 
 ORDERS = [0.5, 1.0, 2.0, math.inf]
 RECIPE = Path(__file__).parents[2] / "recipes" / "sd15-cvsg.yaml"
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def duplicated() -> Tensor:

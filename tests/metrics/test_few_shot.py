@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.drawn import images
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
@@ -19,10 +20,6 @@ PLAIN = feature_distance(pixels(), unit=False)
 def points(*places: tuple[float, float]) -> Tensor:
     """Images of two pixels: Euclidean distances are those of points in the plane."""
     return torch.tensor(places).view(-1, 1, 1, 2)
-
-
-def images(n: int, seed: int = 0, channels: int = 1, side: int = 8) -> Tensor:
-    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 # --- intra-distance ----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.drawn import images
 from torch import nn
 
 from handful.errors import RequestError
@@ -12,10 +13,6 @@ from handful.features.registry import FeatureExtractor, load_extractor, pixels
 from handful.metrics.perceptual import PerceptualDistance, as_images, feature_distance, load_distance
 
 PLAIN = feature_distance(pixels(), unit=False)
-
-
-def images(n: int, seed: int = 0, channels: int = 1, side: int = 8) -> torch.Tensor:
-    return torch.rand(n, channels, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
 def directions(*angles: float) -> torch.Tensor:

@@ -109,7 +109,7 @@ def tiny_stable_diffusion(
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    return _made(pipeline, folder)
+    return made(pipeline, folder)
 
 
 def tiny_sdxl(folder: Path | None = None, unet: dict[str, Any] | None = None, **config: Any) -> StableDiffusionXLPipeline:
@@ -135,10 +135,10 @@ def tiny_sdxl(folder: Path | None = None, unet: dict[str, Any] | None = None, **
             add_watermarker=False,
             **config,
         )
-    return _made(pipeline, folder)
+    return made(pipeline, folder)
 
 
-def _made(pipeline: Any, folder: Path | None) -> Any:
+def made(pipeline: Any, folder: Path | None = None) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):

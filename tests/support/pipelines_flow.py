@@ -12,13 +12,13 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import StableDiffusion3Pipeline
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5TokenizerFast
 
 from handful.core.samplers import ddim, start
 from handful.guidance.cfg import CFG
 from handful.guidance.guided import Guided
-from support.pipelines import text_config, tiny_vae, tokenizer
+from support.pipelines import made, text_config, tiny_vae, tokenizer
 
 PROMPTS = ["a red cat", "two dogs"]
 LETTERS = string.ascii_lowercase + string.digits
@@ -76,7 +76,7 @@ def tiny_sd3(
             text_encoder_3=t5_encoder() if t5 else None,
             tokenizer_3=t5_tokenizer() if t5 else None,
         )
-    return _made(pipeline, folder)
+    return made(pipeline, folder)
 
 
 def tiny_flux(
@@ -121,7 +121,7 @@ def tiny_flux(
             text_encoder_2=t5_encoder(),
             tokenizer_2=t5_tokenizer(),
         )
-    return _made(pipeline, folder)
+    return made(pipeline, folder)
 
 
 @torch.no_grad()
@@ -139,13 +139,3 @@ def noise(denoiser: Any, n: int = 2) -> Tensor:
 def distance(found: Tensor, wanted: Tensor) -> float:
     """Relative, in the Euclidean norm."""
     return float((found - wanted).norm() / wanted.norm())
-
-
-def _made(pipeline: Any, folder: Path | None) -> Any:
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    if folder is not None:
-        pipeline.save_pretrained(folder)
-    return pipeline

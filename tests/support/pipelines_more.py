@@ -8,9 +8,8 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from torch import nn
 
-from support.pipelines import tiny_vae
+from support.pipelines import made, tiny_vae
 from support.pipelines_flow import t5_encoder, t5_tokenizer
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1}
@@ -26,12 +25,7 @@ LANGUAGE: dict[str, Any] = {
 
 
 def _made(kind: str, **parts: Any) -> Any:
-    for part in parts.values():
-        if isinstance(part, nn.Module):
-            part.eval()
-    pipeline = getattr(diffusers, kind)(**parts)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return made(getattr(diffusers, kind)(**parts))
 
 
 def _flow(**config: Any) -> Any:
