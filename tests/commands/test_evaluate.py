@@ -70,7 +70,7 @@ def test_the_table_names_the_judge_and_every_class(folders, capsys):
     made, real = folders
     assert handful("evaluate", made, "--real", real, "--judge", "digits-judge", "--neighbours", 3, "--no-audit") == 0
     said = capsys.readouterr().out
-    assert "judge digits-judge, k = 3" in said
+    assert "judge digits-judge, 3 neighbours" in said
     assert [line.split()[0] for line in said.splitlines()[6:9]] == ["0", "1", "2"]
     assert "after jpeg" not in said
 
@@ -192,7 +192,7 @@ def test_classes_too_small_for_k_are_named_once_and_why_their_mean_is_missing(fo
     said = " ".join(capsys.readouterr().out.split())
     assert said.count("12 real and 12 generated images: precision, recall, density and coverage at k = 13 need 14 of each") == 1
     assert "each class: 12 real" in said
-    assert "k = 11 would work, so the mean over classes is -" in said
+    assert "k = 11 would work (--neighbours), so the mean over classes is -" in said
 
 
 @pytest.mark.parametrize("arguments", [("--seeds", 0), ("--per-class", 2)])

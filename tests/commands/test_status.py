@@ -22,6 +22,15 @@ def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str],
     assert runner.invoke(app, [*asked, "--per-class", "0=4,1=2"]).exit_code == 0
     status = json.loads(runner.invoke(app, ["status", str(out), "--json"]).stdout)
     assert (status["images"], status["images_done"], status["workers"]) == (6, 6, [])
+    manifest, marker = out / "manifest.parquet", next((out / ".handful" / "cohorts").glob("*.parquet"))
+    for file in (manifest, marker):
+        file.rename(tmp_path / file.name)
+    unfinished = runner.invoke(app, ["verify", str(out)])
+    assert "it is unfinished: 4 of 6 images are there" in str(unfinished.exception)
+    assert f"handful generate {out}/recipe.yaml --out {out} makes the others" in str(unfinished.exception)
+    assert f"next: handful generate {out}/recipe.yaml --out {out}" in runner.invoke(app, ["status", str(out)]).stderr
+    for file in (manifest, marker):
+        (tmp_path / file.name).rename(file)
     again = runner.invoke(app, ["generate", str(out / "recipe.yaml"), "--only", "0/3", "--quiet"])
     assert (again.exit_code, "the same, byte for byte" in again.stdout) == (0, True)
     assert runner.invoke(app, ["verify", str(out)]).exit_code == 0

@@ -126,7 +126,7 @@ def test_a_hub_name_that_is_not_cached_names_the_cache_and_the_remedy(tmp_path, 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(RequestError, match=r"^features: 'facebook/dinov2-base': ") as caught:
         load_extractor("dinov2")
-    for said in (str(tmp_path / "hub"), "hf download facebook/dinov2-base", "HF_HUB_OFFLINE is set"):
+    for said in (str(tmp_path / "hub"), "hf download facebook/dinov2-base", "HF_HUB_OFFLINE is set", "pixels (to guide by)"):
         assert said in str(caught.value)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from support.halves import Halves, value, write
 from torch import Tensor, nn
 
-from handful.data.images import from_uint8, write_png
+from handful.data.images import from_uint8, read_image, write_png
 from handful.data.sources import labelled_files
 from handful.errors import RequestError
 from handful.features.extractor import FeatureExtractor
@@ -149,6 +149,18 @@ def test_the_judges_own_size_decides_where_sizes_differ_and_cropping_is_told(tmp
     assert common_size(None, made, [real])[0] == (8, 8)
     assert common_size((12, 12), made, [made]) == ((8, 8), "")  # all have one size: the judge resizes them itself
     assert real.seen_as(3, size).read(slice(0, 3)).shape == (3, 3, 12, 12)
+
+
+def test_a_judge_of_gray_images_is_no_judge_of_colours(folders, tmp_path):
+    made, real = folders
+    coloured = FileImages(labelled_files(made, field="synthetic"), "synthetic")
+    assert not coloured.has_colours
+    for file in made.rglob("*.png"):
+        target = tmp_path / file.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_png(target, read_image(file, channels=3) * torch.tensor([1.0, 0.9, 0.8]).view(3, 1, 1))
+    with pytest.warns(UserWarning, match="the judge digits-judge sees gray images and these have colours"):
+        evaluate(tmp_path, real, "digits-judge", audit=False, ceiling=False)
 
 
 def test_what_the_judge_resizes_is_clipped_as_pillow_clips_it():

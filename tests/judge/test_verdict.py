@@ -48,6 +48,16 @@ def test_copies_are_a_sentence_of_their_own_and_nothing_measured_says_nothing():
     assert verdict({}) == []
 
 
+def test_few_images_are_held_against_as_few_real_ones():
+    ceiling = {"coverage": 0.98, "n_real": 260, "n_generated": 260}
+    of = {"k": 5, "coverage": 0.48, "pooled": {"ceiling": ceiling, "generated": {"n_real": 520, "n_generated": 80}}}
+    first, second = verdict(of)
+    assert first == "Good: they show the variety of the real ones (coverage 0.480; as few real images about 0.518)."
+    assert second.startswith("80 images are few beside 520 real ones")
+    of["pooled"]["generated"]["n_generated"] = 520
+    assert verdict(of) == ["Bad: they lack most of the variety (coverage 0.480; real images 0.980)."]
+
+
 def gain(value: float, low: float, high: float, verdict: str | None = None) -> dict[str, Any]:
     return {"value": value, "baseline": 0.0, "gain": value, "interval": (low, high), "verdict": verdict}
 

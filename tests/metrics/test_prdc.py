@@ -7,6 +7,7 @@ import torch
 from handful.errors import RequestError
 from handful.metrics import PRDC, nearest, neighbour_radii, prdc
 from handful.metrics._screen import direct, frame_of, lower_bounds, screened
+from handful.metrics.prdc import expected_coverage
 
 
 def squared_distances(a, b):
@@ -202,6 +203,14 @@ def test_density_of_a_fresh_sample_is_one_on_average():
     rng = np.random.default_rng(13)
     values = [prdc(rng.normal(size=(200, 8)), rng.normal(size=(200, 8))).density for _ in range(40)]
     assert abs(np.mean(values) - 1) < 5 * np.std(values) / np.sqrt(40)
+
+
+def test_the_expected_coverage_of_few_and_of_many_images_is_what_fresh_samples_get():
+    draw = np.random.default_rng(0)
+    for m, n, k in ((100, 12, 5), (60, 60, 5), (40, 90, 3)):
+        found = [prdc(draw.normal(size=(m, 3)), draw.normal(size=(n, 3)), k).coverage for _ in range(60)]
+        # the standard error is below 0.01: a false alarm is five of them
+        assert np.mean(found) == pytest.approx(expected_coverage(m, n, k), abs=0.03)
 
 
 def test_exact_copies_are_inside_balls_of_radius_zero():

@@ -101,7 +101,8 @@ def test_a_class_too_small_for_k_has_none_and_says_why_while_others_go_on():
     assert (small.precision, small.recall, small.density, small.coverage, small.f1) == (None,) * 5
     assert small.frechet is not None
     assert small.note == (
-        "40 real and 4 generated images: precision, recall, density and coverage at k = 5 need 6 of each; k = 3 would work"
+        "40 real and 4 generated images: precision, recall, density and coverage at k = 5 need 6 of each; k = 3 would "
+        "work (--neighbours)"
     )
     assert found.per_class["cat"].generated.precision is not None
     mean = found.mean_over_classes.generated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -22,9 +23,12 @@ def status(out: Out, json_wanted: Json = False) -> None:
       watch -n 10 handful status out
     """
     from handful.runs.status import status as look
+    from handful.runs.status import to_go_on
 
     found = look(out)
     print(json.dumps(found.as_dict()) if json_wanted else found.as_text())
+    if not json_wanted and not found.workers and found.images_done < found.images:
+        print(f"next: {to_go_on(out)}", file=sys.stderr)
 
 
 def verify(out: Out, json_wanted: Json = False) -> None:

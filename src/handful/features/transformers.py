@@ -28,7 +28,10 @@ _WRAP = (
     "Name a vision model with a pooled output or an image classifier, or wrap it in a FILE.py:FUNCTION that returns a "
     "handful.features.FeatureExtractor."
 )
-JUDGES = "digits-judge (8 x 8 digits), uci-judge (28 x 28 digits), cifar10-judge (32 x 32 photographs)"
+PACKAGED = "digits-judge (8 x 8 gray digits), uci-judge (28 x 28 gray digits), cifar10-judge (32 x 32 photographs in colour)"
+_WITHOUT_A_HUB = (
+    f" Without a download: pixels (to guide by), or what is packaged: {PACKAGED}. Name it by --features or --judge."
+)
 UNREADABLE = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)  # what transformers raises for bad files
 
 
@@ -161,14 +164,14 @@ def read_config(name: str) -> Any:
     source = find_source(name)
     if source is None or source.file is not None:
         remedy = (
-            f"Give pixels, dinov2, clip, efficientnet-lite0, a packaged one ({JUDGES}), a directory that transformers' "
+            f"Give pixels, dinov2, clip, efficientnet-lite0, a packaged one ({PACKAGED}), a directory that transformers' "
             "save_pretrained wrote, a hub name such as facebook/dinov2-small, a TorchScript file, or FILE.py:FUNCTION."
         )
         raise RequestError("features", name, "there is no such extractor, file or directory", remedy)
     try:
         config = source.read_json("config.json")
     except RequestError as error:
-        packaged = "" if source.folder else f" Packaged judges need no download: {JUDGES}."
+        packaged = "" if source.folder else _WITHOUT_A_HUB
         if not source.folder and constants.HF_HUB_OFFLINE and not hub_is_away():
             packaged += " HF_HUB_OFFLINE is set: unset it to go online."
         raise RequestError("features", name, error.problem, error.remedy + packaged) from error

@@ -276,6 +276,8 @@ def _make_ready(sets: Mapping[str, FileImages], extractor: FeatureExtractor, vie
         size, note = common_size(extractor.size, made, others)
     if note:
         tell(note, Note)
+    if extractor.channels == 1 and made.has_colours:
+        tell(f"the judge {extractor.name} sees gray images and these have colours: take a judge of such images")
     left = {}
     for role, images in sets.items():
         images.seen_as(extractor.channels or 3, size, extractor.squeeze)

@@ -10,6 +10,7 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,6 +138,16 @@ class FileImages(Images):
     def usual_size(self) -> tuple[int, int]:
         """Height and width of most images; of equals the first."""
         return self.sizes.most_common(1)[0][0]
+
+    @property
+    def has_colours(self) -> bool:
+        """Whether one of the first images is in colour; what can't be read is not."""
+        for place in range(min(4, len(self))):
+            with suppress(RequestError):
+                red, green, blue = read_image(self.files.content(place), channels=3)
+                if not (torch.equal(red, green) and torch.equal(green, blue)):
+                    return True
+        return False
 
     def cropped(self, size: tuple[int, int]) -> int:
         """How many images lose more than rounding when they are cropped to the aspect ratio of a size."""

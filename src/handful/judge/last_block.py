@@ -9,7 +9,7 @@ it does not give the same features, the linear head is trained alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -131,13 +131,14 @@ class LastBlockLearner:
         batch: int = 64,
         rate: float = 3e-3,
         block_rate: float = 1e-4,
+        stepped: Callable[[], None] | None = None,
     ) -> nn.Module:
         """A network from what `enter` gives to logits (n, classes).
 
         Args:
             entered: (n, views, ...): views of each image, one of which is drawn at each step.
             labels: int64 (n,).
-            classes, steps, seed, weights, batch, rate: As for `handful.judge.utility.train_classifier`.
+            classes, steps, seed, weights, batch, rate, stepped: As for `handful.judge.utility.train_classifier`.
             block_rate: Highest learning rate of the last block.
         """
         draw = torch.Generator().manual_seed(seed)
@@ -163,6 +164,8 @@ class LastBlockLearner:
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                if stepped:
+                    stepped()
         return nn.Sequential(tail, head).eval()
 
 

@@ -95,6 +95,7 @@ def train_classifier(
     seed: int = 0,
     weights: Tensor | None = None,
     groups: int | None = None,
+    stepped: Callable[[], None] | None = None,
 ) -> nn.Module:
     """Trains a classifier from scratch; deterministic on CPU for a seed.
 
@@ -112,6 +113,7 @@ def train_classifier(
         seed: Of weights, batches and augmentation.
         weights: (n,), how often each image is drawn, up to a factor; None: all alike.
         groups: As for `SmallClassifier`.
+        stepped: Is called after each step.
 
     Raises:
         RequestError: If there are fewer images than classes, a label is out of range, or there are fewer than 10 steps.
@@ -142,6 +144,8 @@ def train_classifier(
             loss.backward()
             optimizer.step()
             schedule.step()
+            if stepped:
+                stepped()
     return trained.eval()
 
 

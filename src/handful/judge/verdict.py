@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from handful.metrics.catalogue import headings
+from handful.metrics.prdc import expected_coverage
 
 GOOD, BAD = 0.9, 0.5  # shares of what real images get
 COPIES = 0.1  # of the images: ten times what real images get by definition
@@ -40,14 +41,17 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     """
     ceiling = (found.get("pooled") or {}).get("ceiling") or {}
     weak = (ceiling.get("judge_accuracy") or 1.0) < BAD
-    copied, worst = found.get("copied") or 0.0, 0
+    copied, worst, few = found.get("copied") or 0.0, 0, False
     good, reasons = list[str](), list[str]()
     for metric, words in _WORDS.items():
         value, real = found.get(metric), ceiling.get(metric)
         if value is not None and not (metric == "judge_accuracy" and (real is None or weak)):
-            share = value / (real or 1.0)
+            fewer = _fewer(found, ceiling) if metric == "coverage" and real is not None else 1.0
+            few |= fewer < GOOD
+            share = value / ((real or 1.0) * fewer)
             place = (share < GOOD) + (share < BAD)
-            beside = "" if real is None else f"; real images {real:.3f}"
+            whose = "as few real images about" if fewer < GOOD else "real images"
+            beside = "" if real is None else f"; {whose} {real * fewer:.3f}"
             (reasons if place else good).append(f"{words[place]} ({headings()[metric]} {value:.3f}{beside})")
             worst = max(worst, place)
     judged = bool(good or reasons)
@@ -57,6 +61,12 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     sentences = [f"{('Good', 'Fair', 'Bad')[worst]}: {', and '.join(reasons or good)}."] if judged or reasons else []
     if good and reasons:
         sentences[0] += f" What is good: {', and '.join(good)}."
+    if few:
+        sizes = found["pooled"]["generated"]
+        sentences.append(
+            f"{sizes['n_generated']:,} images are few beside {sizes['n_real']:,} real ones: coverage, recall and Frechet"
+            " distance are worse for it, and uncertain. Generate more (--per-class) to know the variety."
+        )
     if weak:
         share = 100 * ceiling["judge_accuracy"]
         sentences.append(f"This judge gives only {share:.0f} % of the real images their own class: use another judge.")
@@ -67,6 +77,15 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
             " run."
         )
     return sentences + [_gained(name, each["metrics"]) for name, each in (found.get("gains") or {}).items()]
+
+
+def _fewer(found: Mapping[str, Any], ceiling: Mapping[str, Any]) -> float:
+    """What part of the ceiling's coverage so many generated images can be expected to reach, at most 1."""
+    sizes, k = (found.get("pooled") or {}).get("generated") or {}, found.get("k")
+    if not k or not all(each.get("n_real", 0) > k and each.get("n_generated") for each in (sizes, ceiling)):
+        return 1.0
+    own, other = (expected_coverage(each["n_real"], each["n_generated"], k) for each in (sizes, ceiling))
+    return min(1.0, own / other)
 
 
 def kind_of(gain: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -364,9 +365,11 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
     notes, mixed = list(sets.notes), [name for name in sets.training if name != EXEMPLARS]
     choosable = min(sets.training[EXEMPLARS].counts.values()) >= 2
     trainings = seeds * (1 + 2 * len(mixed)) + (choosable and len(learner.choices) + len(SHARES) * len(mixed))
+    quicker = "; --seeds 1 --steps 50 is quicker, and less exact" if seeds > 1 and steps > 50 else ""
     progress.begin(trainings, 0)
     kinds = 1 + 2 * len(mixed)
-    progress.note(f"{kinds} kinds x {seeds} seeds, and {trainings - kinds * seeds} to choose augmentation and mixture")
+    choosing = trainings - kinds * seeds
+    progress.note(f"{kinds} kinds x {seeds} seeds, and {choosing} to choose augmentation and mixture{quicker}")
 
     def train(names: Sequence[str], share: float | None, choice: str, seed: int, steps: int, only: Tensor | None) -> nn.Module:
         """Trains on one set, or on exemplars and another, `share` of each batch from the exemplars (`only` some of them)."""
@@ -378,9 +381,8 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
             sizes = [len(of) for _, of in parts]
             weights = torch.cat([torch.full((n,), s / n) for n, s in zip(sizes, (share, 1 - share), strict=True)])
         images, truth = (torch.cat([part[place] for part in parts]) for place in (0, 1))
-        network = learner.train(images, truth, count, choice, steps=steps, seed=seed, weights=weights)
-        progress.advance(1, _called(names))
-        return network
+        stepped = partial(progress.advance, 1 / steps, _called(names))
+        return learner.train(images, truth, count, choice, steps=steps, seed=seed, weights=weights, stepped=stepped)
 
     choice, shares = learner.choices[-1], dict.fromkeys(mixed, 0.5)
     try:

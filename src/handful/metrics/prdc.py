@@ -13,6 +13,7 @@ Sources: Kynkaanniemi et al., NeurIPS 2019 (precision, recall); Naeem et al., IC
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -51,6 +52,16 @@ class PRDC:
         if name not in self.keys():
             raise KeyError(name)
         return getattr(self, name)
+
+
+def expected_coverage(n_real: int, n_generated: int, k: int) -> float:
+    """The coverage that is expected where both sets come from one distribution, in [0, 1].
+
+    1 - C(m - 1, k) / C(m + n - 1, k): each of the k nearest of all m + n - 1 others is as likely a generated image as a real
+    one. (Naeem et al. 2020, section 3.3, where it is a sum.)
+    """
+    m, n = n_real, n_generated
+    return 1 - math.prod((m - 1 - place) / (m + n - 1 - place) for place in range(k))
 
 
 @dataclass(frozen=True, eq=False)

@@ -114,7 +114,7 @@ class Sets:
         """
         m, n, k = len(self.real.features), len(self.generated), self.real.k
         if self.smaller <= k:
-            remedy = f"; k = {self.smaller - 1} would work" if self.smaller > 1 else ""
+            remedy = f"; k = {self.smaller - 1} would work (--neighbours)" if self.smaller > 1 else ""
             raise TooFew(
                 f"{m} real and {n} generated images: precision, recall, density and coverage at k = {k} need {k + 1} of "
                 f"each{remedy}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from jinja2 import Environment, StrictUndefined
 
 from handful import __version__
 from handful.data.images import write_atomically
-from handful.errors import HandfulError, RequestError, first_line
+from handful.errors import HandfulError, Note, RequestError, first_line
 from handful.judge.verdict import kind_of, verdict
 from handful.judge.worth import TEST
 from handful.metrics.catalogue import METRICS, headings, lower_is_better
@@ -58,6 +59,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         raise RequestError("out", target, "it can't be written there", remedy)
     refresh(first.path, first.recipe, first.rows)
     write_atomically(target, page(shown).encode("utf-8", "replace"))
+    for note in first.notes:
+        warnings.warn(note, Note, stacklevel=2)
     return target
 
 
@@ -124,7 +127,7 @@ def _metrics(run: Shown) -> Table | None:
         return None
     asked = run.evaluations[-1].get("asked") or {}
     intervals: Mapping[str, Any] = found.get("intervals") or {}
-    title = f"All classes together, judged by {found['judge']}, k = {found.get('k', asked.get('neighbours', '?'))}"
+    title = f"All classes together, judged by {found['judge']}, neighbours: {found.get('k', asked.get('neighbours', '?'))}"
     table = Table(title, ["metric", "generated", "90 % interval", "after transforms", "real against real"])
     ceiling = (found["pooled"].get("ceiling")) or {}
     for metric, heading in headings().items():

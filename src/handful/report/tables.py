@@ -74,7 +74,8 @@ def evaluation_table(found: Evaluation) -> Table:
     wholes = [("pooled", summary.pooled)] + [("mean over classes", summary.mean_over_classes)] * several
     classes = [*summary.per_class.items()] * several
     table = Table(
-        f"judge {found.judge}, k = {summary.k}, {summary.dimensions} features", ["", "real", "generated", *columns.values()]
+        f"judge {found.judge}, {summary.k} neighbours, {summary.dimensions} features",
+        ["", "real", "generated", *columns.values()],
     )
 
     def add(name: str, scores: Scores) -> None:

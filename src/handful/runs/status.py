@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -47,7 +48,8 @@ class Status:
 
     def as_text(self) -> str:
         """Lines for people."""
-        lines = [f"{self.images_done} of {self.images} images, {self.cohorts_done} of {self.cohorts} cohorts are done"]
+        cohorts = f"{self.cohorts_done} of {self.cohorts} cohorts (images guided together)"
+        lines = [f"{self.images_done} of {self.images} images, {cohorts} are done"]
         if self.rate:
             left = f", {duration(self.seconds_left)} left" if self.seconds_left else ""
             lines.append(f"{self.rate:.3g} images/s{left}")
@@ -159,9 +161,18 @@ def _content(directory: RunDirectory, file: str) -> bytes | None:
         return b""
 
 
+def to_go_on(out: str | Path) -> str:
+    """The command that finishes a run."""
+    return shlex.join(["handful", "generate", str(Path(out) / RECIPE), "--out", str(out)])
+
+
 def _listed(directory: RunDirectory) -> Iterator[tuple[str, str]]:
+    file = directory.path / "manifest.parquet"
+    if not file.exists() and directory.plan().cohorts() and (found := status(directory.path)).images_done < found.images:
+        problem = f"it is unfinished: {found.images_done} of {found.images} images are there, and only a whole run is verified"
+        raise RequestError("out", directory.path, problem, f"{to_go_on(directory.path)} makes the others.")
     try:
-        manifest = pq.ParquetFile(directory.path / "manifest.parquet")
+        manifest = pq.ParquetFile(file)
     except (OSError, ValueError) as error:
         problem = f"its manifest can't be read ({error})"
         raise RequestError("out", directory.path, problem, "Repeat the command that made it.") from None
