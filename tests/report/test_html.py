@@ -185,6 +185,8 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(run, tmp_path):
     with pytest.warns(Note, match="This run is unfinished: it has 24 of 36 images"):
         html = report([there]).read_text()
     assert "This run is unfinished: it has 24 of 36 images." in html
+    again = f"The run has 24 images now, and was judged with 36: repeat handful evaluate {there} --judge digits-judge."
+    assert again in html
     assert len(data_of(html)["classes"]) == 2
 
 

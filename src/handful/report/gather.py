@@ -15,6 +15,7 @@ from handful.errors import RequestError
 from handful.judge.worth import KIND, Worth
 from handful.runs.kept import all_kept
 from handful.runs.metadata import exemplars_of
+from handful.zoo import JUDGES
 
 _A_RUN = "Name a directory that handful generate has written."
 NO_GUIDANCE = "without guidance"
@@ -52,6 +53,12 @@ class Shown:
     def found(self) -> dict[str, Any] | None:
         """The newest evaluation's result."""
         return self.evaluations[-1]["result"] if self.evaluations else None
+
+    @property
+    def judging(self) -> str:
+        """The command that judges it."""
+        judge = JUDGES.get(str(_part(self.recipe, "model").get("name")))
+        return f"handful evaluate {self.path}" + (f" --judge {judge}" if judge else "")
 
     def in_words(self) -> str:
         """What was asked for, in a sentence or two."""

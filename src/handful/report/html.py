@@ -112,6 +112,9 @@ def _verdicts(run: Shown) -> list[str]:
     if run.found is None:
         return utility
     sentences = [*verdict(run.found), *utility]
+    judged = run.found["pooled"]["generated"]["n_generated"]
+    if judged != len(run.rows):
+        sentences.insert(0, f"The run has {len(run.rows):,} images now, and was judged with {judged:,}: repeat {run.judging}.")
     if not run.found.get("gains") and run.recipe.get("guidance"):
         sentences.append(
             f"Does guidance help? Make a set without it: handful generate {run.path}/recipe.yaml --guidance none --out plain. "
