@@ -78,3 +78,5 @@ def test_gains_are_one_sentence_with_f1_first_and_each_metric_by_its_kind():
         "F1 is 0.700, that of plain 0.000: a real gain: it survives small changes such as JPEG. The gain is real in F1;"
         " seen only by the judge in density."
     )
+    (said,) = verdict({"gains": {"plain": {"metrics": {"f1": metrics["f1"], "recall": metrics["recall"]}}}})
+    assert said == "F1 is 0.700, that of plain 0.000: a real gain: it survives small changes such as JPEG.", "said once"

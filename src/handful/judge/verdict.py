@@ -105,6 +105,7 @@ def _gained(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
     kinds: dict[str, list[str]] = {}
     for metric, gain in metrics.items():
         kinds.setdefault(kind_of(gain), []).append(headings()[metric])
+    kinds.pop("-", None)
     said = [f"{words} in {', '.join(kinds[kind])}" for kind, (_, words) in _GAINS.items() if kind in kinds]
     first, kind = metrics.get("f1") or {}, kind_of(metrics.get("f1") or {})
     if kind != "-":
