@@ -251,7 +251,10 @@ REFUSED = {
     "a null label for a text model": ((SD, "--classes", "a", "--null-class", 3), "model.null_class: 3: .*takes prompts"),
     "names of labels for a text model": ((SD, "--classes", "a", "--class-names", "a,b"), "model.classes: .*takes prompts"),
     "an unknown class": (("unet-classes", "--classes", "ant,bear"), "classes: 'bear': the model knows no such class"),
-    "a prompt for a label model": (("unet-classes", "--set", "model.negative_prompt=x"), "model.negative_prompt: .*no use"),
+    "a prompt for a label model": (
+        ("unet-classes", "--set", "model.negative_prompt=x"),
+        "model.negative_prompt: .*does not use it",
+    ),
     "sides off the latents' grid": ((SD, "--classes", "a", "--set", "model.resolution=[60,64]"), r"model.resolution: .*Use 64"),
     "more than the positions": ((SD3, "--classes", "a", "--set", "model.resolution=[256,256]"), "model.resolution: .*end at"),
     "another size of a UNet": (("unet", "--set", "model.resolution=[16,16]"), "model.resolution: .*images are 8 x 8"),

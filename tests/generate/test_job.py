@@ -83,7 +83,7 @@ def test_a_directory_that_holds_something_else_is_left_alone(tiny_model: Callabl
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "recipe.yaml").write_text("eggs: 3")
     (tmp_path / ".handful").mkdir()
-    with pytest.raises(RequestError, match="no recipe that a run has written"):
+    with pytest.raises(RequestError, match="it is not the recipe of a run"):
         handful.generate(tiny_recipe(tiny_model(2)), tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_a_thumbnail_that_sorts_first_changes_no_other_image(tmp_path, folders):
     with pytest.warns(UserWarning, match=r"several sizes \(180 of 8 x 8, 1 of 4 x 4\): all are resized to 8 x 8"):
         found = evaluate(other, real, "digits-judge", neighbours=3, audit=False)
     assert abs(value(found.row()["precision"]) - value(alone.row()["precision"])) < 0.03
-    with pytest.warns(UserWarning, match="8 x 8, the usual one of the generated set"):
+    with pytest.warns(UserWarning, match="8 x 8, the most common size of the generated set"):
         evaluate(other, real, "pixels", neighbours=3, audit=False)
 
 
@@ -145,7 +145,7 @@ def test_the_judges_own_size_decides_where_sizes_differ_and_cropping_is_told(tmp
     size, note = common_size((12, 12), made, [real])
     assert size == (12, 12)
     assert "3 of 8 x 8" in note
-    assert "the judge's own; 1 of them are cropped" in note
+    assert "the judge's size; 1 of them are cropped" in note
     assert common_size(None, made, [real])[0] == (8, 8)
     assert common_size((12, 12), made, [made]) == ((8, 8), "")  # all have one size: the judge resizes them itself
     assert real.seen_as(3, size).read(slice(0, 3)).shape == (3, 3, 12, 12)

@@ -73,7 +73,10 @@ def test_another_autoencoder_and_another_schedulers_levels(disk: Path):
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no such LoRA": ({"lora": [("nowhere.safetensors", 1.0)]}, r"model\.lora: .*no such file"),
-    "no LoRA of this model": ({"lora": [("other.safetensors", 1.0)]}, r"model\.lora: .*(nothing in it|does not fit)"),
+    "no LoRA of this model": (
+        {"lora": [("other.safetensors", 1.0)]},
+        r"model\.lora: .*(nothing in it|none of its weights fit)",
+    ),
     "a pickle": ({"embeddings": {"<a>": "word.bin"}}, r"model\.embeddings: .*no \.safetensors"),
     "no embedding of this model": ({"embeddings": {"<a>": "lora.safetensors"}}, r"model\.embeddings: .*does not fit"),
     "no vae": ({"vae": "nowhere"}, r"model\.vae: .*config\.json"),
@@ -92,7 +95,7 @@ def test_what_does_not_fit_is_refused_by_its_name(disk: Path, case: str, monkeyp
 
 def test_models_without_such_parts_refuse_them(disk: Path):
     for words in ({"lora": [("x", 1.0)]}, {"embeddings": {"a": "b"}}):
-        with pytest.raises(RequestError, match=r"^model\.(lora|embeddings): .*no use"):
+        with pytest.raises(RequestError, match=r"^model\.(lora|embeddings): .*does not use it"):
             load("digits", **words)
-    with pytest.raises(RequestError, match=r"^model\.lora: .*(does not fit|nothing in it)"):
+    with pytest.raises(RequestError, match=r"^model\.lora: .*(none of its weights fit|nothing in it)"):
         load(disk / "sdxl", lora=[(disk / "other.safetensors", 1.0)])

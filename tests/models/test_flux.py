@@ -107,7 +107,7 @@ def test_without_another_wish_images_are_128_latent_pixels_a_side(tmp_path):
 def test_a_transformer_that_is_not_told_guidance_refuses_it(tmp_path):
     pipeline = tiny_flux(tmp_path, guidance_embeds=False)
     for make in (skeleton, load):
-        with pytest.raises(RequestError, match=r"^model\.embedded_guidance: 5\.0: .*no use"):
+        with pytest.raises(RequestError, match=r"^model\.embedded_guidance: 5\.0: .*does not use it"):
             make(tmp_path, embedded_guidance=5.0)
     with pytest.raises(RequestError, match=r"^model\.embedded_guidance"):
         from_pipeline(pipeline, embedded_guidance=5.0)

@@ -167,7 +167,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_with_the_same_rows(small, digits,
     request, out = digits_sweep(digits), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         sweep(request, out, progress=StopAt(point))
-    done = [path for path in out.rglob("seed-0.json") if json.loads(path.read_text())["measured"]]
+    done = [path for path in out.glob("sets/*/*/seed-0.json") if json.loads(path.read_text())["measured"]]
     assert len(done) < 3
     again = sweep(request, out)
     assert again.resumed == len(done)
@@ -193,7 +193,7 @@ def test_a_killed_sweep_ends_with_the_same_rows(small, digits, tmp_path):
     data = digits_data(digits)
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(data))
     command = ["sweep", tmp_path / "sweep.yaml", "--out", tmp_path / "out", "-q"]
-    killed(command, lambda: list((tmp_path / "out").rglob("seed-0.json")))
+    killed(command, lambda: list((tmp_path / "out").glob("sets/*/*/seed-0.json")))
     assert (tmp_path / "out/sweep.yaml").is_file()
     assert console.answer(cli.app, [str(each) for each in command]) == 0
     assert timeless(read_results(tmp_path / "out/results.parquet")) == timeless(small[1].rows)
@@ -256,14 +256,14 @@ def test_other_real_images_are_refused_and_the_same_elsewhere_are_not(swept, dig
 
 def test_a_directory_with_something_else_is_refused_and_kept(digits, tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RequestError, match="no sweep of handful: thesis"):
+    with pytest.raises(RequestError, match="not from a sweep of handful: thesis"):
         sweep(digits_sweep(digits), tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["thesis.txt"]
 
 
 def test_a_run_directory_is_no_sweeps(swept, digits):
     request, out, _ = swept
-    with pytest.raises(RequestError, match="no sweep of handful"):
+    with pytest.raises(RequestError, match="not from a sweep of handful"):
         sweep(request, out / "sets/none/scale-0.0/seed-0")
 
 
