@@ -100,7 +100,7 @@ def test_a_calibration_that_was_interrupted_goes_on_and_ends_the_same(done: Cali
 
 def test_a_directory_with_something_else_is_refused_and_kept(done: CalibrateSummary, tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(RequestError, match="no calibration"):
+    with pytest.raises(RequestError, match="not from a calibration"):
         prepare(asked(), tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     with pytest.raises(RequestError, match=r"recipe\.seed: 0 there, 1 now"):

@@ -256,7 +256,10 @@ REFUSED = {
         "model.negative_prompt: .*does not use it",
     ),
     "sides off the latents' grid": ((SD, "--classes", "a", "--set", "model.resolution=[60,64]"), r"model.resolution: .*Use 64"),
-    "more than the positions": ((SD3, "--classes", "a", "--set", "model.resolution=[256,256]"), "model.resolution: .*end at"),
+    "more than the positions": (
+        (SD3, "--classes", "a", "--set", "model.resolution=[256,256]"),
+        "model.resolution: .*for 128 pixels",
+    ),
     "another size of a UNet": (("unet", "--set", "model.resolution=[16,16]"), "model.resolution: .*images are 8 x 8"),
     "cfg without a null class": (("unet", "--guidance", "cfg"), r"guidance\[0\]: 'cfg': this model has no null class"),
     "a template without a place": ((SD, "--classes", "a", "--template", "a photo"), "model.template: 'a photo': .*no place"),

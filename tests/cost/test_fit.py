@@ -57,7 +57,7 @@ def test_less_memory_gives_smaller_chunks_and_too_little_is_refused_with_the_lea
         assert made.model_copy(update={"chunk": None, "model": recipe.model}) == recipe
         assert ("whole cohort at once would take" in note) == (chunk is not None)
     with pytest.raises(
-        RequestError, match=r"the least is \d.* GB \(chunk .*Give .* GB or more; or use --dtype bfloat16.*offload"
+        RequestError, match=r"the smallest need is \d.* GB \(chunk .*Give .* GB or more; or use --dtype bfloat16.*offload"
     ):
         chosen([settings], recipe, 0.7e9, False)
 

@@ -47,7 +47,7 @@ def test_a_judge_by_features_finds_what_a_judge_by_images_finds():
 
 def test_features_of_another_judge_are_refused():
     real = RealFeatures("f00d", list(CLASSES), {UNTOUCHED: torch.zeros(10, 64)}, {}, "")
-    with pytest.raises(RunError, match="not cifar10-judge's"):
+    with pytest.raises(RunError, match="not computed by cifar10-judge"):
         FeaturesJudge(real, load_extractor("cifar10-judge"))
 
 

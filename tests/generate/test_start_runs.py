@@ -209,7 +209,7 @@ def test_shares_are_kept_as_a_class_grows():
 def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path):
     for changes, said in (
         ({"guidance": [ENERGY]}, "mix: 2: guidance is given outside mix too"),
-        ({"cohort": 6}, "has 1 cohort, too few"),
+        ({"cohort": 6}, "has 1 cohort, but mix has 2 settings"),
         ({"mix": MIX[:1]}, "mix: ["),
         ({"mix": MIX[:1]}, "it takes at least 2 entries. Add some."),
         ({"mix": [MIX[0], {"share": 0}]}, "mix[1].share: 0: it should be greater than 0. Choose a number in this range."),

@@ -359,7 +359,7 @@ def refused(folder: Path, problem: str, **words: Any) -> None:
     ("config", "problem"),
     [
         ({"in_channels": 9}, r"^model: .*9 channels and its latents have 4.*inpainting"),
-        ({"num_class_embeds": 5}, r"^model: .*told a class or a level of noise"),
+        ({"num_class_embeds": 5}, r"^model: .*needs a class or a level of noise"),
         ({"addition_embed_type": "text", "addition_embed_type_num_heads": 2}, r"^model: .*addition_embed_type text"),
     ],
 )
@@ -432,7 +432,7 @@ def test_what_a_text_encoder_does_not_read_of_a_prompt_is_said():
     assert "reads only 77 tokens, and ignores the end 'c b c b c b c b c'" in note
     assert sd.condition([long]).embeddings["text"].equal(sd.condition([long + "z"]).embeddings["text"])
     (note,) = flux.unread([long])  # T5 reads it all
-    assert "1 of 2 text encoders reads 77 tokens" in note
+    assert "1 of 2 text encoders reads only 77 tokens" in note
     assert len(flux.unread(["word " * 80])) == 2
     sd.free_text_encoders()
     assert sd.unread([long])

@@ -96,7 +96,7 @@ def test_positions_bound_the_resolution(tmp_path):
     tiny_sd3(tmp_path)
     assert skeleton(tmp_path, resolution=(128, 128)).shape == (4, 16, 16)
     for make in (skeleton, load):
-        with pytest.raises(RequestError, match=r"^model\.resolution: \[64, 144\].*end at 128.*Use 128 or less"):
+        with pytest.raises(RequestError, match=r"^model\.resolution: \[64, 144\].*for 128 pixels per side.*Use 128 or less"):
             make(tmp_path, resolution=(64, 144))
 
 

@@ -373,7 +373,7 @@ def test_a_unet_of_latents_alone_and_pipelines_that_are_told_more_are_refused_by
 
 @pytest.mark.parametrize("kind", ["timestep", "identity"])
 def test_a_unet_that_is_told_vectors_instead_of_labels_is_refused(tmp_path, kind):
-    with pytest.raises(RequestError, match=rf"class_embed_type {kind}.*not labels.*FILE\.py:FUNCTION"):
+    with pytest.raises(RequestError, match=rf"class_embed_type {kind}.*not class labels.*FILE\.py:FUNCTION"):
         load(save(tmp_path, network(None, class_embed_type=kind)))
 
 
