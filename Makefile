@@ -13,13 +13,11 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv with handful and its development tools
 
-# uv installs the same packages in a sixth of the time. Where it can't (an index that it can't reach), pip does, which is
-# upgraded first: those of older Pythons do not read every wheel's metadata.
-INSTALL := --constraint constraints.txt --editable '.[dev]'
+# pip itself is upgraded too: those of older Pythons do not read every wheel's metadata.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	{ $(BIN)/python -m pip install --quiet uv && $(BIN)/uv pip install --quiet --python $(BIN)/python $(INSTALL); } || \
-	  { $(BIN)/python -m pip install --quiet --upgrade pip && $(BIN)/python -m pip install --quiet $(INSTALL); }
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 demo: $(READY)  ## a published model and other people's digits: what a handful is worth, table, pictures

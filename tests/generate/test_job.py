@@ -136,7 +136,7 @@ def test_other_versions_do_not_continue_a_run_unless_told_to(
         handful.generate(recipe, out)
     assert handful.generate(recipe, out, allow_version_change=True).cohorts_done == 1
     stored = yaml.safe_load((out / "recipe.yaml").read_text())
-    assert stored["provenance"]["torch"] == torch.__version__
+    assert stored["provenance"]["torch"] == version("torch")
     assert any("99 now" in note for note in stored["provenance"]["notes"])
 
 

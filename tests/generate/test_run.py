@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_a_run_directory_holds_what_was_asked_made_and_measured(digits_folder: P
     stored = yaml.safe_load((out / "recipe.yaml").read_text())
     assert stored["guidance"][0]["features"] == "pixels"
     assert stored["model"]["null_class"] == 10
-    assert stored["provenance"]["torch"] == torch.__version__
+    assert stored["provenance"]["torch"] == version("torch")
     assert len(stored["provenance"]["levels"]["sigma"]) == 5
     assert (out / "contact_sheet.png").is_file()
     assert not (out / ".handful" / "tmp").exists()
