@@ -9,7 +9,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -170,17 +170,6 @@ def _read(folder: Path, shape: tuple[int, int, int]) -> LabelledImages:
 
 def _nothing(*arguments: Any) -> Row:
     return {}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Small images are so little work that a second thread costs more in waking up than it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def check_size(seeds: int, per_class: int) -> None:

@@ -13,8 +13,9 @@ import torch
 
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages, read_folder
-from handful.demo.compared import Demo, Entry, Row, Say, begin, check_size, one_thread, write_real
+from handful.demo.compared import Demo, Entry, Row, Say, begin, check_size, write_real
 from handful.features.registry import load_extractor
+from handful.generate.run import same_arithmetic
 from handful.judge.measure import Referee, Training, train_on
 from handful.runs.contact_sheet import contact_sheet
 from handful.zoo.digits import CLASSES, load_digits_split
@@ -77,7 +78,7 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 64, say: Say = lam
     def drawn(k: int, seed: int) -> dict[str, torch.Tensor]:
         return Exemplars.from_folder(pool, channels=1, size=SIZE, k=k, seed=seed).images
 
-    with one_thread():
+    with same_arithmetic(1):  # small images: a second thread costs more in waking up than it brings
         referee = Referee(held_out, load_extractor("digits-judge"), classes=CLASSES)
 
         def measure(entry: Entry, seed: int, made: LabelledImages) -> Row:

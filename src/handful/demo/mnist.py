@@ -19,8 +19,9 @@ from torch import Tensor
 from handful.data.augmentation import stroke_view
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages, read_folder
-from handful.demo.compared import Demo, Entry, Measure, Row, Say, begin, check_size, one_thread, write_real
+from handful.demo.compared import Demo, Entry, Measure, Row, Say, begin, check_size, write_real
 from handful.features.registry import load_extractor
+from handful.generate.run import same_arithmetic
 from handful.judge.measure import Referee
 from handful.judge.utility import LightClassifier, accuracy, train_classifier
 from handful.report.html import report
@@ -107,7 +108,7 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 24, say: Say = lam
     ready = (measures, out, KS[0], STEPS)
     told = ("exemplars", "both")
     compared = Demo("mnist", entries(per_class), shared, measures(*ready[1:]), told, str(pool), (1, *SIZE), ready)
-    with one_thread():
+    with same_arithmetic(1):  # small images: a second thread costs more in waking up than it brings
         rows = compared.run(out, rows, seeds, say)
     _picture(compared, out, _drawn(out, KS[0], 0))
     shown = [entry for entry in compared.entries if entry.k == KS[0] and not entry.fitted]

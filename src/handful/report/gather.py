@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,7 +59,7 @@ class Shown:
     def judging(self) -> str:
         """The command that judges it."""
         judge = JUDGES.get(str(_part(self.recipe, "model").get("name")))
-        return f"handful evaluate {self.path}" + (f" --judge {judge}" if judge else "")
+        return shlex.join(["handful", "evaluate", str(self.path), *(["--judge", judge] if judge else [])])
 
     def in_words(self) -> str:
         """What was asked for, in a sentence or two."""
