@@ -6,10 +6,12 @@ it raises into one line and an exit code.
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from handful import __version__, console
 from handful.commands.calibrate import calibrate
@@ -75,6 +77,19 @@ class _Grouped(TyperGroup):
                 formatter.write_dl(list(of_group.items()))
 
 
+class _Command(TyperCommand):
+    """Says so where an option that takes one value is given twice: the last one counts."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = Counter(id(each) for each in self.make_parser(ctx).parse_args(args=list(args))[2])
+        quiet, rest = bool({"-q", "--quiet"} & set(args)), super().parse_args(ctx, args)
+        for each in self.params:
+            once = not getattr(each, "multiple", True) and not getattr(each, "is_flag", False)
+            if once and given[id(each)] > 1 and not quiet:
+                print(f"note: {each.opts[0]} is given {given[id(each)]} times; the last one counts", file=sys.stderr)
+        return rest
+
+
 app = typer.Typer(
     cls=_Grouped,
     invoke_without_command=True,
@@ -106,7 +121,7 @@ def _handful(
 
 for _of_group in COMMANDS.values():
     for _command, _text in _of_group.items():
-        app.command(short_help=_text)(_command)
+        app.command(short_help=_text, cls=_Command)(_command)
 
 
 def main() -> NoReturn:

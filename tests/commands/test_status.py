@@ -19,7 +19,7 @@ def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str],
     out, runner = tmp_path / "out", CliRunner()
     asked = ["generate", "--model", tiny_model(2), "--steps", "2", "--cohort", "2", "--out", str(out), "--quiet"]
     assert runner.invoke(app, [*asked, "--per-class", "2"]).exit_code == 0
-    assert runner.invoke(app, [*asked, "--per-class", "0=4,1=2"]).exit_code == 0
+    assert runner.invoke(app, [*asked, "--per-class", "0=4", "--per-class", "1=2"]).exit_code == 0
     status = json.loads(runner.invoke(app, ["status", str(out), "--json"]).stdout)
     assert (status["images"], status["images_done"], status["workers"]) == (6, 6, [])
     manifest, marker = out / "manifest.parquet", next((out / ".handful" / "cohorts").glob("*.parquet"))
@@ -40,10 +40,18 @@ def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str],
     for wrong, told in (
         (["status", str(tmp_path)], "not a run directory"),
         ([*asked, "--per-class", "0=x"], "CLASS=NUMBER"),
+        ([*asked, "--per-class", "0=3", "--per-class", "0=2"], "class '0' has two numbers"),
         ([*asked, "--engine", "slurm"], "no such engine"),
         ([*asked, "--ray-address", "auto"], "Add --engine ray"),
     ):
         assert told in str(runner.invoke(app, wrong).exception)
+
+
+def test_an_option_that_is_given_twice_is_said_unless_it_may_be():
+    asked = ["generate", "--model", "nowhere", "--set", "seed=1", "--set", "chunk=2", "--dry-run", "--steps", "3"]
+    said = CliRunner().invoke(app, [*asked, "--steps", "4"]).stderr
+    assert [line for line in said.splitlines() if "times" in line] == ["note: --steps is given 2 times; the last one counts"]
+    assert not CliRunner().invoke(app, [*asked, "--steps", "4", "--quiet"]).stderr
 
 
 def test_a_console_of_another_encoding_escapes_what_it_lacks(monkeypatch: pytest.MonkeyPatch):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from handful.data import exemplars as exemplars_module
 from handful.data.exemplars import Exemplars, default_cache, exemplar_features
 from handful.data.images import read_image
 from handful.errors import RequestError, RunError
+from handful.files import sealed
 
 
 def fill(root: Path, counts: dict[str, int], start: int = 0) -> Path:
@@ -281,7 +281,7 @@ def test_a_read_only_cache_still_serves_what_it_holds(tmp_path, monkeypatch):
     def read_only(path, data):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(exemplars_module, "write_atomically", read_only)
+    monkeypatch.setattr(sealed, "write_atomically", read_only)
     exemplar_features(drawn, extractor, tmp_path)
     assert extractor.seen == 3
 

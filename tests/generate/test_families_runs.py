@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from handful.errors import RequestError
 from handful.generate import prepare
 from handful.generate.run import run
 from handful.judge.evaluate import evaluate
+from handful.models.prompts import Prompts
 from handful.recipe.file import read_recipe
 from handful.recipe.plan import Cohort
 from handful.recipe.schema import Recipe, recipe_from
@@ -96,6 +98,30 @@ def test_an_interrupted_run_through_the_linear_preview_ends_with_the_same_bytes(
         (parts / ".handful" / "cohorts" / f"{name}.parquet").unlink()
     run(prepare(recipe(stable_diffusion, photos), parts))
     assert contents(parts) == contents(whole)
+
+
+def test_prompts_are_encoded_by_the_first_of_many_processes_and_read_by_the_others(
+    stable_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked, encoded, encode = recipe(stable_diffusion, None, classes=["cat", "dog"]), list[str](), Prompts.remember
+
+    def remember(self: Prompts, prompts: Sequence[str]) -> None:
+        encoded.extend(prompt for prompt in prompts if prompt not in self._kept)
+        encode(self, prompts)
+
+    monkeypatch.setattr(Prompts, "remember", remember)
+    run(prepare(asked, tmp_path / "first"))
+    assert encoded == ["a photo of a cat", "a photo of a dog"]
+    run(prepare(asked, tmp_path / "second"))
+    assert len(encoded) == 2
+    assert contents(tmp_path / "second") == contents(tmp_path / "first")
+    (file,) = (tmp_path / "cache" / "prompts").iterdir()
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    prepare(asked, tmp_path / "third")
+    assert len(encoded) == 4, "a damaged file is no embedding"
+    model = {"name": str(stable_diffusion), "negative_prompt": "blurred"}
+    prepare(recipe(stable_diffusion, None, classes=["cat", "dog"], model=model), tmp_path / "other")
+    assert len(encoded) == 6, "another negative prompt is another null embedding"
 
 
 def test_a_written_recipe_can_be_narrowed_to_some_of_its_classes(stable_diffusion, photos, tmp_path):

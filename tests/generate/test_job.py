@@ -128,8 +128,8 @@ def test_other_versions_do_not_continue_a_run_unless_told_to(
 ):
     recipe, out = tiny_recipe(tiny_model(2)), tmp_path / "out"
     handful.generate(recipe, out)
-    version = provenance._version
-    monkeypatch.setattr(provenance, "_version", lambda name: "99" if name == "torch" else version(name))
+    version = provenance.installed
+    monkeypatch.setattr(provenance, "installed", lambda name: "99" if name == "torch" else version(name))
     assert handful.generate(recipe, out).cohorts_resumed == 4, "nothing is left to make, so nothing can differ"
     (out / "images/0/000000.png").unlink()
     with pytest.raises(RequestError, match=r"torch .* then, 99 now.*--allow-version-change"):

@@ -1,7 +1,11 @@
-"""Ray maps cohorts over actors on two real nodes, beside a plain process; a node that is killed loses nothing."""
+"""Ray maps cohorts over actors on two real nodes, beside a plain process; a node that is killed loses nothing.
+
+The same recipe has the same bytes by one process, two, four, and Ray.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,8 +21,14 @@ import handful
 from handful.errors import RequestError
 from handful.generate.job import prepare
 from handful.generate.ray_engine import run_by_ray
+from handful.generate.run import run
+from handful.recipe.schema import Recipe
 
 ray = pytest.importorskip("ray")
+
+
+def _work(recipe: Recipe, out: Path) -> None:
+    run(prepare(recipe, out))
 
 
 @pytest.mark.slow
@@ -33,6 +43,15 @@ def test_two_nodes_of_which_one_is_killed_and_a_plain_process_make_the_bytes_of_
     )
     recipe = tiny_recipe(tiny_model(2), per_class=16, cohort=1, sampler={"steps": 12})
     handful.generate(recipe, tmp_path / "one")
+    fork = multiprocessing.get_context("fork")
+    for count in (2, 4):
+        processes = [fork.Process(target=_work, args=(recipe, tmp_path / str(count))) for _ in range(count)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * count
+        assert contents(tmp_path / str(count)) == contents(tmp_path / "one")
     out = tmp_path / "ray"
     command = [sys.executable, "-m", "handful.cli", "generate", str(tmp_path / "one" / "recipe.yaml"), "--out", str(out)]
     job = prepare(recipe, out)

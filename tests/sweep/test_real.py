@@ -81,11 +81,13 @@ def test_classifiers_are_tested_on_no_image_that_settings_are_chosen_by(digits, 
     request = digits_sweep(digits, utility={"test": str(test)})
     real = look_into(request.real, None, "real")
     read = read_real(request, real, look_into(str(test), None, "test"), channels=1, size=(8, 8))
-    chosen_by, tested = read.halves["validation"].images, read.tests["test"].images
+    chosen_by, tested = read.tests["validation"].images, read.tests["test"].images
     assert len(chosen_by) == 16
     assert len(tested) == 2 * 17 - 16
     assert not any(bool((image == other).all()) for image in tested for other in chosen_by)
-    assert read.tests["validation"] is read.halves["validation"]
+    half = read.halves["validation"]
+    assert half.names == [str(file) for file in read.tests["validation"].files]
+    assert torch.equal(half.read(slice(0, 16)), chosen_by)
 
 
 def test_halves_hold_the_files_that_the_places_say(digits):
@@ -93,5 +95,6 @@ def test_halves_hold_the_files_that_the_places_say(digits):
     real = look_into(request.real, None, "real")
     half = read_real(request, real, None, channels=1, size=(8, 8)).halves["test"]
     places = split_places(real, 0.5, 3)["test"]
-    assert half.files == [real.files[name][place] for name in ("1", "4") for place in places[name]]
-    assert bool((half.images[3] == read_image(half.files[3], channels=1)).all())
+    files = [real.files[name][place] for name in ("1", "4") for place in places[name]]
+    assert half.names == [str(file) for file in files]
+    assert torch.equal(half.read(slice(3, 4))[0], read_image(files[3], channels=1))

@@ -55,7 +55,7 @@ def generate(
         Path | None, typer.Option(metavar="DIR", help="A new directory, or that of an interrupted run, which continues.")
     ] = None,
     per_class: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(metavar="N|CAT=N,...", help="Images to generate of each class: one number, or a number by class.  [64]"),
     ] = None,
     k: Annotated[int | None, typer.Option("--k", help="Number of exemplars of each class, drawn at random.  [all]")] = None,
@@ -316,15 +316,20 @@ def _next(job: Job, out: Path) -> str:
     return f"handful evaluate {shlex.quote(str(out))} --judge {judge}{real}"
 
 
-def _counts(text: str | None) -> int | dict[str, int] | None:
-    """ "64" or "cat=500,dog=200"."""
-    if text is None or text.isdecimal():
-        return None if text is None else int(text)
-    pairs = [part.rpartition("=") for part in text.split(",")]
-    if not all(name.strip() and number.strip().isdecimal() for name, _, number in pairs):
-        remedy = "Write --per-class 64, or --per-class cat=500,dog=200."
-        raise RequestError("--per-class", text, "this is neither a number nor a list of CLASS=NUMBER", remedy)
-    return {name.strip(): int(number) for name, _, number in pairs}
+def _counts(given: list[str] | None) -> int | dict[str, int] | None:
+    """ "64", or "cat=500,dog=200" in one piece or several."""
+    if not given:
+        return None
+    text, remedy = ",".join(given), "Write --per-class 64, or --per-class cat=500,dog=200."
+    if text.isdecimal():
+        return int(text)
+    counts: dict[str, int] = {}
+    for name, _, number in (part.rpartition("=") for part in text.split(",")):
+        if not name.strip() or not number.strip().isdecimal():
+            raise RequestError("--per-class", text, "this is neither a number nor a list of CLASS=NUMBER", remedy)
+        if counts.setdefault(name.strip(), int(number)) != int(number):
+            raise RequestError("--per-class", text, f"class '{name.strip()}' has two numbers", remedy)
+    return counts
 
 
 def _places(job: Job, order: str) -> list[int]:

@@ -9,17 +9,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import tempfile
 import unicodedata
-import warnings as warning
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
@@ -28,14 +24,13 @@ from handful.core.ranges import any_range, check_images
 from handful.data.images import read_all, read_image
 from handful.data.sources import labelled_files
 from handful.errors import RequestError, RunError, some_of
-from handful.files.atomic import printable, write_atomically
+from handful.files.atomic import printable
 from handful.files.cache import default_cache as default_cache
-from handful.files.locks import held
+from handful.files.sealed import computed_once
 
 # Part of every content hash: raise it whenever `read_image` turns the same file into other pixels. Version 2 reads TIFF, and
 # PNG with a transparent colour, otherwise than version 1 did.
 _READING, _OTHERS = 2, 1
-_warned: set[Path] = set()
 
 # Images of each class that are no exemplars: so many serve `handful evaluate` (its 5 neighbours and one more), and so many
 # `handful utility` to test on.
@@ -325,8 +320,7 @@ def exemplar_features(exemplars: Exemplars, extractor: Extractor, cache: Path | 
     """The features of all exemplars, from the cache where it holds them.
 
     A file a class, `cache/features/EXTRACTOR/CONTENT.safetensors`, named by the extractor's digest and by the images'
-    content hashes (which include size and channels). A damaged file is computed again; a folder that cannot be written
-    is done without, with one warning.
+    content hashes (which include size and channels); see `computed_once`.
 
     Args:
         exemplars: the images.
@@ -348,45 +342,10 @@ def _class_features(exemplars: Exemplars, name: str, extractor: Extractor, cache
     key = hashlib.sha256(identity.encode()).hexdigest()
     # A digest is hexadecimal by custom only: what a path cannot hold is replaced, and the key tells such digests apart.
     prefix = re.sub(r"[^\w-]", "_", extractor.digest)[:16] or "_"
-    file = None if cache is None else Path(cache) / "features" / prefix / f"{key}.safetensors"
-    kept = None if file is None else _load(file, key, len(exemplars.images[name]))
-    if file is None or kept is not None:
-        return _extract(exemplars.images[name], extractor, batch) if kept is None else kept
-    lock = Path(tempfile.gettempdir()) / f"handful-{key[:32]}.lock"
-    with held(lock):  # of many processes on a machine the first one computes; the others wait, and read
-        kept = _load(file, key, len(exemplars.images[name]))
-        if kept is not None:
-            return kept
-        features = _extract(exemplars.images[name], extractor, batch)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, save({"features": features}, {"key": key, "sha256": _checksum(features)}))
-        except OSError as error:
-            if Path(str(cache)) not in _warned:
-                _warned.add(Path(str(cache)))
-                text = (
-                    f"The cache {cache} can't be written ({error.strerror or error}), so features are computed again each time."
-                )
-                warning.warn(text, RuntimeWarning, stacklevel=4)
-        lock.unlink(missing_ok=True)
-    return features
-
-
-def _load(file: Path, key: str, count: int) -> Tensor | None:
-    """What a cache file holds, or None unless it is whole and ours."""
-    try:
-        with safe_open(file, framework="pt") as stored:
-            metadata = stored.metadata() or {}
-            features = stored.get_tensor("features").clone()  # its memory is the file's, which may be replaced
-    except (OSError, SafetensorError, ValueError, KeyError):
-        return None
-    whole = features.ndim == 2 and len(features) == count and features.dtype == torch.float32
-    # safetensors checks lengths but not contents: a flipped bit would steer every image of the class.
-    return features if whole and metadata == {"key": key, "sha256": _checksum(features)} else None
-
-
-def _checksum(features: Tensor) -> str:
-    return hashlib.sha256(features.numpy().tobytes()).hexdigest()
+    tensors = computed_once(
+        lambda: {"features": _extract(exemplars.images[name], extractor, batch)}, key, cache, f"features/{prefix}"
+    )
+    return tensors["features"]
 
 
 @torch.no_grad()

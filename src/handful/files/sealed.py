@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from handful.errors import RequestError, first_line
+from handful.files.atomic import write_atomically
 from handful.files.digests import tensors_digest
+from handful.files.locks import held as locked
 
+_CACHED = "cached tensors"
+_warned: set[Path] = set()
 _KEY = "handful"  # the only entry of the file's metadata: of several, safetensors would not promise the order
 
 
@@ -63,6 +69,49 @@ def unseal(path: str | Path, kind: str, version: int, *, field: str, remedy: str
     if not whole:
         raise RequestError(field, Path(path), "it is damaged: its contents have changed since it was written", remedy)
     return settings, tensors
+
+
+def computed_once(
+    compute: Callable[[], Mapping[str, Tensor]], key: str, cache: Path | None, folder: str
+) -> Mapping[str, Tensor]:
+    """Tensors from `cache/folder/KEY.safetensors`, else computed: by the first of many processes, while the others wait.
+
+    A damaged file is computed again. A folder that can't be written is done without, with one warning.
+
+    Args:
+        key: Identifies all that decides the tensors; of characters that a file name can have.
+        cache: None computes, and keeps nothing.
+    """
+    if cache is None:
+        return compute()
+    file = cache / folder / f"{key}.safetensors"
+    if (kept := _cached(file, key)) is not None:
+        return kept
+    lock = Path(tempfile.gettempdir()) / f"handful-{key[:32]}.lock"
+    with locked(lock):
+        if (kept := _cached(file, key)) is not None:
+            return kept
+        tensors = compute()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, seal(_CACHED, 1, {"key": key}, tensors))
+        except OSError as error:
+            if cache not in _warned:
+                _warned.add(cache)
+                why = error.strerror or error
+                text = f"The cache {cache} can't be written ({why}), so what it would hold is computed again each time."
+                warnings.warn(text, RuntimeWarning, stacklevel=4)
+        lock.unlink(missing_ok=True)
+    return tensors
+
+
+def _cached(file: Path, key: str) -> dict[str, Tensor] | None:
+    """What a cache file holds, or None unless it is whole and of this key."""
+    try:
+        settings, tensors = unseal(file, _CACHED, 1, field="cache", remedy="")
+    except RequestError:
+        return None
+    return tensors if settings == {"key": key} else None
 
 
 def _about(held: bytes) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from handful.core.denoiser import Clamped, Condition, Denoiser, NetworkDenoiser
 from handful.core.noise import Levels
 from handful.data.targets import read_targets, target_files
 from handful.errors import RequestError
-from handful.generate.job import make_ready, placement_of, with_weights
+from handful.generate.ready import encoded_by, make_ready, placement_of, with_weights
 from handful.generate.run import same_arithmetic
 from handful.guidance.inversion import Embeddings, check_interval, no_condition, reconstruct
 from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, check_numbers, fit
@@ -231,7 +231,7 @@ def prepare(request: InvertRequest, targets: str | Path, out: str | Path) -> Inv
     denoiser = with_weights(outline, recipe.model.name, options, fitted.null_class)
     digest = model_digest(denoiser)
     asked_of = [fitted.prompt or ""] if denoiser.prompted else [fitted.label or 0]
-    notes += make_ready(denoiser, [fitted.prompt or ""], placement, levels, asked_of)
+    notes += make_ready(denoiser, [fitted.prompt or ""], placement, levels, asked_of, encoded_by(options, digest, device))
     epochs = EPOCHS[request.method] if request.epochs is None else request.epochs
     request = replace(request, segments=segments, interval=interval, epochs=epochs, clamp=fitted.clamp, spacing=fitted.spacing)
     asked = {

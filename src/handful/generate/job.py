@@ -1,6 +1,6 @@
 """Everything that can be checked before the long work: a recipe and a directory become a job, or a refusal.
 
-What needs no model is checked first, then what needs it; nothing is written, so `--dry-run` is this and no more.
+What needs no model is checked first, then what needs it; nothing is written but a cache, so `--dry-run` is this and no more.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from handful.core.denoiser import Denoiser, NetworkDenoiser
+from handful.core.denoiser import Denoiser
 from handful.core.noise import Levels
 from handful.data.exemplars import Exemplars
 from handful.data.sources import ONLY_CLASS, labelled_files
 from handful.errors import HandfulError, RequestError, first_line, some_of
 from handful.features.extractor import FeatureExtractor
+from handful.generate.ready import encoded_by, make_ready, placement_of, with_weights
 from handful.guidance.classifier import class_request
 from handful.guidance.method import PotentialRequest, TermRequest, energy_columns, named, needing, potentials
-from handful.models import load, skeleton
-from handful.models.options import ModelOptions
-from handful.models.placement import Placement, check_placement, place, try_once
-from handful.models.prompts import Prompted
+from handful.models import skeleton
+from handful.models.placement import check_placement
 from handful.recipe.exemplar_source import Given, drawn_exemplars, fitting, listed_exemplars, too_few_left, with_their_prompts
 from handful.recipe.extractors import answer, load_for, targets_of
 from handful.recipe.file import PROVENANCE, anchored
@@ -245,7 +244,9 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
             f"guidance built in. If yours is such a model, use --scale 0 or --guidance chamfer"
         )
     notes += too_few_left(recipe, {name: counts[name] for name in labels.of if name in counts}) if counts else []
-    notes += make_ready(denoiser, prompts, placement, resolved.levels, told)
+    notes += make_ready(
+        denoiser, prompts, placement, resolved.levels, told, encoded_by(options, provenance["model_sha256"], device)
+    )
     columns = [column for each in settings for column in energy_columns(each.recipe.guidance or ()) if column]
     energies = list(dict.fromkeys(columns))
     recipe, cohorts, planned = _planned(recipe, labels.of, asked_classes, kept)
@@ -344,39 +345,6 @@ def _planned(
     return recipe.model_copy(update=update), cohorts, notes
 
 
-def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, null_class: int | None) -> NetworkDenoiser:
-    """The model of an outline, loaded; an outline with weights is the model itself: code of the user's need not run twice."""
-    denoiser = load(name, options) if any(each.is_meta for each in outline.parameters()) else outline
-    denoiser.null_class = null_class
-    return denoiser
-
-
-def make_ready(
-    denoiser: NetworkDenoiser, prompts: list[str], placement: Placement, levels: Levels, told: Sequence[Any]
-) -> list[str]:
-    """Encodes what the model will be told, lets its text encoders go, moves it to where it runs, and tries it once.
-
-    Args:
-        told: A label or a prompt to try it with, alone in a list.
-
-    Returns:
-        What the user should know of it, in words.
-
-    Raises:
-        RequestError: If it can't run as asked.
-    """
-    notes = list(denoiser.notes)
-    if isinstance(denoiser, Prompted):
-        notes += denoiser.unread(prompts)
-        denoiser.encode_prompts(prompts, placement.device)
-        denoiser.free_text_encoders()
-    place(denoiser, placement)
-    try_once(denoiser, levels, told)
-    if placement.compile:
-        getattr(denoiser, "network", denoiser).compile()
-    return notes
-
-
 def check_against_stored(job: Job, *, shared: bool = False) -> None:
     """Compares a job with what lies in its directory; a run of which no cohort is done binds nobody but those who work on it.
 
@@ -467,14 +435,6 @@ def _check_space(job: Job, images: int) -> None:
 def megabytes(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e6:,.{0 if count >= 1e8 else 2}f} MB"
-
-
-def placement_of(recipe: Recipe, device: torch.device) -> Placement:
-    """How the recipe asks for its model to be run."""
-    asked = recipe.model
-    return Placement(
-        device, getattr(torch, asked.dtype), asked.attention, asked.compile, asked.offload, asked.vae_slicing, asked.vae_tiling
-    )
 
 
 @torch.enable_grad()

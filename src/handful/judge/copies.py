@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from handful.data.exemplars import Exemplars
 from handful.data.images import LabelledImages
@@ -99,12 +100,23 @@ class CopyCheck:
         key = hashlib.sha256(told.encode()).hexdigest() if contents else ""
         if (held := self._keeping.get("copies", key)) is not None:
             return held["distances"].numpy()
-        pixels, found, classes = images.read(part).flatten(1), np.full(len(labels), np.inf), np.array(labels)
-        for name in set(labels):
-            rows = np.flatnonzero(classes == name)
-            found[rows] = nearest(pixels[rows], self.exemplars[name])[0]
+        found = _nearest(images, part, self.exemplars)
         self._keeping.put("copies", key, {"distances": torch.from_numpy(found)})
         return found
+
+
+def distances(images: Images, exemplars: Mapping[str, Tensor]) -> np.ndarray:
+    """Of each image to the nearest exemplar of its class, in pixels, (n,); exemplars flat (k, D), by class."""
+    return np.concatenate([_nearest(images, part, exemplars) for part in images.parts()])
+
+
+def _nearest(images: Images, part: slice, exemplars: Mapping[str, Tensor]) -> np.ndarray:
+    classes = np.array(images.labels[part])
+    pixels, found = images.read(part).flatten(1), np.full(len(classes), np.inf)
+    for name in set(images.labels[part]):
+        rows = np.flatnonzero(classes == name)
+        found[rows] = nearest(pixels[rows], exemplars[name])[0]
+    return found
 
 
 def shared(contents: Iterable[bytes], images: Images | LabelledImages) -> int:

@@ -14,6 +14,7 @@ from handful.data.sources import LabelledFiles
 from handful.features.registry import load_extractor
 from handful.judge.last_block import LastBlockLearner
 from handful.judge.utility import train_classifier
+from handful.judge.viewer import loaded_again
 from handful.runs.processes import Processes
 
 _KEPT_BYTES = 2 * 2**30  # of what enters the last block, of all sets together
@@ -58,7 +59,7 @@ class Pretrained:
             self.views = _VIEWS
         self.name = f"a linear head{' and the last block' if self.learner.path else ''} of {name}"
         self.choices = ["1 view", f"{self.views} views"]
-        self.processes = Processes(workers, _loaded, name, self.size, self.learner.path, note=note)
+        self.processes = Processes(workers, _loaded, name, extractor.digest, self.size, self.learner.path, note=note)
 
     @torch.no_grad()
     def read(self, files: LabelledFiles, field: str, augmented: bool) -> Tensor:
@@ -87,9 +88,9 @@ def _sample(size: tuple[int, int]) -> Tensor:
     return torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
 
 
-def _loaded(name: str, size: tuple[int, int], path: str | None) -> LastBlockLearner:
+def _loaded(name: str, digest: str, size: tuple[int, int], path: str | None) -> LastBlockLearner:
     """The learner of a process that computes features for `Pretrained`."""
-    learner = LastBlockLearner(load_extractor(name), _sample(size))
+    learner = LastBlockLearner(loaded_again(name, digest), _sample(size))
     return learner if path else learner.without_block()
 
 

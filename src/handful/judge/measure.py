@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from handful.data.images import LabelledImages
 from handful.features.extractor import FeatureExtractor
-from handful.judge.image_sets import as_images
+from handful.files.digests import tensors_digest
+from handful.judge.copies import distances
+from handful.judge.image_sets import Images, as_images
 from handful.judge.judge import Judge, Seen
 from handful.judge.utility import accuracy, train_classifier
-from handful.metrics.copying import copied_share
+from handful.metrics.copying import nearer
 
 Row = dict[str, Any]
 
@@ -67,17 +70,17 @@ class Referee:
     """Measures many generated sets against one set of real images, whose features it takes once.
 
     Args:
-        real: Real images, of the classes that are generated; never the exemplars.
+        real: Real images, of the classes that are generated; never the exemplars. Files are read part by part.
         judge: What judges; it should be unrelated to what guides.
         k: Neighbour of precision, recall, density and coverage.
         audit: Judge again after mild transforms.
         classes, judge_class: As for `handful.judge.judge.Judge`.
-        test: Real images that downstream accuracy is measured on; None: `real`.
+        test: Real images that downstream accuracy is measured on; None: `real`, if these are in memory.
     """
 
     def __init__(
         self,
-        real: LabelledImages,
+        real: Images | LabelledImages,
         judge: FeatureExtractor,
         *,
         k: int = 5,
@@ -86,19 +89,20 @@ class Referee:
         judge_class: Mapping[str, str | int] | None = None,
         test: LabelledImages | None = None,
     ) -> None:
-        self.real, self.test = real, real if test is None else test
+        self.real, self.classes = as_images(real), list(dict.fromkeys(real.labels))
+        self.test = real if test is None and isinstance(real, LabelledImages) else test
         self.judge = Judge(
-            as_images(real), real.labels, judge, k=k, audit=audit, ceiling=False, classes=classes, judge_class=judge_class
+            self.real, real.labels, judge, k=k, audit=audit, ceiling=False, classes=classes, judge_class=judge_class
         )
-        self._pixels = pixels_by_class(real)
+        self._distances: dict[str, np.ndarray] = {}
 
-    def see(self, made: LabelledImages) -> Seen:
+    def see(self, made: Images | LabelledImages) -> Seen:
         """What the judge sees of a set; it serves other referees of the same judge and audit too."""
         return self.judge.see(as_images(made), made.labels)
 
     def row(
         self,
-        made: LabelledImages,
+        made: Images | LabelledImages,
         exemplars: Mapping[str, Tensor] | None = None,
         classifiers: Sequence[nn.Module] = (),
         seen: Seen | None = None,
@@ -122,21 +126,24 @@ class Referee:
         row["copied"] = None
         if exemplars is not None:
             row["copied"] = self.copied(made, exemplars)
-        labels = _numbers(self.test.labels, self.real.classes)
-        found = [accuracy(network, self.test.images, labels) for network in classifiers]
+        found = []
+        if classifiers:
+            assert self.test is not None, "real images that are files need others in memory to test on"
+            labels = _numbers(self.test.labels, self.classes)
+            found = [accuracy(network, self.test.images, labels) for network in classifiers]
         row["utility"] = fmean(found) if found else None
         row["utility_spread"] = stdev(found) if len(found) > 1 else None
         return row
 
-    def copied(self, made: LabelledImages, exemplars: Mapping[str, Tensor]) -> float:
+    def copied(self, made: Images | LabelledImages, exemplars: Mapping[str, Tensor]) -> float:
         """The share of `made` that is nearer to an exemplar, in pixels, than 99 % of the real images are."""
-        near = {name: exemplars[name].flatten(1) for name in self._pixels}
-        return copied_share(pixels_by_class(made), near, self._pixels)
-
-
-def pixels_by_class(images: LabelledImages) -> dict[str, Tensor]:
-    """Flat pixels (n, D) by class."""
-    return {name: part.flatten(1) for name, part in images.by_class().items()}
+        near = {name: exemplars[name].flatten(1).contiguous() for name in self.classes}
+        key = tensors_digest(near)
+        if key not in self._distances:
+            self._distances[key] = distances(self.real, near)
+        of_real, of_made = self._distances[key], distances(as_images(made), near)
+        real, labels = np.array(self.real.labels), np.array(made.labels)
+        return float(np.concatenate([nearer(of_made[labels == name], of_real[real == name]) for name in near]).mean())
 
 
 def _numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:

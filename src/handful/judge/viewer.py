@@ -100,18 +100,21 @@ class Eye:
 
 
 def eye(judge: str, digest: str) -> Eye:
-    """An `Eye` for a process of its own.
+    """An `Eye` for a process of its own; see `loaded_again`."""
+    return Eye(loaded_again(judge, digest))
+
+
+def loaded_again(name: str, digest: str) -> FeatureExtractor:
+    """An extractor in a process of its own.
 
     Raises:
-        RequestError: The judge that the name loads here is another one.
+        RequestError: The one that the name loads here is another one.
     """
-    extractor = load_extractor(judge)
+    extractor = load_extractor(name)
     if extractor.digest != digest:
         problem = "each process that loads it gets different weights"
-        raise RequestError(
-            "judge", judge, problem, "Evaluate without --workers, or change it to load the same weights each time."
-        )
-    return Eye(extractor)
+        raise RequestError("judge", name, problem, "Leave --workers out, or change it to load the same weights each time.")
+    return extractor
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,20 @@ class Prompts:
             self._kept[prompt] = {name: each.detach().cpu() for name, each in encode([prompt]).items()}
         if self._null is None and self._encode_null is not None:
             self._null = {name: each.detach().cpu() for name, each in self._encode_null().items()}
+
+    def kept(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The embeddings of prompts that are known, and of no prompt, for `take`."""
+        rows = {str(number): self._kept[prompt] for number, prompt in enumerate(prompts)} | {"null": self._null or {}}
+        return {f"{row}.{name}": tensor for row, held in rows.items() for name, tensor in held.items()}
+
+    def take(self, prompts: Sequence[str], kept: Mapping[str, Tensor]) -> None:
+        """Knows prompts from now on as `kept` gave them."""
+        rows: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for key, tensor in kept.items():
+            row, _, name = key.partition(".")
+            rows[row][name] = tensor
+        self._kept |= {prompt: rows[str(number)] for number, prompt in enumerate(prompts)}
+        self._null = rows.get("null")
 
     def unread(self, prompts: Sequence[str]) -> list[str]:
         """A sentence for each prompt that is longer than a text encoder reads, with the words at its end that are lost."""

@@ -42,7 +42,7 @@ def provenance_of(
         embeddings_sha256: Of the file that guides by inversion; None where there is none.
     """
     return {
-        **{name: _version(name) for name in DECIDING},
+        **{name: installed(name) for name in DECIDING},
         "python": platform.python_version(),
         "device": describe_device(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -83,7 +83,8 @@ def _config_of(network: nn.Module) -> dict[str, str]:
     return {key: str(value) for key, value in held.items() if not key.startswith("_") and key not in left_out}
 
 
-def _version(name: str) -> str | None:
+def installed(name: str) -> str | None:
+    """The version of a package that is installed."""
     if name == "handful":
         from handful import __version__
 

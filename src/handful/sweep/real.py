@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from handful.data.images import LabelledImages, image_folder, open_file, read_folder
+from handful.data.sources import labelled_files
 from handful.errors import RequestError
+from handful.judge.image_sets import FileImages
 from handful.sweep.columns import TEST, VALIDATION
 from handful.sweep.request import SweepRequest
 
@@ -94,14 +96,14 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
 
 @dataclass(frozen=True)
 class RealImages:
-    """The real images, read.
+    """The real images.
 
     Attributes:
-        halves: `validation` and `test`, to judge against.
-        tests: The same two, to test classifiers on.
+        halves: `validation` and `test`, to judge against: read part by part.
+        tests: The same two in memory, to test classifiers on; {} where none are trained.
     """
 
-    halves: dict[str, LabelledImages]
+    halves: dict[str, FileImages]
     tests: dict[str, LabelledImages]
 
 
@@ -114,7 +116,7 @@ def read_real(
     size: tuple[int, int],
     test_size: tuple[int, int] | None = None,
 ) -> RealImages:
-    """Reads both halves; from a folder to test classifiers on, what is chosen by is left out.
+    """Lists both halves, and reads what classifiers are tested on: of a folder for that, what no half is chosen by.
 
     Args:
         channels, size: As for `read_folder`; the size that is judged.
@@ -124,16 +126,17 @@ def read_real(
         RequestError: If images are unreadable, or nothing is left to test on.
     """
     classes = list(real.files)
-    everything = read_folder(real.root, channels=channels, size=size, classes=classes, field="real")
-    split = split_places(real, request.validation, request.neighbours)
-    halves, test_size = {name: _picked(everything, places) for name, places in split.items()}, test_size or size
-    tests = halves
-    if test_size != size:
-        again = read_folder(real.root, channels=channels, size=test_size, classes=classes, field="real")
-        tests = {name: _picked(again, places) for name, places in split.items()}
+    listed, test_size = labelled_files(real.root, classes=classes, field="real"), test_size or size
+    split, by_class = split_places(real, request.validation, request.neighbours), listed.by_class()
+    taken = {part: [by_class[name][place] for name in classes for place in of[name]] for part, of in split.items()}
+    halves = {part: FileImages(listed.only(places), "real").seen_as(channels, size) for part, places in taken.items()}
+    if request.utility is None:
+        return RealImages(halves, {})
+    everything = listed.read(channels=channels, size=test_size, field="real")
+    tests = {part: _at(everything, places) for part, places in taken.items()}
     if test is None:
         return RealImages(halves, tests)
-    chosen_by = {real.contents[file] for file in halves[VALIDATION].files}
+    chosen_by = {real.contents[file] for file in tests[VALIDATION].files}
     others = read_folder(test.root, channels=channels, size=test_size, classes=classes, field="utility.test")
     kept = [place for place, file in enumerate(others.files) if test.contents[file] not in chosen_by]
     left = _at(others, kept)
@@ -141,14 +144,6 @@ def read_real(
         problem = f"all its images of class '{missing[0]}' are already used to choose settings"
         raise RequestError("utility.test", test.root, problem, "Give other images to test on, or leave it out.")
     return RealImages(halves, {VALIDATION: tests[VALIDATION], TEST: left})
-
-
-def _picked(images: LabelledImages, places: Mapping[str, list[int]]) -> LabelledImages:
-    """Of each class the images at these places within it."""
-    first: dict[str, int] = {}
-    for index, label in enumerate(images.labels):
-        first.setdefault(label, index)
-    return _at(images, [first[name] + place for name in images.classes for place in places[name]])
 
 
 def _at(images: LabelledImages, indices: Sequence[int]) -> LabelledImages:

@@ -10,7 +10,6 @@ from time import perf_counter
 from typing import Any
 
 from handful.data.exemplars import Exemplars
-from handful.data.images import LabelledImages, read_folder
 from handful.data.notebook import html_table
 from handful.data.sources import labelled_files
 from handful.errors import HandfulError, RequestError, RunError, first_line
@@ -149,7 +148,7 @@ class _Work:
                 k=request.neighbours,
                 audit=request.audit,
                 judge_class=request.judge_class,
-                test=self.real.tests[split],
+                test=self.real.tests.get(split),
             )
             for split, half in self.real.halves.items()
         }
@@ -187,17 +186,15 @@ class _Work:
 
     def measured(self, planned: PlannedSet, folder: Path) -> dict[str, dict[str, Any]]:
         """What both halves of the real images say of a set."""
-        made = self._read(folder, self.size)
+        listed = labelled_files(folder, classes=self.job.classes, field="set")
+        made = FileImages(listed, "set").seen_as(self.channels, self.size)
         asked, networks = self.job.request.utility, []
         if asked is not None:
             training = Training(asked.steps, asked.seeds, asked.augment, asked.flip)
-            own = made if self.made_size == self.size else self._read(folder, self.made_size)
+            own = listed.read(channels=self.channels, size=self.made_size, field="set")
             networks = train_on(own, self.job.classes, training, seed=planned.seed)
         exemplars, seen = self._exemplars(planned), next(iter(self.referees.values())).see(made)
         return {split: referee.row(made, exemplars, networks, seen) for split, referee in self.referees.items()}
-
-    def _read(self, folder: Path, size: tuple[int, int]) -> LabelledImages:
-        return read_folder(folder, channels=self.channels, size=size, classes=self.job.classes)
 
     def _exemplars(self, planned: PlannedSet) -> dict[str, Any] | None:
         """What a copy would be a copy of: the set's exemplars, or the most that any method has where none guided it."""
