@@ -49,7 +49,7 @@ def found(folders) -> Worth:
         ood={"again": folders["test"]},
         baselines={"wrong": folders["wrong"]},
         seeds=2,
-        steps=60,
+        steps=40,
     )
 
 

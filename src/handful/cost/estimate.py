@@ -54,6 +54,10 @@ class Outlined:
     encoders: dict[str, int]
     notes: list[str]
 
+    def way(self, guidance: Requests) -> Way:
+        """What sampling with these terms costs."""
+        return self.work.way(guidance, partial(self.peak, guidance))
+
     def peak(self, guidance: Requests, live: Live) -> int:
         """Peak memory of the recipe's model with these terms; see `peak_of`."""
         return peak_of(live, self.work, guidance, self.recipe.model, self.encoders)
@@ -115,7 +119,7 @@ def cost_of(recipe: Recipe) -> Cost:
     denoiser = work.denoiser
     networks = {name: size_of(network) for name, network in denoiser.named_children()}
     networks |= {f"features: {name}": size_of(each) for name, each in work.extractors.items() if size_of(each)}
-    plain, cfg, guided = (work.way(terms, partial(outlined.peak, terms)) for terms in ((), (CFGRequest(),), guidance))
+    plain, cfg, guided = map(outlined.way, ((), (CFGRequest(),), guidance))
     return Cost(
         guided,
         plain,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_backward_flop_count, sdpa_flop, sdpa_flop_count
 
 _aten: Any = torch.ops.aten
@@ -31,8 +31,8 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
 }
 OTHER = "other"  # the part of what belongs to no part
-# On the meta device these run as Python, and are most of a transformer's time there; their shapes are known without that.
-_POINTWISE = {_aten.add, _aten.sub, _aten.mul, _aten.div, _aten.pow, _aten.rsqrt, _aten.gelu, _aten.gelu_backward}
+# On the meta device most operations run as Python, and networks repeat a few: what one gave for arguments of these shapes.
+_SEEN: dict[Any, tuple[Any, int]] = {}
 
 
 class Count(TorchDispatchMode):
@@ -63,15 +63,28 @@ class Count(TorchDispatchMode):
         self._modes.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        out = _shaped(func, args)
-        out = func(*args, **(kwargs or {})) if out is None else out
-        formula = FORMULAS.get(func._overloadpacket)
-        if formula is not None:
-            self.add(formula(*args, **(kwargs or {}), out_val=out))
-        given = {_storage(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
-        for made in tree_leaves(out):
-            if isinstance(made, Tensor) and _storage(made) not in given:  # views are of what is counted already
-                self._hold(made)
+        kwargs = kwargs or {}
+        key = func, _shapes(args), _shapes(tuple(kwargs.items()))
+        try:
+            like, flops = _SEEN.get(key, (None, 0))
+        except TypeError:  # an argument that has no hash
+            key = like = None
+        if like is None:
+            out = func(*args, **kwargs)
+            formula = FORMULAS.get(func._overloadpacket)
+            flops = 0 if formula is None else formula(*args, **kwargs, out_val=out)
+            given = {_storage(each) for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)}
+            made = [each for each in tree_leaves(out) if each is not None]
+            new = [each for each in made if isinstance(each, Tensor) and _storage(each) not in given]  # others are views
+            if key and new and len(new) == len(made) == len({_storage(each) for each in new}) and all(x.is_meta for x in new):
+                _SEEN[key] = tree_map(_Like.of, out), flops
+        else:
+            out = tree_map(_Like.make, like)
+            new = [each for each in tree_leaves(out) if each is not None]
+        if flops:
+            self.add(flops)
+        for each in new:
+            self._hold(each)
         return out
 
     @property
@@ -118,23 +131,26 @@ class Count(TorchDispatchMode):
         self.live -= size
 
 
-def _shaped(func: Any, args: tuple[Any, ...]) -> Any:
-    """What a frequent operation returns, by its shape alone; None for other operations, and away from the meta device."""
-    packet, tensors = func._overloadpacket, [each for each in args if isinstance(each, Tensor)]
-    if not tensors or not all(each.is_meta and each.dtype == tensors[0].dtype for each in tensors):
-        return None
-    first = tensors[0]
-    if packet in _POINTWISE and first.is_floating_point():
-        if all(each.shape == first.shape for each in tensors):
-            return torch.empty_like(first)
-        return first.new_empty(torch.broadcast_shapes(*(each.shape for each in tensors)))
-    if packet is _aten.addmm:
-        return first.new_empty(args[1].shape[0], args[2].shape[1])
-    if packet is _aten.native_layer_norm:
-        over = len(args[1])
-        moments = (*first.shape[:-over], *[1] * over)
-        return torch.empty_like(first), first.new_empty(moments), first.new_empty(moments)
-    return None
+class _Like:
+    """The form of a tensor of its own memory on the meta device."""
+
+    def __init__(self, size: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.size, self.stride, self.dtype = size, stride, dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> _Like | None:
+        return tensor if tensor is None else cls(tensor.shape, tensor.stride(), tensor.dtype)
+
+    @staticmethod
+    def make(like: _Like | None) -> Tensor | None:
+        return like and torch.empty_strided(like.size, like.stride, dtype=like.dtype, device="meta")
+
+
+def _shapes(given: Any) -> Any:
+    """Arguments with the form of each tensor in its place; a list becomes a tuple."""
+    if isinstance(given, Tensor):
+        return given.shape, given.stride(), given.dtype, given.device
+    return tuple(map(_shapes, given)) if isinstance(given, list | tuple) else (type(given), given)
 
 
 class _OnMeta(TorchFunctionMode):

@@ -91,7 +91,8 @@ class Work:
     def way(self, guidance: Requests, peak: Callable[[Live], int]) -> Way:
         """What sampling a cohort with these terms costs; `peak` makes bytes of what is held."""
         flops, live, evaluations = self._sampled(guidance)
-        live |= self.decoding(flops)
+        flops.update(self._decoded.flops)
+        live |= self.decoding()
         live[ENCODING] = self.encoding(guidance)[1]
         networks = [self.denoiser, *(self.extractors[name] for name in extractors_wanted(guidance))]
         return Way(
@@ -107,16 +108,18 @@ class Work:
         """The most that tensors hold while a cohort is sampled, in bytes by part; without decoding it."""
         return replace(self, cohort=cohort, chunk=chunk)._sampled(guidance)[1]
 
+    def decoding(self) -> Live:
+        """What decoding the cohort holds."""
+        return {"decode": self._decoded.peak}
+
+    @cached_property  # the same for every way; `replace` makes a new one
     @torch.no_grad()
-    def decoding(self, flops: Counter[str] | None = None) -> Live:
-        """What decoding the cohort holds; `flops` hears what it computes."""
+    def _decoded(self) -> Count:
         count = Count()
         counted, size = _Counted(self.denoiser, count), self.chunk or AT_ONCE
         with count:
             torch.cat([counted.decode(part) for part in self._empty(self.denoiser.shape).split(size)])
-        if flops is not None:
-            flops.update(count.flops)
-        return {"decode": count.peak}
+        return count
 
     def _sampled(self, guidance: Requests) -> tuple[Counter[str], Live, int]:
         """Operations and held bytes by part, and images through the denoiser, of a cohort's way from noise to x0."""

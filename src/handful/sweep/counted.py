@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from handful.cost.estimate import Cost, cost_of
+from functools import cached_property
+
+from handful.cost.estimate import outline
+from handful.cost.workload import Way
 from handful.errors import HandfulError
+from handful.guidance.method import Requests
 from handful.recipe.schema import Recipe
 from handful.sweep.planned import PlannedSet
 from handful.sweep.request import SweepRequest
@@ -18,33 +22,31 @@ class Operations:
 
     def __init__(self, request: SweepRequest) -> None:
         self._common = request.recipe
-        self._counted: dict[tuple[str, int, bool], Cost | None] = {}
-        self._plain: list[Cost | None] = []  # of the sweep's own sampler, once it is known
+        self._counted: dict[tuple[str, int, bool], Way | None] = {}
 
     def per_image(self, planned: PlannedSet) -> float | None:
         """Floating-point operations of one image; None where they can't be counted."""
-        cost = self._of(planned)
-        return cost and cost.recipe.flops_per_image
-
-    def ratio(self, planned: PlannedSet) -> float | None:
-        """The same over those of plain sampling by the sweep's own sampler."""
-        cost = self._of(planned)
-        if not self._plain:
-            same = planned.recipe.sampler == self._common.sampler
-            self._plain.append(cost if same else _counted(self._common))
-        plain = self._plain[0]
-        return cost.recipe.flops_per_image / plain.plain.flops_per_image if cost and plain else None
-
-    def _of(self, planned: PlannedSet) -> Cost | None:
         setting = planned.setting
         key = (setting.method, setting.k, setting.scale > 0)
         if key not in self._counted:
             self._counted[key] = _counted(planned.recipe)
-        return self._counted[key]
+        way = self._counted[key]
+        return way and way.flops_per_image
+
+    def ratio(self, planned: PlannedSet) -> float | None:
+        """The same over those of plain sampling by the sweep's own sampler."""
+        flops = self.per_image(planned)
+        return flops / self._plain.flops_per_image if flops and self._plain else None
+
+    @cached_property
+    def _plain(self) -> Way | None:
+        return _counted(self._common, ())
 
 
-def _counted(recipe: Recipe) -> Cost | None:
+def _counted(recipe: Recipe, guidance: Requests | None = None) -> Way | None:
+    """With these terms, or with the recipe's own."""
     try:
-        return cost_of(recipe)
+        outlined = outline(recipe)
+        return outlined.way(outlined.recipe.guidance or () if guidance is None else guidance)
     except HandfulError:  # a model or an extractor without configs; the set itself may well run
         return None
