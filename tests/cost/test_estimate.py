@@ -271,6 +271,22 @@ def test_chamfer_by_default_takes_at_most_six_tenths_of_classifier_free_guidance
     assert cfg.way(cfg.recipe.guidance or ()).flops_per_image == chamfer.cfg.flops_per_image
 
 
+def test_a_mixture_costs_the_mean_of_its_settings_and_is_compared_with_sampling_from_noise(models: dict[str, str]):
+    noised = {"start": {"from": "exemplars", "depth": 0.5}}
+    guided, whole = {"guidance": [CHAMFER]}, cost_of(recipe(models["pixels"]))
+    started, chamfer = (cost_of(recipe(models["pixels"], **way)) for way in (noised, guided))
+    mixture = {"guidance": None, "mix": [{"share": 1, **noised}, {"share": 3, **guided}]}
+    mixed = cost_of(recipe(models["pixels"], **mixture))
+    assert (started.recipe.evaluations, started.ratio_to_plain) == (2, 0.5)
+    assert {each.plain.flops_per_image for each in (started, chamfer, mixed, whole)} == {whole.recipe.flops_per_image}
+    assert mixed.recipe.flops_per_image == pytest.approx(
+        started.recipe.flops_per_image / 4 + chamfer.recipe.flops_per_image * 3 / 4
+    )
+    assert sum(mixed.recipe.parts.values()) == pytest.approx(mixed.recipe.flops_per_image)
+    assert mixed.recipe.peak_bytes == chamfer.recipe.peak_bytes
+    assert "from noise, with all 4 steps" in mixed.notes[-1]
+
+
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_recipes_state_no_setting_of_chamfer(name: str):
     assert read_mapping(RECIPES / f"{name}-chamfer.yaml")["guidance"] == [{"method": "chamfer", "features": "dinov2"}]

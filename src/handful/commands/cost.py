@@ -53,5 +53,5 @@ def cost(
     for index, table in enumerate(cost_tables(found)):
         print("\n" * (index > 0), end="")
         print_table(table)
-    for note in notes:
+    for note in found.notes:
         print(f"\n{note}")

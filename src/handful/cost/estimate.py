@@ -19,7 +19,7 @@ from handful.core.denoiser import NetworkDenoiser
 from handful.core.noise import Levels
 from handful.cost.operations import Count
 from handful.cost.peak import peak_of
-from handful.cost.workload import META, Live, Way, Work, size_of, walked_by
+from handful.cost.workload import META, Live, Way, Work, mean_way, size_of, walked_by
 from handful.cost.workload import evaluated as evaluated
 from handful.guidance.cfg import CFGRequest
 from handful.guidance.method import Requests
@@ -109,33 +109,50 @@ class Cost:
 
 
 def cost_of(recipe: Recipe) -> Cost:
-    """Counts what a recipe costs, without weights and without computing.
+    """Counts what a recipe costs, without weights and without computing; of a mixture the mean over its settings by share.
+
+    Plain sampling and classifier-free guidance start from noise, also where the recipe starts from exemplars.
 
     Raises:
         RequestError: If the recipe can't be run, or the model is not known here and its configs can't be read.
     """
-    outlined = outline(recipe)
-    recipe, work, guidance = outlined.recipe, outlined.work, outlined.recipe.guidance or ()
-    denoiser = work.denoiser
+    each = [outline(part) for part in recipe.parts]
+    shares = [part.share for part in recipe.mix or ()] or [1.0]
+    first = each[0]
+    notes = [f"mix[{place}].{note}" if recipe.mix else note for place, part in enumerate(each) for note in part.notes]
+    unstarted = first
+    if any(part.start for part in recipe.parts):
+        unstarted = outline(from_noise(recipe))
+        notes.append(f"plain sampling and CFG are counted from noise, with all {recipe.sampler.steps} steps")
+    denoiser = first.work.denoiser
     networks = {name: size_of(network) for name, network in denoiser.named_children()}
-    networks |= {f"features: {name}": size_of(each) for name, each in work.extractors.items() if size_of(each)}
-    plain, cfg, guided = map(outlined.way, ((), (CFGRequest(),), guidance))
+    once, guided = dict(first.prompt_flops), list[tuple[str, int]]()
+    for part in each:
+        work, guidance = part.work, part.recipe.guidance or ()
+        networks |= {f"features: {name}": size_of(looks) for name, looks in work.extractors.items() if size_of(looks)}
+        once = work.exemplar_flops(guidance) | once
+        guided += [(term.method, count) for term, count in zip(guidance, work.guided(guidance), strict=True)]
     return Cost(
-        guided,
-        plain,
-        cfg,
-        recipe.model.name,
+        mean_way([part.way(part.recipe.guidance or ()) for part in each], shares),
+        unstarted.way(()),
+        unstarted.way((CFGRequest(),)),
+        first.recipe.model.name,
         (denoiser.image_shape[1], denoiser.image_shape[2]),
-        recipe.sampler.name,
-        outlined.levels.steps,
-        work.cohort,
+        first.recipe.sampler.name,
+        unstarted.levels.steps,
+        first.work.cohort,
         recipe.chunk,
         denoiser.has_null,
-        [(term.method, count) for term, count in zip(guidance, work.guided(guidance), strict=True)],
-        networks | outlined.encoders,
-        work.exemplar_flops(guidance) | outlined.prompt_flops,
-        outlined.notes,
+        guided,
+        networks | first.encoders,
+        once,
+        notes,
     )
+
+
+def from_noise(recipe: Recipe) -> Recipe:
+    """The recipe without guidance, from noise."""
+    return recipe.model_copy(update={"guidance": (), "start": None, "mix": None})
 
 
 def outline(recipe: Recipe) -> Outlined:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -53,6 +53,21 @@ class Way:
     evaluations: float
     parameters: int
     peak_bytes: int
+
+
+def mean_way(ways: Sequence[Way], shares: Sequence[float]) -> Way:
+    """What ways cost on average, by their shares; networks and memory are those of the largest."""
+    weights = [share / sum(shares) for share in shares]
+    parts = Counter[str]()
+    for way, weight in zip(ways, weights, strict=True):
+        parts.update({part: flops * weight for part, flops in way.parts.items()})
+    return Way(
+        sum(way.flops_per_image * weight for way, weight in zip(ways, weights, strict=True)),
+        {part: parts[part] for part in PARTS if parts[part]},
+        sum(way.evaluations * weight for way, weight in zip(ways, weights, strict=True)),
+        max(way.parameters for way in ways),
+        max(way.peak_bytes for way in ways),
+    )
 
 
 def evaluated(levels: Levels, recipe: Recipe) -> list[Level]:

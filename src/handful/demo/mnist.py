@@ -9,6 +9,7 @@ them: the numbers are the same. `report.html` shows the headline's images beside
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from math import hypot
 from pathlib import Path
@@ -22,10 +23,12 @@ from handful.data.images import LabelledImages, read_folder
 from handful.demo.compared import Demo, Entry, Measure, Row, Say, begin, check_size, write_real
 from handful.features.registry import load_extractor
 from handful.generate.run import same_arithmetic
+from handful.judge.evaluate import evaluate
 from handful.judge.measure import Referee
 from handful.judge.utility import LightClassifier, accuracy, train_classifier
 from handful.report.html import report
 from handful.runs.contact_sheet import contact_sheet
+from handful.zoo import JUDGES
 from handful.zoo.mnist import CLASSES, SIZE, load_uci_split
 
 KS = (2, 4, 16)
@@ -113,7 +116,13 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 24, say: Say = lam
     _picture(compared, out, _drawn(out, KS[0], 0))
     shown = [entry for entry in compared.entries if entry.k == KS[0] and not entry.fitted]
     shown.sort(key=lambda entry: entry.method != HEADLINE)
-    report([out / "seed-0" / entry.folder for entry in shown], out / "report.html")
+    sets = {entry.name: out / "seed-0" / entry.folder for entry in shown}
+    first, *others = sets.values()
+    baselines = {name: folder for name, folder in sets.items() if folder != first}
+    with warnings.catch_warnings():  # the report shows its notes
+        warnings.simplefilter("ignore")
+        evaluate(first, out / "real-held-out", judge=JUDGES["mnist"], baselines=baselines)
+    report([first, *others], out / "report.html")
     return rows
 
 
@@ -123,7 +132,7 @@ def measures(out: Path, smallest: int, steps: int) -> Measure:
     @cache
     def referee() -> Referee:
         test = read_folder(out / "real-held-out", channels=1, size=SIZE)
-        return Referee(test, load_extractor("uci-judge"), classes=CLASSES)
+        return Referee(test, load_extractor(JUDGES["mnist"]), classes=CLASSES)
 
     @cache
     def drawn(k: int, seed: int) -> dict[str, Tensor]:

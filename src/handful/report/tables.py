@@ -199,7 +199,7 @@ def cost_tables(found: Cost) -> list[Table]:
             ]
         )
     ways.notes = [
-        *(f"{method}: acts at {steps} of {found.plain.evaluations:g} evaluations" for method, steps in found.guided),
+        *(f"{method}: acts at {steps} evaluations" for method, steps in found.guided),
         "A multiply-add is 2 FLOPs; only matrix products, convolutions and attention are counted. Weights are",
         "frozen, so a backward pass computes only the gradient of the input. Peak memory is an estimate for the whole cohort "
         "at once: the",

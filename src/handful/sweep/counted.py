@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from handful.cost.estimate import outline
+from handful.cost.estimate import from_noise, outline
 from handful.cost.workload import Way
 from handful.errors import HandfulError
-from handful.guidance.method import Requests
 from handful.recipe.schema import Recipe
 from handful.sweep.planned import PlannedSet
 from handful.sweep.request import SweepRequest
@@ -40,13 +39,12 @@ class Operations:
 
     @cached_property
     def _plain(self) -> Way | None:
-        return _counted(self._common, ())
+        return _counted(from_noise(self._common))
 
 
-def _counted(recipe: Recipe, guidance: Requests | None = None) -> Way | None:
-    """With these terms, or with the recipe's own."""
+def _counted(recipe: Recipe) -> Way | None:
     try:
         outlined = outline(recipe)
-        return outlined.way(outlined.recipe.guidance or () if guidance is None else guidance)
+        return outlined.way(outlined.recipe.guidance or ())
     except HandfulError:  # a model or an extractor without configs; the set itself may well run
         return None
