@@ -52,6 +52,8 @@ def test_an_option_that_is_given_twice_is_said_unless_it_may_be():
     said = CliRunner().invoke(app, [*asked, "--steps", "4"]).stderr
     assert [line for line in said.splitlines() if "times" in line] == ["note: --steps is given 2 times; the last one counts"]
     assert not CliRunner().invoke(app, [*asked, "--steps", "4", "--quiet"]).stderr
+    said = CliRunner().invoke(app, [*asked, "--per-class", "4", "--per-class", "2"]).stderr
+    assert said == "note: --per-class is given 2 times; the last one counts\n"
 
 
 def test_a_console_of_another_encoding_escapes_what_it_lacks(monkeypatch: pytest.MonkeyPatch):

@@ -38,12 +38,13 @@ class Sick(Progress):
     """Falls ill when the work begins, or at its first step."""
 
     def __init__(self, begins: Callable[[], object] = bool, steps: Callable[[], object] = bool) -> None:
-        self._begins, self._steps, self.notes = begins, [steps], list[str]()
+        self._begins, self._steps, self.notes, self.done = begins, [steps], list[str](), 0.0
 
     def begin(self, total: int, done: int) -> None:
         self._begins()
 
     def advance(self, amount: float, now: str = "") -> None:
+        self.done += amount
         if self._steps:
             self._steps.pop()()
 
@@ -54,7 +55,7 @@ class Sick(Progress):
 def _work(recipe: Recipe, out: Path, progress: Sick, answer: Connection) -> None:
     try:
         summary = run(prepare(recipe, out, timeouts=Timeouts(heartbeat=1.5)), progress)
-        answer.send([str(summary.cohorts_done), *progress.notes])
+        answer.send([f"{summary.cohorts_done} cohorts, {progress.done:.3f} images", *progress.notes])
     except HandfulError as error:
         answer.send([str(error)])
 
@@ -125,7 +126,7 @@ def test_a_process_that_stands_still_is_overtaken_and_does_no_harm_when_it_goes_
         os.kill(process.pid or 0, signal.SIGCONT)
     process.join(60)
     made, *notes = answer.recv()
-    assert made == "0"
+    assert made == "0 cohorts, 8.000 images", "those of the others count, and not its own beside them"
     assert any("was inactive for so long" in note for note in notes)
     assert contents(out) == contents(tmp_path / "one"), "and nothing of it is left"
 

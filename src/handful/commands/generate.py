@@ -210,7 +210,7 @@ def generate(
         "exemplars.path": exemplars,
         "exemplars.k": k,
         "classes": listed(classes),
-        "per_class": _counts(per_class),
+        "per_class": _counts(per_class, quiet),
         "output.format": image_format,
         "output.image": image,
         "cohort": cohort,
@@ -316,13 +316,15 @@ def _next(job: Job, out: Path) -> str:
     return f"handful evaluate {shlex.quote(str(out))} --judge {judge}{real}"
 
 
-def _counts(given: list[str] | None) -> int | dict[str, int] | None:
-    """ "64", or "cat=500,dog=200" in one piece or several."""
+def _counts(given: list[str] | None, quiet: bool) -> int | dict[str, int] | None:
+    """ "64", or "cat=500,dog=200" in one piece or several; of several numbers the last one."""
     if not given:
         return None
     text, remedy = ",".join(given), "Write --per-class 64, or --per-class cat=500,dog=200."
-    if text.isdecimal():
-        return int(text)
+    if all(each.isdecimal() for each in given):
+        if len(given) > 1 and not quiet:
+            print(f"note: --per-class is given {len(given)} times; the last one counts", file=sys.stderr)
+        return int(given[-1])
     counts: dict[str, int] = {}
     for name, _, number in (part.rpartition("=") for part in text.split(",")):
         if not name.strip() or not number.strip().isdecimal():

@@ -84,6 +84,9 @@ def run_by_ray(
         if pending:
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
+            for handler in logging.getLogger("ray.data").handlers if started else ():
+                if isinstance(handler, logging.StreamHandler):  # its log file has all
+                    handler.setLevel(logging.ERROR)
             context.max_errored_blocks = -1  # what a dead node leaves is made at the end
             context.max_consecutive_actor_init_deaths = 3  # one that is killed while it loads is started again
             options = {"num_gpus": (1 if gpus is None else gpus) if job.device.type == "cuda" else 0, "num_cpus": 1}

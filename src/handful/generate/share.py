@@ -116,6 +116,7 @@ def work(
             try:
                 if not make(cohort, number):
                     later.append(cohort)
+                    progress.advance(-cohort.count)  # its steps were counted
                     _return(job, claims, progress)
             except RunError as error:
                 failures[key] = str(error)
