@@ -9,8 +9,8 @@ digits    the packaged model; ten held-out digits, one of each class, written wi
           they are 99 % lie inside the source, so there would be nothing to learn.
 cifar10   ../shared/models/cifar10-unet; ten test photographs of cars at night (dark, and blue). resnet56 judges.
 
-Other real images of the kind are parted in two: one half is the reference, the other stands for "as good as real". Models are
-told nothing (null class). What starts from targets starts from those noised to step hi of 25 and walks down by DDIM; SDEdit is
+Other real images of the kind are parted in two: one half is the reference, the other stands for "as good as real". Models get
+the null class. What starts from targets starts from those noised to step hi of 25 and walks down by DDIM; SDEdit is
 that without guidance. Finished rows are kept in DIR/results.json, so an interrupted benchmark goes on. Prints Markdown.
 """
 

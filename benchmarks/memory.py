@@ -3,9 +3,9 @@
     python benchmarks/memory.py [--default-allocator]
 
 A process for each model makes a tiny run first, so that all code is imported. Then for each case it resets the kernel's
-high-water mark of its memory (VmHWM), runs `handful.generate` whole, loading included, and reads it again. glibc's malloc is
-told to give every tensor a block of its own: what is measured is tensors, and not the gaps between them, which its default
-keeps (`--default-allocator`). The models have random weights: a UNet of pixels with 50 M parameters, a Stable Diffusion
+high-water mark of its memory (VmHWM), runs `handful.generate` whole, loading included, and reads it again. glibc's malloc
+is set to give every tensor a block of its own: so tensors are measured without the gaps between them, which its default keeps
+(`--default-allocator`). The models have random weights: a UNet of pixels with 50 M parameters, a Stable Diffusion
 whose UNet has 57 M, its autoencoder 22 M.
 """
 

@@ -143,7 +143,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(exemplars: Path, tmp_path:
     out = tmp_path / "out"
     assert quick(exemplars, out, "--dry-run", "--cohort", 1) == 0
     said = capsys.readouterr().out
-    assert "4 of up to 1 images; 0 are done" in said
+    assert "4 of up to 1 image; done: 0" in said
     assert "chamfer, scale" in said
     assert not list(tmp_path.iterdir())
     assert quick(exemplars, out, "--cohort", 1) == 0

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
+from training_data import Data
 
 from handful.core.denoiser import Clamped
 from handful.core.samplers import dpmpp_2m
@@ -26,16 +27,6 @@ from handful.recipe.plan import ImageNoise, image_seed
 SAMPLING_STEPS, AT_ONCE = 18, 50
 JUDGE, MEASURED = "judge.safetensors", "measured.csv"
 WIDTH, GROUPS, JUDGE_STEPS, JUDGE_BATCH = 16, 8, 1500, 128
-
-
-class Real(Protocol):
-    """Images uint8 (n, c, h, w), labels int64 (n,), and what the labels are called."""
-
-    images: Tensor
-    labels: Tensor
-    classes: list[str]
-
-    def digest(self) -> str: ...
 
 
 @torch.no_grad()
@@ -53,7 +44,7 @@ def draw(out: Path, classes: list[str], each: int, device: torch.device) -> dict
     return drawn
 
 
-def measured(out: Path, drawn: dict[str, Tensor], train: Real, test: Real, flip: bool, images: int) -> dict[str, Any]:
+def measured(out: Path, drawn: dict[str, Tensor], train: Data, test: Data, flip: bool, images: int) -> dict[str, Any]:
     """A row of measured.csv: of the drawn images (by class), after so many images of training."""
     network = _judge(out, train, flip)
     labels = torch.arange(len(drawn)).repeat_interleave(torch.tensor([len(of) for of in drawn.values()]))
@@ -74,7 +65,7 @@ def measured(out: Path, drawn: dict[str, Tensor], train: Real, test: Real, flip:
     return row
 
 
-def _judge(out: Path, train: Real, flip: bool) -> SmallClassifier:
+def _judge(out: Path, train: Data, flip: bool) -> SmallClassifier:
     channels, classes, file = train.images.shape[1], len(train.classes), out / JUDGE
     network, of = SmallClassifier(channels, classes, WIDTH, GROUPS), out / f"{JUDGE}.json"
     told = json.dumps([train.digest(), flip, WIDTH, GROUPS, JUDGE_STEPS, JUDGE_BATCH])

@@ -32,7 +32,7 @@ COMMANDS: dict[str, dict[Any, str]] = {
     "Make": {
         generate: "Make new images of your classes with a pretrained model.",
         invert: "Prepare a model for a new kind of image, from about ten of them.",
-        exemplars: "Keep your real images as numbers, to share those instead.",
+        exemplars: "Save features of your real images, to share in their place.",
     },
     "Judge": {
         evaluate: "How good and how varied are the new images? Is the gain real?",
@@ -41,12 +41,12 @@ COMMANDS: dict[str, dict[Any, str]] = {
     },
     "Choose": {
         sweep: "Try methods and settings, and take the best.",
-        calibrate: "Find how a classifier of your own guides best.",
+        calibrate: "Find the settings with which your own classifier guides best.",
         cost: "What will it cost? Count before anything runs.",
     },
     "Inspect": {
         demo: "See it work on packaged images, without any of your own.",
-        status: "How far is a run, and who makes what?",
+        status: "How far is a run, and which processes work on it?",
         verify: "Are all images of a run there, and unchanged?",
         doctor: "What is installed, what is missing, and what to do.",
     },

@@ -77,3 +77,14 @@ def some_of(names: Iterable[str], most: int = 5) -> str:
     """Names for a message: the first ones, and how many more there are."""
     names = list(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def counted(number: int, one: str) -> str:
+    """A number with its noun: `1 image`, `2,000 images`, `1 class`, `3 copies`.
+
+    Args:
+        number: How many.
+        one: The noun for one of them.
+    """
+    many = f"{one[:-1]}ies" if one.endswith("copy") else one + ("es" if one.endswith("s") else "s")
+    return f"{number:,} {one if number == 1 else many}"

@@ -222,7 +222,7 @@ def test_a_classifier_that_lets_no_gradient_through_is_refused_before_the_work(o
 
 
 def test_few_images_are_pointed_out_with_what_chance_would_show(done: CalibrateSummary):
-    assert any("8 images per step are few" in note for note in done.result["notes"])
+    assert any("with only 8 images per step" in note for note in done.result["notes"])
     assert all(each["chance"] is not None for each in done.result["candidates"])
 
 

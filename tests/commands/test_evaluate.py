@@ -147,7 +147,7 @@ def test_copies_of_exemplars_are_said(folders, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("baselines", "said"),
     [
-        (["{made}"], "these are the synthetic images themselves"),
+        (["{made}"], "these are the generated images themselves"),
         (["none={real}"], "these are the real images themselves"),
         (["{ghosts}", "{ghosts}"], "has the name 'ghosts' too. Write ghosts-2="),
         (["a={ghosts}", "a={made}"], "has the name 'a' too"),

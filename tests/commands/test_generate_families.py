@@ -278,7 +278,7 @@ REFUSED = {
     "attention without a choice": ((SD, "--classes", "a", "--set", "model.attention=native"), "model.attention: 'native': "),
     "a pickle that is not trusted": (("edm.pkl",), "model: .*it is a pickle.*--trust-pickle"),
     "no such directory": (("./nowhere",), "model: .*nowhere': there is no such directory"),
-    "no diffusion model": (("./dino",), "model: .*dino': it is a model of transformers: .*not a pipeline"),
+    "no diffusion model": (("./dino",), "model: .*dino': it is a text encoder or classifier .*not a pipeline"),
 }
 REFUSED_WITH_EXEMPLARS = {
     "a shrinking that leaves a rest": ((*IN_PIXELS, "--set", "guidance.chamfer.reduce=3"), r"guidance\[0\].reduce: 3: "),

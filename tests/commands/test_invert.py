@@ -144,7 +144,7 @@ def test_a_dry_run_says_the_plan_and_writes_nothing(targets: Path, tmp_path: Pat
     arguments = ("invert", targets, "--model", "digits", "--out", tmp_path / "sge.safetensors", "--dry-run")
     assert handful(*arguments) == 0
     said = capsys.readouterr().out
-    assert "guided     steps 5 to 19 from the clean end, in 15 segments, scale 2" in said
+    assert "guided     steps 5 to 19 from the clean end, segments: 15, scale 2" in said
     assert "fit        difference, 10 epochs per segment" in said
     assert handful(*arguments, "--json", "--method", "adam") == 0
     plan = json.loads(capsys.readouterr().out)

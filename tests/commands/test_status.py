@@ -26,7 +26,7 @@ def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str],
     for file in (manifest, marker):
         file.rename(tmp_path / file.name)
     unfinished = runner.invoke(app, ["verify", str(out)])
-    assert "it is unfinished: 4 of 6 images are there" in str(unfinished.exception)
+    assert "it is unfinished: it has 4 of 6 images" in str(unfinished.exception)
     assert f"handful generate {out}/recipe.yaml --out {out} makes the others" in str(unfinished.exception)
     assert f"next: handful generate {out}/recipe.yaml --out {out}" in runner.invoke(app, ["status", str(out)]).stderr
     for file in (manifest, marker):

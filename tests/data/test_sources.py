@@ -93,7 +93,7 @@ def test_an_archive_is_never_unpacked_and_a_bad_one_is_refused(folder: Path, tmp
     assert sorted(tmp_path.parent.rglob("*")) == before
     (tmp_path / "cut.zip").write_bytes(b"PK\3\4cut")
     (tmp_path / "no.csv").write_text("a,b\n1,2\n")
-    for name, told in (("cut.zip", "not a complete zip"), ("no.csv", "columns a, b"), ("none.zip", "no such file")):
+    for name, told in (("cut.zip", "not a complete zip"), ("no.csv", "columns are a, b"), ("none.zip", "no such file")):
         with pytest.raises(RequestError, match=told):
             labelled_files(tmp_path / name)
 
@@ -109,11 +109,11 @@ def test_what_lies_in_a_folder_and_is_no_image_of_a_class_is_counted_aloud(folde
     listed = labelled_files(tmp_path)
     assert listed.counts == {"cat": 8}
     told = " ".join(listed.notes)
-    for part in ("8 images lie in", "inside a class", "no class folder", "2 files", "1 with .npy, 1 with .raw"):
+    for part in ("left out: 8 images in", "inside a class", "no class folder", "2 files", "1 with .npy, 1 with .raw"):
         assert part in told
     assert any("inside a class" in text for text in Exemplars.from_folder(tmp_path, channels=3, size=(4, 4)).warnings)
     files = target_files(tmp_path / "cat")
-    assert "8 images lie in the folder" in read_targets(files, tmp_path, (3, 4, 4))[2][0]
+    assert "left out: 8 images in the folder" in read_targets(files, tmp_path, (3, 4, 4))[2][0]
 
 
 def test_images_alone_are_one_class_where_that_is_allowed(folder: Path):

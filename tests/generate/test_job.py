@@ -150,7 +150,7 @@ def test_a_run_that_began_meanwhile_is_noticed(tiny_model: Callable[..., str], t
 
 def test_too_little_space_is_said_at_the_start(tiny_model: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(directory_module.RunDirectory, "free_bytes", lambda self: 5_000_000)
-    with pytest.raises(RequestError, match=r"disk has 5\.00 MB free, but 2000 images need up to 1"):
+    with pytest.raises(RequestError, match=r"disk has 5\.00 MB free, but 2,000 images may need 1"):
         prepare(tiny_recipe(tiny_model(2), per_class=1000), tmp_path / "out")
 
 

@@ -74,7 +74,7 @@ def test_a_run_grows_and_keeps_what_is_there_byte_for_byte(model: str, tmp_path:
     before = {name: data for name, data in contents(out).items() if name.startswith("images/1/")}
     grown = handful.generate(tiny_recipe(model, per_class={"0": 2, "1": 6}), out)
     assert (grown.images, grown.cohorts_resumed, grown.cohorts_done) == (8, 2, 3)
-    assert any("class 1: cohort 1 of 1 images stays" in note for note in grown.notes)
+    assert any("class 1: its cohort 1 keeps 1 image" in note for note in grown.notes)
     after = contents(out)
     assert {name: after[name] for name in before} == before
     handful.generate(tiny_recipe(model, per_class=2, classes=["0", "1"]), tmp_path / "direct")
@@ -86,7 +86,7 @@ def test_a_run_grows_and_keeps_what_is_there_byte_for_byte(model: str, tmp_path:
 
     fewer = handful.generate(tiny_recipe(model, per_class=1, classes=["1"]), out)
     assert (fewer.images, fewer.cohorts_done) == (8, 0)
-    assert "class 1: 6 images are there and stay; you asked for 1" in fewer.notes
+    assert "class 1: it keeps 6 images made before; you asked for 1" in fewer.notes
     assert contents(out) == after
     with pytest.raises(RequestError, match="seed: 0 there, 1 now"):
         handful.generate(tiny_recipe(model, per_class=9, seed=1), out)

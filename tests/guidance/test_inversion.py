@@ -16,7 +16,8 @@ from handful.core.noise import EDM, Levels, level
 from handful.core.samplers import ddim, heun
 from handful.errors import RequestError
 from handful.guidance import CFG, Guided, Step
-from handful.guidance.inversion import Embeddings, Inversion, noised_start, normal, own_targets, reconstruct, segment_steps
+from handful.guidance.embeddings import segment_steps
+from handful.guidance.inversion import Embeddings, Inversion, noised_start, normal, own_targets, reconstruct
 from handful.recipe.plan import ImageNoise, image_seed
 
 SEEDS = [image_seed(0, "images", index) for index in range(8)]

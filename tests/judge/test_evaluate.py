@@ -256,7 +256,7 @@ def test_a_generated_class_without_real_images_is_refused_by_name(tmp_path, fold
         evaluate(made, real, "digits-judge")
 
 
-@pytest.mark.parametrize(("k", "field"), [(300, "synthetic"), (20, "synthetic")])
+@pytest.mark.parametrize(("k", "field"), [(300, "OUT"), (20, "OUT")])
 def test_too_few_images_for_k_are_refused_by_name(tmp_path, folders, halves, k, field):
     made, real = folders
     if k == 20:
@@ -267,7 +267,7 @@ def test_too_few_images_for_k_are_refused_by_name(tmp_path, folders, halves, k, 
 
 def test_folders_and_judges_that_are_not_there_are_refused_by_name(tmp_path, folders):
     made, real = folders
-    with pytest.raises(RequestError, match=r"^synthetic: "):
+    with pytest.raises(RequestError, match=r"^OUT: "):
         evaluate(tmp_path / "none", real, "digits-judge")
     with pytest.raises(RequestError, match=r"^real: "):
         evaluate(made, tmp_path / "none", "digits-judge")

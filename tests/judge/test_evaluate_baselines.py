@@ -60,12 +60,12 @@ def test_without_the_audit_gains_are_plain(tmp_path, folders, halves):
 def test_a_baselines_gains_do_not_depend_on_the_other_baselines(tmp_path, folders, halves):
     made, real = folders
     others = {name: write(tmp_path / name, *some(halves, start, start + 10)) for name, start in (("a", 3), ("b", 8))}
-    with pytest.warns(UserWarning, match="the baseline [ab] has 100 images and this set has 250") as told:
+    with pytest.warns(UserWarning, match="the baseline [ab] has 100 images and this set 250") as told:
         both = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines=others)
     with pytest.warns(UserWarning, match="the baseline [ab] has 100 images"):
         alone = evaluate(made, real, "pixels", audit=False, ceiling=False, baselines={"b": others["b"]})
-    shared = {str(each.message).partition(":")[0] for each in told if "in the set itself" in str(each.message)}
-    assert shared == {f"100 of the baseline {name} are also in the set itself, byte for byte" for name in "ab"}
+    shared = {str(each.message).partition(", so")[0] for each in told if "of the set itself" in str(each.message)}
+    assert shared == {f"also among those of the set itself, byte for byte: 100 of the baseline {name}" for name in "ab"}
     assert list(both.gains) == ["a", "b"]
     assert both.gains["b"] == alone.gains["b"]
 
@@ -80,10 +80,10 @@ def test_what_is_no_baseline_is_refused_by_name(tmp_path, folders, halves):
     refused(tmp_path / "none", "^baseline: .*no such folder")
     (tmp_path / "file").write_text("")
     refused(tmp_path / "file", "^baseline: .*this is a file")
-    refused(made, "^baseline: .*the synthetic images themselves")
+    refused(made, "^baseline: .*the generated images themselves")
     refused(real, "^baseline: .*the real images themselves")
     (tmp_path / "link").symlink_to(made)
-    refused(tmp_path / "link", "^baseline: .*the synthetic images themselves")
+    refused(tmp_path / "link", "^baseline: .*the generated images themselves")
     refused(write(tmp_path / "fewer", *some(halves, 0, 9, "01234567")), "^baseline: .*it lacks '8', '9'")
     more = write(tmp_path / "more", *some(halves, 0, 9))
     write(more, *(part[:3] for part in (halves.others, ["ten"] * 3)))
@@ -118,7 +118,7 @@ def test_copied_counts_images_nearer_to_an_exemplar_than_real_ones_are(tmp_path,
 def test_exemplars_among_the_real_images_are_told(tmp_path, folders, halves):
     made, real = folders
     exemplars = write(tmp_path / "exemplars", halves.images, halves.labels, per_class=3)  # the real folder's own first files
-    with pytest.warns(UserWarning, match="30 of the 250 real images are exemplars, byte for byte"):
+    with pytest.warns(UserWarning, match="exemplars among the real images, byte for byte: 30 of 250"):
         found = evaluate(made, real, "pixels", audit=False, ceiling=False, exemplars=exemplars)
     assert found.copied == 0  # which says nothing
 

@@ -67,7 +67,7 @@ def test_an_image_of_the_same_name_in_another_class_is_another_image(sets, tmp_p
     assert {name.split("/real/")[1]: group for name, group in zip(files.names, found, strict=True) if group} == {
         "0 in north/0.png": "a"
     }
-    assert told == ["47 of the 48 real images have no group, and are left out of the results by group"]
+    assert told == ["left out of the results by group, as they have no group: 47 of 48 real images"]
     # of one class alone the name is the only one of its kind, and a table of a class's own speaks of its class
     one = files.only(files.by_class()["1 in west"])
     assert Counter(read_groups(one, str(tmp_path / "some.csv"), told.append, "real"))["b"] == 1
@@ -81,7 +81,7 @@ def test_an_image_of_the_same_name_in_another_class_is_another_image(sets, tmp_p
 def test_groups_that_are_missing_small_or_not_there_are_told(sets, tmp_path):
     asked = {"neighbours": 9, "audit": False, "ceiling": False}
     (tmp_path / "some.csv").write_text("file,group\n" + "".join(f"{n}.png,a\n" for n in range(6)))
-    with pytest.warns(UserWarning, match="36 of the 48 real images have no group, and are left out"):
+    with pytest.warns(UserWarning, match="left out .* no group: 36 of 48 real images"):
         found = evaluate(sets / "made", sets / "real", "pixels", groups=str(tmp_path / "some.csv"), **asked).groups
     assert found is not None
     assert found.per_group["a"].n_generated == 12

@@ -98,7 +98,7 @@ def test_streamed_kept_and_in_memory_are_the_same_numbers(folders, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*are exemplars, byte for byte")
+@pytest.mark.filterwarnings("ignore:.*exemplars among the real images, byte for byte")
 def test_other_processes_see_the_same_and_distances_of_copies_are_kept(folders, tmp_path, monkeypatch):
     made, real = folders
     options = {"neighbours": 3, "exemplars": real}
@@ -217,12 +217,12 @@ def test_a_set_judged_by_itself_is_warned_of(folders, tmp_path):
         Image.open(file).save(file.with_suffix(".bmp"))
         file.unlink()
     with pytest.warns(
-        UserWarning, match="90 of the baseline again are also among the real images, with the same features of the judge"
+        UserWarning, match="also among the real images, with the same features of the judge: 90 of the baseline again"
     ):
         evaluate(real, made, "pixels", neighbours=3, audit=False, ceiling=False, baselines={"again": tmp_path / "again"})
     with pytest.raises(RequestError, match="judge_class: '0': the judge pixels is not a classifier"):
         evaluate(made, real, "pixels", neighbours=3, judge_class={"0": 1})
-    with pytest.warns(UserWarning, match="90 of the generated images are also among the real images, byte for byte"):
+    with pytest.warns(UserWarning, match="also among the real images, byte for byte: 90 of the generated images"):
         found = evaluate(made, made, "pixels", neighbours=3, audit=False, ceiling=False)
     assert "byte for byte" in " ".join(found.notes)
     assert not evaluate(made, real, "pixels", neighbours=3, audit=False, ceiling=False).notes

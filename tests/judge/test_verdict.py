@@ -53,7 +53,7 @@ def test_few_images_are_held_against_as_few_real_ones():
     of = {"k": 5, "coverage": 0.48, "pooled": {"ceiling": ceiling, "generated": {"n_real": 520, "n_generated": 80}}}
     first, second = verdict(of)
     assert first == "Good: they show the variety of the real ones (coverage 0.480; as few real images about 0.518)."
-    assert second.startswith("80 images are few beside 520 real ones")
+    assert second.startswith("Only 80 images beside 520 real ones")
     of["pooled"]["generated"]["n_generated"] = 520
     assert verdict(of) == ["Bad: they lack most of the variety (coverage 0.480; real images 0.980)."]
 

@@ -276,7 +276,7 @@ def test_an_unknown_network_without_json_is_refused_with_the_keys_to_write_and_w
 def test_a_json_that_leaves_out_a_key_is_refused_with_that_key_alone(tmp_path, key):
     told = Variant().settings()
     del told[key]
-    with pytest.raises(RequestError, match=rf"can't tell {key}[^,]*\. Write"):
+    with pytest.raises(RequestError, match=rf"does not say {key}[^,]*\. Write"):
         load(saved(tmp_path, Variant(), settings=told))
 
 

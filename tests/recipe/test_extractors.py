@@ -194,7 +194,7 @@ def test_a_mapping_may_say_more_than_is_generated_if_it_says_all_that_is():
         ({"classes": {"fox": -1}}, {"fox": 3}, IMAGENET, 6, "classes.fox", "-1: "),
         ({"by_label": True}, {"fox": 6}, IMAGENET, 6, "by_label, class 'fox'", "6: the classifier has 6 classes"),
         ({"by_label": True}, {"fox": None}, IMAGENET, 6, "by_label", "takes no class labels"),
-        ({}, {"fox": 3}, (), 7, "classes", "7 classes have no names, and the model's are unknown"),
+        ({}, {"fox": 3}, (), 7, "classes", "7 classes have no names, and the model has unknown ones"),
         ({"classes": {"fox": "ant"}}, {"fox": 3}, (), 7, "classes", "no class of this name among its 0"),
         ({}, {"a": None}, ("a", "b"), 3, "classifier", "has names of 2 classes, but 3 logits"),
         ({}, {"a": None}, ("a",), 1, "tau2", "with a single class"),

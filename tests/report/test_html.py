@@ -184,7 +184,7 @@ def test_an_unfinished_run_is_shown_as_far_as_it_is(run, tmp_path):
     next((there / ".handful" / "cohorts").glob("*.parquet")).unlink()
     with pytest.warns(Note, match="This run is unfinished: it has 24 of 36 images"):
         html = report([there]).read_text()
-    assert "This run is unfinished: it has 24 of 36 images." in html
+    assert "This run is unfinished: it has 24 of 36 images. It has no image of 3." in html
     again = f"The run has 24 images now, and was judged with 36: repeat handful evaluate {there} --judge digits-judge."
     assert again in html
     assert len(data_of(html)["classes"]) == 2
@@ -196,7 +196,7 @@ def test_gone_exemplars_and_damaged_images_are_said_and_the_rest_is_shown(run, t
     (there / "images" / "3" / "000000.png").write_bytes(b"no picture")
     html = report([there]).read_text()
     assert f"The exemplars are missing: there is no folder {tmp_path / 'gone'}." in html
-    assert "1 image files are missing or damaged" in html
+    assert "Missing or damaged: 1 image file;" in html
     assert data_of(html)["exemplars"] == [[], [], []]
 
 
@@ -269,7 +269,7 @@ def test_a_thousand_classes_and_a_hundred_thousand_images_stay_below_12_mb_and_w
     assert {image[0] for image in data["images"]} == set(range(1000))  # each class shows something
     text = file.read_text()
     assert re.search(r"[\d,]+ of the 100,000 images are shown", text)
-    assert "800 better classes are left out" in text
+    assert "Not shown: 800 better classes." in text
 
 
 def test_the_command_says_where_the_page_is(run, tmp_path):

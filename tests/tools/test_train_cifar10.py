@@ -23,6 +23,8 @@ sys.path.insert(0, str(TOOLS))
 
 import drawn_images  # noqa: E402
 import train_cifar10 as tool  # noqa: E402
+import training_data  # noqa: E402
+import training_network  # noqa: E402
 from training_state import KIND, STATE, VERSION  # noqa: E402
 
 from handful.files.sealed import seal, unseal  # noqa: E402
@@ -170,7 +172,7 @@ def test_the_measurement_knows_classes_and_distance(tmp_path, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(0, 60, (40, 1, 12, 12), generator=draw)
     images[20:] += 190  # dark ones, then bright ones
-    real = tool.Data(images.to(torch.uint8), torch.arange(2).repeat_interleave(20), ["dark", "bright"])
+    real = training_data.Data(images.to(torch.uint8), torch.arange(2).repeat_interleave(20), ["dark", "bright"])
     dark, bright = (part.float() / 127.5 - 1 for part in images.split(20))
     right, wrong, noise = (
         drawn_images.measured(tmp_path, dict(zip(real.classes, pair, strict=True)), real, real, False, 0)
@@ -275,19 +277,19 @@ def test_a_loss_that_is_not_finite_is_never_saved(pictures, tmp_path, capsys):
 
 
 def test_every_image_is_seen_once_an_epoch_and_the_order_is_the_seeds():
-    order = tool.Order(10, 4, seed=3)
+    order = training_data.Order(10, 4, seed=3)
     seen = torch.cat([order(step) for step in range(5)])  # two epochs
     assert sorted(seen[:10].tolist()) == sorted(seen[10:].tolist()) == list(range(10))
-    assert torch.equal(tool.Order(10, 4, seed=3)(2), order(2)), "a step's images do not depend on the steps before"
-    assert not torch.equal(torch.cat([tool.Order(10, 4, seed=4)(step) for step in range(5)]), seen)
-    assert len(tool.Order(3, 8, seed=0)(0)) == 8
+    assert torch.equal(training_data.Order(10, 4, seed=3)(2), order(2)), "a step's images do not depend on the steps before"
+    assert not torch.equal(torch.cat([training_data.Order(10, 4, seed=4)(step) for step in range(5)]), seen)
+    assert len(training_data.Order(3, 8, seed=0)(0)) == 8
 
 
 def test_the_loss_weighs_the_error_of_x0_by_the_signal_to_noise_ratio_up_to_five():
     """A network that knows the only image but for an offset d: the loss is d^2 times the mean of min(SNR, 5)."""
     offset, value = 0.25, 51
-    data = tool.Data(torch.full((4, 3, 8, 8), value, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["only"])
-    abar = tool.scheduler().alphas_cumprod.double()
+    data = training_data.Data(torch.full((4, 3, 8, 8), value, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64), ["only"])
+    abar = training_network.scheduler().alphas_cumprod.double()
     alphas, sigmas = abar.sqrt(), (1 - abar).sqrt()
     expected: list[float] = []
 
@@ -298,13 +300,13 @@ def test_the_loss_weighs_the_error_of_x0_by_the_signal_to_noise_ratio_up_to_five
         return ((alpha * x_t - (value / 127.5 - 1 + offset)) / sigma,)
 
     torch.manual_seed(0)
-    loss = tool.loss_of(knows, data, torch.zeros(64, dtype=torch.int64), alphas, sigmas, bfloat16=False)  # type: ignore[arg-type]
+    loss = training_network.loss_of(knows, data, torch.zeros(64, dtype=torch.int64), alphas, sigmas, bfloat16=False)  # type: ignore[arg-type]
     assert float(loss) == pytest.approx(expected[0], rel=1e-3)
 
 
 def test_the_rate_warms_up_and_falls_to_two_percent():
     given = argparse.Namespace(rate=1.0, warm_up=10, constant=False, steps=100)
-    rates = [tool.learning_rate(step, given) for step in range(101)]  # type: ignore[arg-type]
+    rates = [training_network.learning_rate(step, given) for step in range(101)]  # type: ignore[arg-type]
     assert rates[0] == pytest.approx(0.1)
     assert rates[100] == pytest.approx(0.02)
     assert all(before >= after for before, after in itertools.pairwise(rates[10:]))

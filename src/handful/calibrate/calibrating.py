@@ -34,7 +34,7 @@ from handful.calibrate.report import guidance_block, guidance_yaml, rows_parquet
 from handful.calibrate.shortlist import Choice, by_calibration, shortlist
 from handful.calibrate.trials import Trials, TrialsRequest, by_trials, check_trials, most_sets, run_trials, step_costs
 from handful.calibrate.watch import KEPT_STEPS, SEEN, Recorded, Sees, bytes_needed, kept_images, watch
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.features.extractor import FeatureExtractor
 from handful.features.softplus import softened
 from handful.generate.job import Job, megabytes
@@ -140,12 +140,12 @@ class CalibrateJob:
         return "\n".join(
             [
                 f"out         {plan['out']}{there}",
-                f"model       {plan['model']}, {plan['classes']} classes, {plan['images']} images, {plan['steps']} steps: "
-                f"{plan['denoiser_evaluations']} denoiser evaluations (one image once)",
+                f"model       {plan['model']}, {counted(plan['classes'], 'class')}, {counted(plan['images'], 'image')}, "
+                f"{counted(plan['steps'], 'step')}: {plan['denoiser_evaluations']} denoiser evaluations (one image once)",
                 f"classifier  {plan['classifier']}: {plan['classifier_evaluations']} evaluations, "
                 f"{plan['gradients']} gradients",
                 f"candidates  {plan['candidates']}",
-                f"trials      at most {plan['trial_sets']} small sets, {plan['trial_images']} images"
+                f"trials      at most {plan['trial_sets']} small sets, {counted(plan['trial_images'], 'image')}"
                 if plan["trial_sets"]
                 else "trials      none: no real images are given (--real, --judge)",
                 f"disk        {megabytes(plan['bytes'])} while it runs",
@@ -168,7 +168,7 @@ class CalibrateSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {"out": str(self.out), "kept": self.kept, **self.result}
+        return {"out": str(self.out), "resumed": self.kept, "kept": self.kept, **self.result}
 
 
 def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
@@ -212,7 +212,7 @@ def prepare(request: CalibrateRequest, out: str | Path) -> CalibrateJob:
     job = CalibrateJob(request, directory, run, classifiers, targets, made, asked, provenance, None, [*run.notes, *notes])
     if job.run.images < FEW:
         job.notes.append(
-            f"{job.run.images} images per step are few: with so few even a perfectly calibrated classifier shows an error, "
+            f"with only {counted(job.run.images, 'image')} per step even a perfectly calibrated classifier shows an error, "
             f"which is given beside each value (chance). Raise --per-class to see smaller differences"
         )
     _compare(job, stored)
@@ -316,8 +316,8 @@ def _write(job: CalibrateJob, found: Mapping[str, Found], choice: Choice, result
     directory, run = job.directory, job.run
     name = Path(job.request.classifier.classifier.rpartition(":")[2] or job.request.classifier.classifier).name
     title = (
-        f"{name} on what {Path(run.recipe.model.name).name} makes: {run.images} images, {run.recipe.sampler.name}, "
-        f"{run.levels.steps} steps; chosen: {choice.candidate.name}"
+        f"{name} on what {Path(run.recipe.model.name).name} makes: {counted(run.images, 'image')}, {run.recipe.sampler.name}, "
+        f"{counted(run.levels.steps, 'step')}; chosen: {choice.candidate.name}"
     )
     directory.publish(ROWS, rows_parquet(found))
     directory.publish(PICTURE, reliability_png(found, choice.candidate, title))

@@ -58,7 +58,7 @@ def affordable(job: Job, overhead: float, most: float) -> tuple[int, float] | No
 
 
 def _alone(level: Level) -> Level:
-    """Off a path: every term has its turn, and none goes on from a step before."""
+    """The level without its step: every term acts, and none continues from an earlier step."""
     return Level(level.alpha, level.sigma, None, level.progress)
 
 

@@ -1,4 +1,4 @@
-"""What a calibration tells: a table for people, the guidance block, a row for each candidate and step."""
+"""What a calibration shows: a table for people, the guidance block, a row for each candidate and step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import yaml
 
 from handful.calibrate.analysis import Found
 from handful.calibrate.shortlist import Choice
+from handful.errors import counted
 from handful.guidance.classifier import ClassifierRequest
-from handful.report.tables import Table
+from handful.report.tables import Table, number
 from handful.runs.manifest import parquet_bytes
 from handful.sweep.columns import TEST, VALIDATION, lower_is_better
 
@@ -75,7 +76,7 @@ def calibration_table(result: Mapping[str, Any]) -> Table:
     """The best calibrated candidates, the plain one and the chosen one, from what calibration.json holds."""
     chosen, plain = _key(result["chosen"]), _key(result["candidates"][0])
     table = Table(
-        f"{result['classifier']}, {result['images']} images at each of {result['steps']} steps; integral calibration error",
+        f"{result['classifier']}, {counted(result['images'], 'image')} at each step; integral calibration error",
         ["candidate", "ECE", "chance", "linear", "sine", "accuracy", "confidence", "NLL", "roughness"],
     )
     ordered = sorted(result["candidates"], key=lambda each: each["integral_ece"])
@@ -91,12 +92,12 @@ def calibration_table(result: Mapping[str, Any]) -> Table:
                 [
                     each["candidate"] + marked,
                     f"{each['integral_ece']:.3f} ±{each['integral_ece_error']:.3f}",
-                    *map(_number, numbers),
+                    *map(number, numbers),
                 ]
             )
     table.notes = [
-        f"{len(shown)} of {len(ordered)} candidates have different probabilities (tau2 alone changes none); the best are "
-        f"shown.",
+        f"{counted(len(ordered), 'candidate')}, {len(shown)} with different probabilities (tau2 alone changes none); the best "
+        "are shown.",
         "ECE: mean over the steps ± standard error; chance: what a perfectly calibrated classifier of the same confidence "
         "shows with",
         "so few images; linear, sine: weighted by that gain. Roughness: share of the gradient in the upper half of",
@@ -118,10 +119,10 @@ def trials_table(trials: Mapping[str, Any]) -> Table:
     shown += [row for row in trials["confirmed"] if row["split"] == TEST]
     for row in shown:
         again = "again: " if row in trials["confirmed"] else ""
-        table.rows.append([again + row["method"], f"{row['scale']:g}", str(row["seed"]), *(_number(row[c]) for c in columns)])
+        table.rows.append([again + row["method"], f"{row['scale']:g}", str(row["seed"]), *(number(row[c]) for c in columns)])
     table.notes = [
-        f"{len(known)} sets; again: made with other noise, and judged on the half of the real images that was not used to "
-        f"choose"
+        f"{counted(len(known), 'set')}; again: made with other noise, judged on the half of the real images that was not used "
+        "to choose"
     ]
     return table
 
@@ -129,7 +130,3 @@ def trials_table(trials: Mapping[str, Any]) -> Table:
 def _key(candidate: Mapping[str, Any]) -> tuple[Any, ...]:
     """What its probabilities depend on."""
     return tuple(candidate[name] for name in ("softplus", "input", "tau1", "fitted"))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"

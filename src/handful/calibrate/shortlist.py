@@ -45,7 +45,7 @@ def temperatures_of(candidate: Candidate, found: Mapping[str, Found]) -> tuple[t
 
 
 def preferred(found: Iterable[Found]) -> Found | None:
-    """The best calibrated; of all that can't be told from it by so many images, the one that says most.
+    """The best calibrated; of all that so few images can't distinguish from it, the most informative.
 
     The integral calibration error alone prefers a classifier that says nothing: fitted to pure noise, every temperature ends
     there, and what is never sure has the least error by chance. So it is what exceeds chance that is compared, and among those

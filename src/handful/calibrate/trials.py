@@ -21,7 +21,7 @@ from handful.calibrate.candidates import PLAIN, Candidate
 from handful.calibrate.cost import affordable, overheads
 from handful.calibrate.shortlist import Choice, temperatures_of
 from handful.data.images import image_folder
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, counted
 from handful.features.extractor import FeatureExtractor
 from handful.features.registry import load_extractor
 from handful.files.digests import marks
@@ -56,7 +56,7 @@ class TrialsRequest:
         real: A folder with a folder of real images per class, never the exemplars.
         judge: An extractor that is unrelated to the classifier.
         objective: The column of a sweep that decides.
-        max_cost: Highest sampling time, in times the unguided.
+        max_cost: The longest sampling time, relative to sampling without guidance.
         jacobians: Ways to take the gradient; one that is shown x_t needs none.
         per_class: Images of each class in a set.
     """
@@ -99,7 +99,7 @@ class Way:
 
     Attributes:
         settings: Of the term, but for its scale.
-        predicted: The sampling time in times the unguided, from timing single steps.
+        predicted: The sampling time relative to no guidance, from timing single steps.
     """
 
     candidate: Candidate
@@ -208,8 +208,8 @@ def step_costs(
         directory.publish(COSTS, (json.dumps(added, indent=1) + "\n").encode())
     if all(affordable(job, each, request.max_cost) is None for each in added.values()):
         problem = (
-            f"even guidance on a single one of {job.levels.steps} steps takes more: it adds {min(added.values()):.0%} "
-            f"to that step"
+            f"even guidance on a single one of {counted(job.levels.steps, 'step')} takes more: it adds "
+            f"{min(added.values()):.0%} to that step"
         )
         raise RequestError("--max-cost", request.max_cost, problem, "Raise --max-cost, or use more sampling steps (--steps).")
     return added
@@ -264,7 +264,9 @@ def run_trials(
         notes=list(sweeping.result.failures),
     )
     if skipped:
-        trials.notes.append(f"{skipped} candidates take longer than --max-cost {request.max_cost:g} even on a single step")
+        trials.notes.append(
+            f"left out, as a single step takes longer than --max-cost {request.max_cost:g}: {counted(skipped, 'candidate')}"
+        )
     trials.confirmed = sweeping.confirmed(best, scale)
     return trials
 

@@ -39,7 +39,7 @@ Sees = tuple[float | None, Looks]  # Softplus, and what is shown
 
 
 class Watched(Around):
-    """A denoiser that tells what it was asked at the first evaluation of each step: x_t and its own x0_hat.
+    """A denoiser that passes on the first evaluation of each step: x_t and its own x0_hat.
 
     Args:
         count: Images of the cohort; they may come in chunks.

@@ -9,7 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from handful.commands.shared import ClassNames, Device, Dtype, Json, NullClass, Quiet, TrustPickle, listed
+from handful.commands.shared import (
+    Classes,
+    ClassNames,
+    Device,
+    DryRun,
+    Dtype,
+    Json,
+    NullClass,
+    Quiet,
+    Seed,
+    Settings,
+    Steps,
+    TrustPickle,
+    hide_bars,
+    listed,
+    print_notes,
+)
 from handful.errors import RequestError
 
 
@@ -41,9 +57,9 @@ def calibrate(
         ),
     ] = None,
     per_class: Annotated[int, typer.Option(help="Images to generate of each class, to measure on.", min=1)] = 16,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
+    steps: Steps = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")] = None,
+    seed: Seed = None,
     betas: Annotated[
         str | None,
         typer.Option(metavar="A,B,...", help="Softplus betas to try in place of ReLU; none keeps ReLU.  [none,3,5,8]"),
@@ -80,28 +96,24 @@ def calibrate(
     trial_per_class: Annotated[
         int, typer.Option(help="With --real: images to generate of each class for each setting.", min=1)
     ] = 32,
-    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
+    classes: Classes = None,
     class_names: ClassNames = None,
     null_class: NullClass = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_pickle: TrustPickle = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of a recipe; may be repeated.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the amount of work, write nothing.")
-    ] = False,
+    settings: Settings = None,
+    dry_run: DryRun = False,
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find the pre-conditioning with which an off-the-shelf classifier guides best.
+    """Find the settings (the pre-conditioning) with which an off-the-shelf classifier guides best.
 
-    Runs the model unguided and measures, at every step, how well the classifier is calibrated on what it would be shown: with
-    Softplus in place of ReLU, with other temperatures, with one fitted for each level of noise, on the estimate and on the
-    noisy image. With --real and --judge the best of each kind then generate small sets, and what an unrelated judge still
-    sees after mild transforms decides, within --max-cost. Writes guidance.yaml (a block for a recipe), calibration.json,
-    calibration.parquet and reliability.png.
+    Runs the model without guidance and measures, at every step, how well the classifier is calibrated on the images it would
+    see: with Softplus in place of ReLU, with other temperatures, with one temperature fitted for each level of noise, on the
+    estimate and on the noisy image. With --real and --judge, the best settings of each kind then generate small sets; the one
+    that is best for an unrelated judge after mild transforms is chosen, within --max-cost. Writes guidance.yaml (a block for a
+    recipe), calibration.json, calibration.parquet and reliability.png.
 
     \b
     Examples:
@@ -110,7 +122,7 @@ def calibrate(
       handful calibrate --model ./cifar10-unet --classifier ./resnet-50 --class airplane=404 --class cat=281 --out calibrated
       handful calibrate recipe.yaml --classifier my_classifier.py:load --betas none,5 --taus 1:1,1:0 --out calibrated --dry-run
 
-    The same command goes on where an interrupted calibration stopped, and ends with the same files.
+    The same command continues an interrupted calibration, and ends with the same files.
     """
     from handful.calibrate import MEASURED, CalibrateRequest, prepare
     from handful.calibrate import calibrate as run_calibrate
@@ -145,12 +157,8 @@ def calibrate(
         named = anchored_extractor(classifier, Path.cwd())
         base = base.model_copy(update={"classifier": named}) if base else ClassifierRequest(classifier=named)
     if base is None:
-        raise RequestError(
-            "--classifier",
-            None,
-            "no classifier is named",
-            "Name one with --classifier NAME, or give a recipe with classifier guidance.",
-        )
+        remedy = "Name one with --classifier NAME, or give a recipe with classifier guidance."
+        raise RequestError("--classifier", None, "no classifier is named", remedy)
     base = base.model_copy(update={"classes": {**base.classes, **_mapping(mapping or [])}})
     request = CalibrateRequest(
         asked,
@@ -160,14 +168,9 @@ def calibrate(
         _trials(real, judge, objective, max_cost, scales, jacobians, trial_per_class),
         " ".join(["handful", *sys.argv[1:]]),
     )
-    if quiet:
-        from handful.models.libraries import hide_loading_bars
-
-        hide_loading_bars()
+    hide_bars(quiet)
     job = prepare(request, out)
-    if not quiet:
-        for note in job.notes:
-            print(f"note: {note}", file=sys.stderr)
+    print_notes(job.notes, quiet)
     if dry_run:
         print(json.dumps(job.plan()) if json_wanted else job.plan_text())
         return
@@ -207,12 +210,8 @@ def _trials(
     if real is None and judge is None:
         return None
     if real is None or judge is None:
-        raise RequestError(
-            "--judge" if judge is None else "--real",
-            None,
-            "--real and --judge only work together",
-            "Give both; or give neither, to choose by calibration alone.",
-        )
+        remedy = "Give both; or give neither, to choose by calibration alone."
+        raise RequestError("--judge" if judge is None else "--real", None, "--real and --judge only work together", remedy)
     try:
         numbers = tuple(float(part) for part in scales.split(","))
     except ValueError:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from handful.commands.shared import Fit, Json
+from handful.commands.shared import Fit, Json, Settings
 
 
 def cost(
@@ -16,9 +16,7 @@ def cost(
     steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
     cohort: Annotated[int | None, typer.Option(help="Images guided together.")] = None,
     per_class: Annotated[int | None, typer.Option(help="Images of each class.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
-    ] = None,
+    settings: Settings = None,
     fit: Fit = None,
     json_wanted: Json = False,
 ) -> None:

@@ -44,10 +44,9 @@ def demo(
     """Generate images without guidance, with classifier-free guidance and with guidance by exemplars, and compare them.
 
     mnist: a published model of MNIST, and other people's digits: what 2, 4 or 16 real images of each class are worth alone, and
-    with synthetic ones. digits: a small model that has collapsed onto typical digits. cifar10: a provisional model of
-    photographs; exemplars and the real images that two judges compare with are packaged as features alone. Each seed draws
-    noise and (but for cifar10) exemplars anew. Writes run directories, contact_sheet.png, results.json and, for mnist,
-    report.html.
+    with synthetic ones. digits: a small model that has collapsed onto typical digits. cifar10: a small model of photographs;
+    its exemplars and the real images to compare with are packaged as features only. Each seed draws new noise and (except for
+    cifar10) new exemplars. Writes run directories, contact_sheet.png, results.json and, for mnist, report.html.
 
     \b
     Examples:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from handful.commands.shared import Json
+from handful.errors import counted
 
 
 def doctor(
@@ -36,6 +37,6 @@ def doctor(
             print(f"{mark}  {each.name:<{width}}  {each.text}")
             if each.remedy:
                 print(f"    {'':<{width}}  -> {each.remedy}")
-        print(f"\n{len(wrong)} problems" if wrong else "\nhandful can run here")
+        print(f"\n{counted(len(wrong), 'problem')}" if wrong else "\nhandful can run here")
     if wrong:
         raise typer.Exit(1)

@@ -14,7 +14,7 @@ from handful.commands.shared import Json, Quiet, Workers, listed, named_folders,
 
 
 def evaluate(
-    synthetic: Annotated[Path, typer.Argument(help="Generated images: a run directory, or a folder per class.")],
+    synthetic: Annotated[Path, typer.Argument(metavar="OUT", help="Generated images: a run directory, or a folder per class.")],
     real: Annotated[
         Path | None,
         typer.Option(
@@ -63,7 +63,7 @@ def evaluate(
         bool, typer.Option("--audit/--no-audit", help="Judge again after mild transforms of both sets, such as JPEG.")
     ] = True,
     ceiling: Annotated[
-        bool, typer.Option("--ceiling/--no-ceiling", help="Also measure real images against real images, as the ceiling.")
+        bool, typer.Option("--ceiling/--no-ceiling", help="Also measure real images against real images, as an upper limit.")
     ] = True,
     groups: Annotated[
         str | None,
@@ -94,12 +94,11 @@ def evaluate(
 ) -> None:
     """Judge a generated set against real images: precision, recall, density, coverage, F1, Frechet distance, Vendi score.
 
-    Each is given for all images and per class, beside the value that one half of the real images gets against the other
-    half. The
-    judge should be unrelated to the network that guided: a gain that only such a network sees is not real. So everything is
-    judged again after JPEG, resampling, noise and a low-pass filter of real and generated images alike. With a --baseline
-    (the same model without guidance) each gain is tested against chance, with the share of it that survives these
-    transforms.
+    Each is given for all images and per class. Beside it stands the value for real images: one half of them judged against the
+    other half. The judge should be unrelated to the network that guided, because a gain that only that network sees is not
+    real. All images, real and generated, are judged again after JPEG, resampling, noise and a low-pass filter. With a
+    --baseline (the same model without guidance), each gain is tested against chance, and the share of it that survives these
+    transforms is shown.
 
     The judge's features are cached: an interrupted evaluation continues, and a second one starts at once.
 

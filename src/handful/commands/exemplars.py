@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from handful.commands.shared import Json
-from handful.errors import RequestError
+from handful.commands.shared import Json, print_notes
+from handful.errors import RequestError, counted
 
 if TYPE_CHECKING:
     from handful.data.shared_exemplars import ExemplarFeatures
@@ -55,10 +54,10 @@ def exemplars(
     licence: Annotated[str, typer.Option(metavar="TEXT", help="What may be done with them; kept in the file.")] = "",
     json_wanted: Json = False,
 ) -> None:
-    """Keep exemplars as features alone: a file that can guide generate when the images may not be shared.
+    """Save only the features of your exemplars, in a file that can guide generate where the images may not be shared.
 
-    It holds, for each extractor, the features of every image by class, in the order of the draw, with the extractor's
-    digest and hashes of the images: no image, and no code. Guidance with other features than those is refused.
+    The file holds no image and no code: for each feature extractor the features of every image by class, the extractor's
+    digest, and hashes of the images. It can guide with these features only.
 
     \b
     Examples:
@@ -77,12 +76,8 @@ def exemplars(
         _say(ExemplarFeatures.load(file), file, json_wanted)
         return
     if not features:
-        raise RequestError(
-            "--features",
-            None,
-            "--features is missing",
-            "Name the feature extractor that will guide, such as --features dinov2.",
-        )
+        remedy = "Name the feature extractor that will guide, such as --features dinov2."
+        raise RequestError("--features", None, "--features is missing", remedy)
     if out is None or out.suffix != ".safetensors":
         raise RequestError("--out", out, "this is not the name of a .safetensors file", "Give --out NAME.safetensors.")
     if out.exists() or not out.absolute().parent.is_dir():
@@ -98,13 +93,11 @@ def exemplars(
     if softplus is not None:
         extractors += [softened(extractor, softplus) for extractor in extractors]
     drawn = Exemplars.from_folder(given, channels=shape[0], size=shape[1:], k=k, seed=seed, minimum=1 if k == 1 else 2)
-    for warning in drawn.warnings:
-        print(f"note: {warning}", file=sys.stderr)
+    print_notes(drawn.warnings)
     made = ExemplarFeatures.of(
         drawn, extractors, tuple(dict.fromkeys(reduce or (1,))), seed=seed, source=source, licence=licence
     )
-    for text in made.notes():
-        print(f"note: {text}", file=sys.stderr)
+    print_notes(made.notes())
     made.save(out)
     _say(made, out, json_wanted)
 
@@ -112,35 +105,24 @@ def exemplars(
 def _refuse_beside(file: Path, options: dict[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
-            raise RequestError(
-                name,
-                value,
-                f"'{file}' is already a file of features, and holds no images",
-                "Give the folder of images; or give the file without options, to see what it holds.",
-            )
+            remedy = "Give the folder of images; or give the file without options, to see what it holds."
+            raise RequestError(name, value, f"'{file}' is already a file of features, and holds no images", remedy)
 
 
 def _shape(model: str | None, size: str | None, channels: int) -> tuple[int, int, int]:
     """(c, h, w) of the images to read."""
     if (model is None) == (size is None):
-        raise RequestError(
-            "--model",
-            model,
-            "both --model and --size are given" if model else "neither --model nor --size is given",
-            "Give one of them: the model that will be guided (--model NAME), or its images' size (--size 32).",
-        )
+        problem = "both --model and --size are given" if model else "neither --model nor --size is given"
+        remedy = "Give one of them: the model that will be guided (--model NAME), or its images' size (--size 32)."
+        raise RequestError("--model", model, problem, remedy)
     if model is not None:
         from handful.models import skeleton
 
         return skeleton(model).image_shape
     sides = str(size).split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise RequestError(
-            "--size",
-            size,
-            "this is not a size",
-            "Write one number for square images, such as 32, or HEIGHTxWIDTH, such as 32x48.",
-        )
+        remedy = "Write one number for square images, such as 32, or HEIGHTxWIDTH, such as 32x48."
+        raise RequestError("--size", size, "this is not a size", remedy)
     return channels, int(sides[0]), int(sides[-1])
 
 
@@ -169,14 +151,15 @@ def _say(held: ExemplarFeatures, file: Path, json_wanted: bool) -> None:
         print(json.dumps(told))
         return
     channels, height, width = held.shape
-    names, counts = held.classes, sorted(set(held.counts.values()))
+    names, counts = held.classes, sorted(held.counts.values())
+    most = counted(counts[-1], "exemplar")
     print(
-        f"{file}: {len(names)} classes of {' to '.join(map(str, counts[:1] + counts[1:][-1:]))} exemplars "
+        f"{file}: {counted(len(names), 'class')} of {f'{counts[0]} to {most}' if counts[0] < counts[-1] else most} "
         f"({', '.join(names[:10])}{', ...' if len(names) > 10 else ''}), "
         f"images of {height} x {width} x {channels}, draw of seed {held.seed}"
     )
     for view in views:
-        print(f"  {view['features']} at reduce {view['reduce']}: {view['dimensions']} features an image")
+        print(f"  {view['features']} at reduce {view['reduce']}: {counted(view['dimensions'], 'feature')} an image")
     for name in ("source", "licence"):
         if told[name]:
             print(f"{name}: {told[name]}")

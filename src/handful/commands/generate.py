@@ -12,6 +12,8 @@ import typer
 
 from handful import console
 from handful.commands.shared import (
+    AllowVersionChange,
+    Classes,
     ClassNames,
     Device,
     DryRun,
@@ -20,14 +22,19 @@ from handful.commands.shared import (
     Json,
     NullClass,
     Quiet,
+    Seed,
+    Settings,
+    Steps,
     TrustPickle,
+    hide_bars,
     label_pairs,
     listed,
     lora_option,
+    print_notes,
 )
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.guidance import METHODS
-from handful.zoo import JUDGES
+from handful.zoo import judge_of
 
 if TYPE_CHECKING:
     from handful.generate.job import Job
@@ -90,13 +97,13 @@ def generate(
     embeddings: Annotated[
         str | None, typer.Option(metavar="FILE", help="With --guidance inversion: the file that handful invert wrote.")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.  [18]")] = None,
+    steps: Steps = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm, heun or lcm.  [dpmpp_2m]", metavar="NAME")] = None,
     cohort: Annotated[
         int | None, typer.Option(help="Number of images guided together; changing it changes the images.  [64]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")] = None,
-    classes: Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")] = None,
+    seed: Seed = None,
+    classes: Classes = None,
     class_names: ClassNames = None,
     null_class: NullClass = None,
     labels: Annotated[
@@ -127,9 +134,7 @@ def generate(
     device: Device = None,
     fit: Fit = None,
     trust_pickle: TrustPickle = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
-    ] = None,
+    settings: Settings = None,
     image_format: Annotated[
         str | None, typer.Option("--format", metavar="NAME", help="imagefolder, webdataset or parquet.  [imagefolder]")
     ] = None,
@@ -150,13 +155,12 @@ def generate(
         float | None, typer.Option(metavar="SHARE", help="With --engine ray: GPUs of each actor, such as 0.5.  [1 on CUDA]")
     ] = None,
     heartbeat_timeout: Annotated[
-        float, typer.Option(min=10, metavar="SECONDS", help="Take over the work of a process that has been silent for so long.")
+        float,
+        typer.Option(min=10, metavar="SECONDS", help="Take over the work of a process that gave no sign of life for so long."),
     ] = 90,
     step_timeout: Annotated[
         float,
-        typer.Option(
-            min=10, metavar="SECONDS", help="Take over the work of a process that has made no sampling step for so long."
-        ),
+        typer.Option(min=10, metavar="SECONDS", help="Take over the work of a process that made no sampling step for so long."),
     ] = 1800,
     only: Annotated[
         str | None,
@@ -165,9 +169,7 @@ def generate(
         ),
     ] = None,
     dry_run: DryRun = False,
-    allow_version_change: Annotated[
-        bool, typer.Option("--allow-version-change", help="Continue a run that other library versions began.")
-    ] = False,
+    allow_version_change: AllowVersionChange = False,
     json_wanted: Json = False,
     quiet: Quiet = False,
     order: Annotated[str, typer.Option(hidden=True)] = "plan",
@@ -241,10 +243,7 @@ def generate(
     if order not in ("plan", "reversed"):
         raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
 
-    if quiet:
-        from handful.models.libraries import hide_loading_bars
-
-        hide_loading_bars()
+    hide_bars(quiet)
     from handful.generate.job import prepare
     from handful.generate.run import run
     from handful.runs.claims import Timeouts
@@ -258,9 +257,7 @@ def generate(
         asked, chosen = fitted(asked, fit, str(choose_device(asked.model.device)), sharing=workers if engine == "local" else 1)
     timeouts = Timeouts(heartbeat_timeout, step_timeout)
     job = prepare(asked, out, allow_version_change=allow_version_change, timeouts=timeouts)
-    if not quiet:
-        for note in [*chosen, *job.notes, *job.changes]:
-            print(f"note: {note}", file=sys.stderr)
+    print_notes([*chosen, *job.notes, *job.changes], quiet)
     if dry_run:
         from handful.generate.describe import plan_as_dict, plan_as_text
 
@@ -282,7 +279,7 @@ def generate(
         summary = run_with_workers(job, asked, workers, progress_for(quiet))
     else:
         summary = run(job, progress_for(quiet), order=_places(job, order))
-    failed = f"{summary.cohorts_failed} of {len(job.cohorts)} cohorts failed" if summary.failures else None
+    failed = f"{summary.cohorts_failed} of {counted(len(job.cohorts), 'cohort')} failed" if summary.failures else None
     if json_wanted:
         print(json.dumps(summary.as_dict() | ({"error": console.error_object("run", failed)} if failed else {})))
     elif not quiet:
@@ -294,7 +291,7 @@ def generate(
         others = "".join(f", {count} {words}" for words, count in counts.items() if count)
         rate = f", {summary.images_per_second:.3g} images/s" if summary.images_per_second else ""
         print(
-            f"{summary.images} images in {summary.out} (cohorts: {summary.cohorts_done} made{others}; "
+            f"{counted(summary.images, 'image')} in {summary.out} (cohorts: {summary.cohorts_done} made{others}; "
             f"{summary.seconds:.1f} s of sampling{rate})"
         )
         if not failed:
@@ -310,8 +307,7 @@ def _next(job: Job, out: Path) -> str:
     """The command that judges what was made."""
     from handful.recipe.exemplar_source import has_images
 
-    guides = {getattr(term, "features", None) for term in job.recipe.guidance or ()}
-    judge = JUDGES.get(job.recipe.model.name, "clip" if "dinov2" in guides else "dinov2")
+    judge = judge_of(job.recipe.model.name, (getattr(term, "features", None) for term in job.recipe.guidance or ()))
     real = "" if has_images(job.recipe) else " --real DIR"
     return f"handful evaluate {shlex.quote(str(out))} --judge {judge}{real}"
 

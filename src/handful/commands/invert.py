@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed
+from handful.commands.shared import ClassNames, Device, DryRun, Dtype, Json, NullClass, Quiet, TrustPickle, listed, print_notes
 from handful.errors import RequestError
 
 
 def invert(
-    targets: Annotated[Path, typer.Argument(help="A folder of images of the new domain: about ten.")],
-    model: Annotated[str, typer.Option(help="A model of a neighbouring domain, as in handful generate.", metavar="NAME")],
+    targets: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images of the new domain: about ten.")],
+    model: Annotated[str, typer.Option(help="A model of a similar domain, as in handful generate.", metavar="NAME")],
     out: Annotated[
         Path, typer.Option(metavar="FILE", help="The file to write, FILE.safetensors; an interrupted fit continues.")
     ],
@@ -62,10 +61,10 @@ def invert(
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a few images of a new domain (CRDI); then generate makes many more with a model of a neighbouring domain.
+    """Fit a few images of a new domain (CRDI), so that handful generate can make many more with a model of a similar domain.
 
-    Writes embeddings that guide this model to each target. The model is not changed, and no other model can use them. At
-    the end each target is noised and reconstructed, and compared with itself.
+    Writes a file of embeddings, which guide this model to each of these images (the targets). The model is not changed, and no
+    other model can use the file. At the end each target is noised, reconstructed, and compared with itself.
 
     \b
     Examples:
@@ -107,9 +106,7 @@ def invert(
         chunk,
     )
     job = prepare(request, targets, out)
-    if not quiet:
-        for note in job.notes:
-            print(f"note: {note}", file=sys.stderr)
+    print_notes(job.notes, quiet)
     if dry_run:
         print(json.dumps(job.as_dict()) if json_wanted else job.as_text())
         return

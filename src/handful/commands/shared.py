@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -17,6 +18,13 @@ T = TypeVar("T")
 ClassNames = Annotated[
     str | None, typer.Option(metavar="A,B,...", help="Names of all classes of the model, in the order of its labels.")
 ]
+Classes = Annotated[str | None, typer.Option(metavar="A,B,...", help="Only these classes.")]
+Steps = Annotated[int | None, typer.Option(help="Sampling steps.  [18]")]
+Seed = Annotated[int | None, typer.Option(help="Random seed of all noise.  [0]")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other field of the recipe; may be repeated.")
+]
+AllowVersionChange = Annotated[bool, typer.Option("--allow-version-change", help="Continue what other library versions began.")]
 NullClass = Annotated[int | None, typer.Option(help='The model\'s label for "no class".')]
 Dtype = Annotated[str | None, typer.Option(help="Precision of the networks: float32, bfloat16 or float16.  [float32]")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.  [auto]")]
@@ -35,6 +43,20 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors, on stderr.")]
 Workers = Annotated[int, typer.Option(min=1, help="Number of processes on this machine that compute features.", metavar="N")]
+
+
+def print_notes(notes: Iterable[str], quiet: bool = False) -> None:
+    """Prints what the user should know to stderr."""
+    for note in () if quiet else notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def hide_bars(quiet: bool) -> None:
+    """With --quiet, hides the bars that libraries show while they load."""
+    if quiet:
+        from handful.models.libraries import hide_loading_bars
+
+        hide_loading_bars()
 
 
 def lora_option(text: str) -> dict[str, str | float]:

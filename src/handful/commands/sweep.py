@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handful import console
-from handful.commands.shared import DryRun, Json, Quiet
+from handful.commands.shared import AllowVersionChange, DryRun, Json, Quiet, hide_bars, print_notes
+from handful.errors import counted
 
 if TYPE_CHECKING:
     from handful.sweep import SweepResult
@@ -31,9 +32,7 @@ def sweep(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any field of the request; may be repeated.")
     ] = None,
     dry_run: DryRun = False,
-    allow_version_change: Annotated[
-        bool, typer.Option("--allow-version-change", help="Continue a sweep that other library versions began.")
-    ] = False,
+    allow_version_change: AllowVersionChange = False,
     json_wanted: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -56,10 +55,7 @@ def sweep(
     from handful.sweep import read_sweep
 
     asked = read_sweep(request, settings or ())
-    if quiet:
-        from handful.models.libraries import hide_loading_bars
-
-        hide_loading_bars()
+    hide_bars(quiet)
     from handful.report.tables import print_table
     from handful.runs.progress import Words, progress_for
     from handful.sweep.checked import prepare_sweep
@@ -67,9 +63,7 @@ def sweep(
     from handful.sweep.work import run_sweep
 
     job = prepare_sweep(asked, out, only=only, allow_version_change=allow_version_change)
-    if not quiet:
-        for note in job.notes:
-            print(f"note: {note}", file=sys.stderr)
+    print_notes(job.notes, quiet)
     if dry_run:
         if json_wanted:
             print(json.dumps(plan_as_dict(job)))
@@ -77,7 +71,7 @@ def sweep(
             print_table(plan_table(job))
         return
     result = run_sweep(job, progress_for(quiet, Words("sweeping", "finished", "sets")))
-    failed = f"{len(result.failures)} of {result.sets} sets failed" if result.failures else None
+    failed = f"{len(result.failures)} of {counted(result.sets, 'set')} failed" if result.failures else None
     if json_wanted:
         print(json.dumps(_as_dict(result) | ({"error": console.error_object("run", failed)} if failed else {})))
     elif result.rows:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 # A training step's ratio sigma / alpha is infinite under zero-terminal-SNR; this keeps its logarithm finite.
 LARGEST_RATIO = 1e12
@@ -223,7 +223,9 @@ class VP(Schedule):
         """The training steps (int64, falling) of a spacing, by the rules of diffusers' schedulers."""
         count = len(self)
         if steps > count:
-            raise RequestError("steps", steps, f"the model was trained on {count} steps", f"Ask for {count} or fewer.")
+            raise RequestError(
+                "steps", steps, f"the model was trained on {counted(count, 'step')}", f"Ask for {count} or fewer."
+            )
         if kind == "trailing":
             return torch.arange(count, 0, -count / steps, dtype=torch.float64)[:steps].round().long() - 1
         if kind == "leading":

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 
 from torch import Tensor
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 SLACK = 1.0  # beyond [-1, 1]: resizing 8 x 8 digits by cubics overshoots by 0.6
 SET = 4  # images; so many without one value below 0 are hardly real ones, each pixel of which would be brighter than gray
@@ -55,7 +55,7 @@ def check_images(images: Tensor, field: str = "images") -> Tensor:
         raise RequestError(
             field,
             shown,
-            f"none of {len(images)} images has a value below 0, so they look like images in [0, 1]; [-1, 1] is needed",
+            f"no value of {counted(len(images), 'image')} is below 0, which looks like images in [0, 1]; [-1, 1] is needed",
             "Convert them: images * 2 - 1. If they are that bright, call it inside `with handful.core.ranges.any_range():`.",
         )
     return images

@@ -3,7 +3,7 @@ classifier-free guidance's.
 
 Nothing is derived twice: the recipe's own sampler says at which levels it asks its denoiser, and `Guided` itself, with the
 recipe's own terms, is run once for every kind of step (which terms act there) on the meta device, where tensors have shapes
-and no numbers. So no weights are read, no exemplar is opened and nothing is computed. What is counted is told in flops.py.
+and no numbers. So no weights are read, no exemplar is opened and nothing is computed. operations.py says what is counted.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def cost_of(recipe: Recipe) -> Cost:
     unstarted = first
     if any(part.start for part in recipe.parts):
         unstarted = outline(from_noise(recipe))
-        notes.append(f"plain sampling and CFG are counted from noise, with all {recipe.sampler.steps} steps")
+        notes.append(f"plain sampling and CFG are counted from noise, with all {counted(recipe.sampler.steps, 'step')}")
     denoiser = first.work.denoiser
     networks = {name: size_of(network) for name, network in denoiser.named_children()}
     once, guided = dict(first.prompt_flops), list[tuple[str, int]]()
@@ -225,7 +225,7 @@ def text_encoders(source: Source | None, without: Sequence[str] = ()) -> tuple[d
 
 
 def _for_any_class(recipe: Recipe, denoiser: NetworkDenoiser) -> Recipe:
-    """The recipe without what only its exemplars' folder could tell of classes: none costs more than another."""
+    """The recipe with classes of any name: only the exemplars' folder knows them, and all cost the same."""
     if denoiser.prompted:
         model = {"prompts": {"image": "image"}, "classes": None}
         return recipe.model_copy(update={"classes": ("image",), "model": recipe.model.model_copy(update=model)})

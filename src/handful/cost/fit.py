@@ -2,7 +2,7 @@
 
 None of them changes what is asked for (`handful.runs.comparison.HOW`): at most the last bits of the images, and with tiles
 what lies at their edges. What the recipe states itself stays. What is predicted is affine in the images at once and in the
-cohort, so five small counts tell of every chunk; a test compares them with the whole count.
+cohort, so five small counts give that of every chunk; a test compares them with the whole count.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Settings:
         return peak_of(live, work, self.guidance, placed, self.outlined.encoders)
 
     def _at(self, way: Way) -> Live:
-        """What the steps hold, by the small counts that tell of every cohort and chunk."""
+        """What the steps hold, from the small counts."""
         work, chunk = self.outlined.work, way.chunk
         cohort, denoiser = work.cohort, work.denoiser
         looks = isinstance(denoiser, LatentDenoiser) and any(

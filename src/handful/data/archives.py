@@ -129,8 +129,7 @@ def _parquet(path: Path, field: str) -> tuple[Path, pq.ParquetFile, str, str]:
     names = file.schema_arrow.names
     image, label = (next((name for name in known if name in names), None) for known in (_IMAGES, _LABELS))
     if image is None or label is None:
-        rows = file.metadata.num_rows
-        raise RequestError(field, path, f"its {rows} rows have the columns {', '.join(names)}", _PARQUET)
+        raise RequestError(field, path, f"its columns are {', '.join(names)}", _PARQUET)
     kind = file.schema_arrow.field(image).type
     if not (pa.types.is_struct(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise RequestError(field, path, f"its images are {kind}, without the images' bytes", _PARQUET)
@@ -236,7 +235,7 @@ def _without_suffix(name: str) -> str:
 
 
 def _told_label(suffix: str, content: bytes) -> tuple[int, str] | None:
-    """(how much it tells, the class)."""
+    """(how specific it is, the class)."""
     text = content.decode("utf-8", "replace").strip()
     if suffix == "cls":
         return (0, text) if text else None
@@ -259,7 +258,7 @@ def csv_images(path: Path, field: str) -> Listed:
     lower = {str(name).strip().lower(): name for name in columns}
     file, label = (next((lower[name] for name in known if name in lower), None) for known in (_FILES, _LABELS))
     if file is None or label is None:
-        problem = f"its {len(rows)} rows have the columns {', '.join(map(str, columns)) or 'none'}"
+        problem = f"its columns are {', '.join(map(str, columns)) or 'missing'}"
         raise RequestError(field, path, problem, 'Give it a header with "file" and "label".')
     blank = next((number for number, row in enumerate(rows, 2) if not row[file] or not row[label]), None)
     if blank is not None:
@@ -285,7 +284,7 @@ def _is_image(name: str) -> bool:
 def _by_folder(
     path: Path, entries: dict[str, Any], content: Callable[[Any], bytes], field: str, told: dict[str, str] | None = None
 ) -> Listed:
-    """Entries by the folder that each lies in, unless their classes are told."""
+    """Entries by the folder that each lies in, unless their classes are given."""
     if not entries:
         raise RequestError(field, path, "there is no image in it", "Pack a folder per class.")
     labels = told or {name: PurePosixPath(name).parent.name for name in entries}

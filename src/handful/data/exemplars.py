@@ -23,7 +23,7 @@ from handful.core.memory import in_smaller_parts
 from handful.core.ranges import any_range, check_images
 from handful.data.images import read_all, read_image
 from handful.data.sources import labelled_files
-from handful.errors import RequestError, RunError, some_of
+from handful.errors import RequestError, RunError, counted, some_of
 from handful.files.atomic import printable
 from handful.files.cache import default_cache as default_cache
 from handful.files.sealed import computed_once
@@ -95,7 +95,9 @@ class Exemplars:
             RequestError: the folder is unusable, a class is unknown or has too few images, or images are unreadable.
         """
         if k is not None and k < minimum:
-            raise RequestError("k", k, f"at least {minimum} exemplars of each class are needed", f"Raise k to {minimum}.")
+            raise RequestError(
+                "k", k, f"at least {counted(minimum, 'exemplar')} of each class are needed", f"Raise k to {minimum}."
+            )
         listed = labelled_files(root, field="exemplars", flat=True)
         _refuse_unknown(root, listed.classes, classes)
         _refuse_few(root, listed.counts, k, minimum)
@@ -194,7 +196,7 @@ class Exemplars:
         """
         fewest = min(self.counts.values())
         if not 1 <= k <= fewest:
-            raise RequestError("k", k, f"the smallest class has {fewest} exemplars", f"Take 1 to {fewest}.")
+            raise RequestError("k", k, f"the smallest class has {counted(fewest, 'exemplar')}", f"Take 1 to {fewest}.")
         files = {name: of_class[:k] for name, of_class in self.files.items()}
         hashes = {name: of_class[:k] for name, of_class in self.hashes.items()}
         images = {name: of_class[:k] for name, of_class in self.images.items()}
@@ -281,7 +283,11 @@ def _refuse_unknown(root: str | Path, found: list[str], known: Sequence[str] | N
     if unknown and known is not None:
         listed = some_of(map(repr, unknown))
         close = difflib.get_close_matches(unknown[0], known, n=1)
-        hint = f"Did you mean '{close[0]}'?" if close else f"The model has {len(known)} classes, the first is '{known[0]}'."
+        hint = (
+            f"Did you mean '{close[0]}'?"
+            if close
+            else f"The model has {counted(len(known), 'class')}, the first is '{known[0]}'."
+        )
         problem = f"the model does not have class {listed}"
         raise RequestError("exemplars", Path(root), problem, f"{hint} Rename the folder or remove it.")
 
@@ -292,7 +298,7 @@ def _refuse_few(root: str | Path, counts: dict[str, int], k: int | None, minimum
     if not few:
         return
     listed = ", ".join(f"'{name}' has {count}" for name, count in list(few.items())[:5])
-    more = f" and {len(few) - 5} more classes have too few" if len(few) > 5 else ""
+    more = f" and {counted(len(few) - 5, 'more class')} with too few" if len(few) > 5 else ""
     fewest = min(few.values())
     if fewest >= minimum:
         remedy = f"Lower k to {fewest}, or add images."
@@ -300,7 +306,7 @@ def _refuse_few(root: str | Path, counts: dict[str, int], k: int | None, minimum
         remedy = "Add images: at least 2 are needed; or use one exemplar per class (--k 1)."
     else:
         remedy = f"Add images: at least {minimum} are needed."
-    problem = f"class {listed}{more}; {needed} exemplars of each are needed"
+    problem = f"class {listed}{more}; {counted(needed, 'exemplar')} of each are needed"
     raise RequestError("exemplars", Path(root), problem, remedy)
 
 
@@ -357,7 +363,7 @@ def _extract(images: Tensor, extractor: Extractor, batch: int) -> Tensor:
         part = extractor(chunk.to(device))
         if part.ndim != 2 or len(part) != len(chunk) or not bool(torch.isfinite(part).all()):
             what = f"{tuple(part.shape)}" + ("" if bool(torch.isfinite(part).all()) else " with NaN or infinite values")
-            raise RunError(f"The feature extractor gave {what} for {len(chunk)} images, not finite (n, D) features.")
+            raise RunError(f"The feature extractor gave {what} for {counted(len(chunk), 'image')}, not finite (n, D) features.")
         return part.float().cpu()
 
     with any_range():  # exemplars are in [-1, 1]

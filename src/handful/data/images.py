@@ -25,7 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from handful.errors import RequestError, RunError, some_of
+from handful.errors import RequestError, RunError, counted, some_of
 from handful.files.atomic import printable
 from handful.files.atomic import write_atomically as write_atomically
 
@@ -484,6 +484,6 @@ def read_all(
         first = failures[:5]
         told = "; ".join(f"'{error.value}': {error.problem}" for error in first)
         more = f"; and {len(failures) - len(first)} more" if len(failures) > len(first) else ""
-        problem = f"{len(failures)} of {len(outcomes)} images cannot be used: {told}{more}"
+        problem = f"{len(failures)} of {counted(len(outcomes), 'image')} cannot be used: {told}{more}"
         raise RequestError(field, Path(root), problem, " ".join(dict.fromkeys(error.remedy for error in first)))
     return [outcome for outcome in outcomes if not isinstance(outcome, RequestError)]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from handful.data.images import encode_png
+from handful.errors import counted
 
 _CLASSES, _IMAGES = 20, 8  # of a contact sheet at most
 _PICTURE = "height:48px;image-rendering:pixelated;margin:1px"
@@ -31,7 +32,7 @@ def html_images(title: str, images: Mapping[str, Tensor]) -> str:
             f'<img src="{png_uri(encode_png(image))}" alt="" style="{_PICTURE}">' for image in of_class[:_IMAGES]
         )
         rows.append(f"<tr><th>{escape(name)}</th><td>{pictures}</td><td>{len(of_class)}</td></tr>")
-    more = f"<p>and {len(images) - _CLASSES} more classes</p>" if len(images) > _CLASSES else ""
+    more = f"<p>and {counted(len(images) - _CLASSES, 'more class')}</p>" if len(images) > _CLASSES else ""
     return f"<table><caption>{escape(title)}</caption><tbody>{''.join(rows)}</tbody></table>{more}"
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from handful.data.archives import Listed, read_table
 from handful.data.images import natural_order, open_file
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 NEIGHBOURS = 3  # of precision, recall, density and coverage in these protocols
 REGION = "region"
@@ -77,7 +77,7 @@ def region_images(kind: str, root: Path, each: int | None, field: str) -> Listed
     rows = read_table(index, field)
     columns = list(rows[0]) if rows else []
     if lacking := [name for name in (layout.path, layout.object, layout.region) if name not in columns]:
-        problem = f"it lacks the column '{lacking[0]}'; its {len(rows)} rows have {', '.join(map(str, columns)) or 'none'}"
+        problem = f"it lacks the column '{lacking[0]}'; it has {', '.join(map(str, columns)) or 'none'}"
         wanted = f"{layout.path}, {layout.object} and {layout.region}"
         raise RequestError(field, index, problem, f"Give {layout.title}'s own index, whose columns include {wanted}.")
     found: list[tuple[str, str, Path]] = []  # object, region, file
@@ -94,7 +94,7 @@ def region_images(kind: str, root: Path, each: int | None, field: str) -> Listed
         else:
             found += [(name, layout.regions.get(region, region), file) for name in _objects(objects)]
     if dead:
-        problem = f"{len(dead)} of the {len(rows)} images that it names are missing, first '{dead[0]}'"
+        problem = f"it names images that are missing: {len(dead)} of {len(rows)}, first '{dead[0]}'"
         remedy = f"Unpack {layout.title}'s images beside it, or remove these lines from the index."
         raise RequestError(field, index, problem, remedy)
     if each is not None:
@@ -133,7 +133,9 @@ def _balanced(
     enough = [name for name in cells if all(len(cells[name][region]) >= each for region in regions)]
     if not enough:
         most = max(min(len(cells[name][region]) for region in regions) for name in cells)
-        problem = f"no object of {layout.title} has {each} images in each of its {len(regions)} regions; the most is {most}"
+        problem = (
+            f"no object of {layout.title} has {counted(each, 'image')} in each of {len(regions)} regions; the most is {most}"
+        )
         remedy = f"Ask for fewer, @{most}." if most else "Leave @ out to take all images."
         raise RequestError(field, index, problem, remedy)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from handful.data.exemplars import Exemplars, exemplar_features
-from handful.errors import RequestError, first_line
+from handful.errors import RequestError, counted, first_line
 from handful.features.extractor import FeatureExtractor
 from handful.files.atomic import write_atomically
 from handful.files.digests import tensors_digest
@@ -119,7 +119,9 @@ class ExemplarFeatures:
         channels, height, width = map(int, settings["shape"])
         views = [View(str(each["digest"]), int(each["reduce"])) for each in settings["views"]]
         if not views or len(set(views)) < len(views) or len(tensors) != len(views) * len(classes):
-            raise ValueError(f"{len(tensors)} tensors for {len(views)} views of {len(classes)} classes")
+            raise ValueError(
+                f"{counted(len(tensors), 'tensor')} for {counted(len(views), 'view')} of {counted(len(classes), 'class')}"
+            )
         features: dict[View, dict[str, Tensor]] = {}
         for place, view in enumerate(views):
             features[view] = {name: tensors[_key(place, number)] for number, name in enumerate(classes)}
@@ -197,7 +199,7 @@ class ExemplarFeatures:
         """
         fewest = min(self.counts.values())
         if not 1 <= k <= fewest:
-            raise RequestError("k", k, f"the smallest class has {fewest} exemplars", f"Take 1 to {fewest}.")
+            raise RequestError("k", k, f"the smallest class has {counted(fewest, 'exemplar')}", f"Take 1 to {fewest}.")
         features = {view: {name: values[:k] for name, values in found.items()} for view, found in self.features.items()}
         return replace(self, features=features, hashes={name: of_class[:k] for name, of_class in self.hashes.items()})
 

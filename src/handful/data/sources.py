@@ -18,7 +18,7 @@ from torch import Tensor
 from handful.data.archives import Listed, csv_images, parquet_images, shards_in, tar_images, zip_images
 from handful.data.images import EXTENSIONS, LabelledImages, image_folder, list_images, open_file, read_alike, read_image
 from handful.data.regions import LAYOUTS, region_images
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 ONLY_CLASS = "images"  # what the one class of a flat folder is called, as plan's
 _FILES: Mapping[str, Callable[[Path, str], Listed]] = {
@@ -180,7 +180,7 @@ def overlooked(root: str | Path, files: Mapping[str, Sequence[Path]]) -> list[st
     notes, others = [], Counter[str]()
     folders = [of_class[0].parent for of_class in files.values() if of_class] or [root]
     if files and (beside := len(list_images(folders[0].parent))):
-        notes.append(f"{beside} images lie in '{folders[0].parent}' itself, in no class folder, and are left out")
+        notes.append(f"left out: {counted(beside, 'image')} in '{folders[0].parent}' itself, in no class folder")
     for folder in folders:
         images = {path.name for path in list_images(folder)}
         for path in folder.iterdir():
@@ -190,12 +190,12 @@ def overlooked(root: str | Path, files: Mapping[str, Sequence[Path]]) -> list[st
                 inner = sum(1 for each in path.rglob("*") if each.suffix.lower() in EXTENSIONS)
                 if inner and path.name != "__MACOSX":
                     where = "inside a class" if files else "below it"
-                    notes.append(f"{inner} images lie in the folder '{path}' {where}, and are left out")
+                    notes.append(f"left out: {counted(inner, 'image')} in the folder '{path}' {where}")
             elif path.name.lower() not in ("thumbs.db", "desktop.ini"):
                 others[path.suffix.lower() or "no suffix"] += 1
     if others:
         kinds = ", ".join(f"{count} with {suffix}" for suffix, count in sorted(others.items()))
-        notes.append(f"{sum(others.values())} files in '{root}' do not have an image's suffix ({kinds}), and are left out")
+        notes.append(f"left out: {counted(sum(others.values()), 'file')} in '{root}' without an image's suffix ({kinds})")
     return notes
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from handful.data.exemplars import read_hashed
 from handful.data.images import image_folder, list_images, open_file, read_all, read_image
 from handful.data.sources import overlooked
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 
 def target_files(root: str | Path) -> list[Path]:
@@ -29,7 +29,7 @@ def target_files(root: str | Path) -> list[Path]:
         return flat
     by_class = image_folder(folder, field="targets")
     if len(by_class) > 1:
-        problem = f"it holds {len(by_class)} folders of images, but one set of targets is needed"
+        problem = f"it holds {counted(len(by_class), 'folder')} of images, but one set of targets is needed"
         raise RequestError("targets", folder, problem, f"Give one of them, such as '{folder / next(iter(by_class))}'.")
     return next(iter(by_class.values()))
 

@@ -6,7 +6,7 @@ import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
 
-from handful.errors import RequestError, some_of
+from handful.errors import RequestError, counted, some_of
 
 Places = Mapping[str, Sequence[int]]
 
@@ -61,7 +61,7 @@ def class_numbers(
         RequestError: If what the user says names a class that is not there.
     """
     if names and len(names) != count:
-        return None, f"the judge has names of {len(names)} classes, but {count} logits"
+        return None, f"the judge has names of {counted(len(names), 'class')}, but {counted(count, 'logit')}"
     places, found = places_of(names), {}
     for label, meant in (said or {}).items():
         if label not in labels:
@@ -76,7 +76,9 @@ def class_numbers(
                 remedy = f"Give one of: {some_of(names, 8)}." if names else f"Give a number, 0 to {count - 1}."
                 raise RequestError("judge_class", f"{label}={meant}", error.problem, remedy) from None
         if number >= count:
-            raise RequestError("judge_class", f"{label}={meant}", f"the judge has {count} classes", f"Give 0 to {count - 1}.")
+            raise RequestError(
+                "judge_class", f"{label}={meant}", f"the judge has {counted(count, 'class')}", f"Give 0 to {count - 1}."
+            )
         found[label] = number
     others = [label for label in dict.fromkeys(labels) if label not in found]
     unknown: list[str] = []
@@ -98,7 +100,7 @@ def class_numbers(
         if len({*meant.values(), *found.values()}) == len(others) + len(set(found.values())):
             by_name, unknown = meant, []
     if unknown:
-        has = f"its classes are {some_of(names, 8)}" if names else f"it has no names for its {count} classes"
+        has = f"its classes are {some_of(names, 8)}" if names else f"it has no names for its {counted(count, 'class')}"
         remedy = f"give the judge's class: --judge-class {unknown[0]}={names[0] if names else 'NUMBER'}"
         return None, f"the judge has no class named {some_of(unknown, 8)}: {has}; {remedy}"
     return {label: (found | by_name)[label] for label in dict.fromkeys(labels)}, ""

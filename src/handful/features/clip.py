@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from handful.errors import RequestError, first_line
+from handful.errors import RequestError, counted, first_line
 from handful.features.registry import OWN, TORCHSCRIPT, TRANSFORMERS, FeatureExtractor, name_and_side
 from handful.features.transformers import (
     KNOWN,
@@ -39,7 +39,7 @@ class _Similarity(nn.Module):
     Args:
         projection: Into the space that images and texts share.
         texts: Unit vectors, (classes, d).
-        words: What the image half is told beside the images.
+        words: Further arguments of the image half.
     """
 
     texts: Tensor
@@ -113,7 +113,7 @@ def clip_skeleton(name: str, prompts: Mapping[str, str]) -> FeatureExtractor:
     """`clip_classifier` on the meta device, without weights; for the names that features know without any file.
 
     Raises:
-        RequestError: As `clip_classifier`, for all that the configs tell.
+        RequestError: As `clip_classifier`, where the configs show it.
     """
     check_libraries()
     name, side = _named(name)
@@ -167,6 +167,6 @@ def _tokens(name: str, prompts: Mapping[str, str], config: Any) -> list[Tensor]:
     for prompt, tokens in zip(prompts.values(), told, strict=True):
         if tokens.shape[1] > limit:
             raise RequestError(
-                "prompts", prompt, f"it has {tokens.shape[1]} tokens, and this CLIP reads {limit}", "Shorten it."
+                "prompts", prompt, f"it has {counted(tokens.shape[1], 'token')}, and this CLIP reads {limit}", "Shorten it."
             )
     return told

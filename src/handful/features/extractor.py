@@ -24,7 +24,7 @@ class FeatureExtractor(nn.Module):
         channels: 1 or 3, what the network takes; gray images are repeated, colour ones are brought to luma. None takes
             images as they come.
         size: (h, w) that the network takes; None takes images as they come.
-        mean, std: Of the network's training images in [0, 1], one number a channel; None feeds [-1, 1] as it is.
+        mean, std: Of the network's training images in [0, 1], one number a channel; None feeds [-1, 1] unchanged.
         features: Called instead of the network itself, where its own answer is not the features.
         classify: The network's logits (n, classes) from the same input, where it is a classifier.
         head: In the place of `classify`: the logits from the features, so that a judge that wants both runs the network once.
@@ -55,7 +55,7 @@ class FeatureExtractor(nn.Module):
             raise ValueError("give mean and std together, or neither")
         if mean is not None and std is not None and (len(mean) != len(std) or len(mean) != (channels or len(mean))):
             raise ValueError(
-                f"give one mean and one std per channel: there are {len(mean)} and {len(std)} for {channels} channels"
+                f"give one mean and one std per channel: {len(mean)} and {len(std)} are given, channels: {channels}"
             )
         self.name, self.channels, self.size, self.classes = name, channels, size, tuple(classes)
         self.network = network.eval()

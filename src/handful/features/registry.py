@@ -30,7 +30,7 @@ TORCHSCRIPT = (".pt", ".pth", ".ts", ".torchscript")
 def from_file(path: Path, attribute: str) -> FeatureExtractor:
     """Runs a Python file of the user's and calls `attribute` in it, which must return a `FeatureExtractor`.
 
-    The file's own content counts into the digest: code can change features that no weight tells of.
+    The file's own content is part of the digest: code can change features while the weights stay the same.
 
     Raises:
         RequestError: If there is no such file, it fails, or gives something else.
@@ -67,7 +67,7 @@ def extractor_skeleton(name: str) -> FeatureExtractor:
     For `dinov2` (all sizes), `clip` and their kin no file is needed at all.
 
     Raises:
-        RequestError: As `load_extractor`, for all that the configs tell; or if a file's own network can't be moved there.
+        RequestError: As `load_extractor`, where the configs show it; or if a file's own network can't be moved there.
     """
     extractor = _extractor(name, meta=True)
     try:

@@ -2,7 +2,7 @@
 
     ReLU(x)  becomes  s(x) = log(1 + exp(beta x)) / beta        ReLU6(x)  becomes  s(x) - s(x - 6)
 
-The classifier's code stays as it is: a mode of torch that is active while the classifier runs takes its calls of relu and
+The classifier's code stays unchanged: a mode of torch that is active while the classifier runs takes its calls of relu and
 relu6, by whatever name (torch's functions, a tensor's methods, torch.nn.functional's, modules'), and nothing else. Clamps
 (`x.clamp_min(0)`, `x.clamp(0, 6)`) and the ReLU inside other activations (hardswish) are left alone: there the same call
 may mean something else than an activation.

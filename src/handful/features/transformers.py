@@ -75,7 +75,7 @@ class Plan:
     """How a model of transformers becomes an extractor: all but its weights.
 
     Attributes:
-        words: What the model is told beside the images.
+        words: Further arguments of the model.
         heads: The layers that give a classifier's logits; none for a pooled output.
     """
 
@@ -123,7 +123,7 @@ def skeleton_of_transformers(name: str, side: int | None = None) -> FeatureExtra
     """`from_transformers` on the meta device, without weights; for the names in `KNOWN` without any file.
 
     Raises:
-        RequestError: As `from_transformers`, for all that the configs tell.
+        RequestError: As `from_transformers`, where the configs show it.
     """
     check_libraries()
     plan, model = plan_model(name, *known_config(name), side)

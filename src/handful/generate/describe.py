@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from handful.errors import some_of
+from handful.errors import counted, some_of
 from handful.generate.job import Job, megabytes
 from handful.recipe.schema import Recipe
 
@@ -44,17 +44,15 @@ def plan_as_text(job: Job) -> str:
     if recipe.mix:
         total = sum(each.share for each in recipe.mix)
         guidance = [f"{each.share / total:.0%}: {text}" for each, text in zip(recipe.mix, guidance, strict=True)]
-    steps = (
-        f"the last {job.levels.steps} of {recipe.sampler.steps}" if job.inverted or recipe.start else str(recipe.sampler.steps)
-    )
+    steps = f"the last {job.levels.steps} of " * bool(job.inverted or recipe.start) + counted(recipe.sampler.steps, "step")
     lines = {
         "model": f"{recipe.model.name}, {height} x {width} x {channels}, {recipe.model.dtype} on {job.provenance['device']}",
         "exemplars": f"{recipe.exemplars.path}, {each} of each class{alone}" if counts else "none",
         "guidance": " | ".join(guidance),
-        "sampler": f"{recipe.sampler.name}, {steps} steps, {recipe.sampler.spacing}",
+        "sampler": f"{recipe.sampler.name}, {steps}, {recipe.sampler.spacing}",
         "classes": f"{len(names)}: {listed}",
-        "cohorts": f"{plan['cohorts']} of up to {recipe.cohort} images; {plan['cohorts_done']} are done",
-        "images": f"{plan['images']}; {plan['images_done']} are done",
+        "cohorts": f"{plan['cohorts']} of up to {counted(recipe.cohort, 'image')}; done: {plan['cohorts_done']}",
+        "images": f"{plan['images']}; done: {plan['images_done']}",
         "disk": f"up to {megabytes(plan['disk_bytes_needed'])} needed, {megabytes(plan['disk_bytes_free'])} free",
         "out": plan["out"],
     }

@@ -47,7 +47,7 @@ def planned_rows(job: Job, cohort: Cohort, status: str) -> list[dict[str, Any]]:
 def finish(job: Job) -> int:
     """Writes what sums the run up; how many images are there. By the holder of the directory's lock.
 
-    Where another process that made cohorts beside this one has written it already, it is left as it is.
+    Where another process that made cohorts beside this one has written it already, it is left unchanged.
     """
     directory, marked = job.directory, job.directory.marked()
     state = hashlib.sha256(repr([(cohort.key, cohort.key in marked) for cohort in job.cohorts]).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """`handful invert`: a folder of target images becomes a file of embeddings (CRDI), which `generate` guides by.
 
-Everything is checked before the weights are read, but for what only they can tell. An interrupted fit goes on from the
+All that can be checked without the weights is checked before they are read. An interrupted fit goes on from the
 partial file beside the file to be, and ends with the same bytes. The maths is `guidance/inversion_fit.py`'s.
 """
 
@@ -22,10 +22,11 @@ from torch import Tensor
 from handful.core.denoiser import Clamped, Condition, Denoiser, NetworkDenoiser
 from handful.core.noise import Levels
 from handful.data.targets import read_targets, target_files
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.generate.ready import encoded_by, make_ready, placement_of, with_weights
 from handful.generate.run import same_arithmetic
-from handful.guidance.inversion import Embeddings, check_interval, no_condition, reconstruct
+from handful.guidance.embeddings import Embeddings, check_interval
+from handful.guidance.inversion import no_condition, reconstruct
 from handful.guidance.inversion_fit import EPOCHS, STEPS, Method, check_numbers, fit
 from handful.metrics.few_shot import Mean, Reconstruction, reconstruction
 from handful.models import skeleton
@@ -151,8 +152,8 @@ class InvertJob:
             f"{describe_device(self.device)}",
             "targets": str(len(self.targets)),
             "condition": repr(fitted.prompt) if fitted.prompt else label or "none",
-            "path": f"{asked.steps} steps, {fitted.spacing}{', clamped' if fitted.clamp else ''}",
-            "guided": f"steps {lo} to {hi - 1} from the clean end, in {self.segments} segments, scale {asked.score_scale:g}",
+            "path": f"{counted(asked.steps, 'step')}, {fitted.spacing}{', clamped' if fitted.clamp else ''}",
+            "guided": f"steps {lo} to {hi - 1} from the clean end, segments: {self.segments}, scale {asked.score_scale:g}",
             "fit": f"{asked.method}, {asked.epochs} epochs per segment",
             "out": f"{self.out}{' (exists already)' if self.kept else ''}",
         }
@@ -180,15 +181,16 @@ class InvertSummary:
     notes: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {**asdict(self), "out": str(self.out)}
+        """Plain data, for JSON; `kept` is the former name of `resumed`."""
+        return {**asdict(self), "resumed": self.kept, "out": str(self.out)}
 
     def as_text(self) -> str:
         """Lines for people."""
         how = "from an earlier run" if self.kept else f"fitted in {self.seconds:.1f} s"
         mse, ssim = self.reconstruction.mse, self.reconstruction.ssim
         return (
-            f"{self.targets} targets, {self.segments} segments in {self.out} ({how}; loss {fmean(self.losses):.4g})\n"
+            f"{counted(self.targets, 'target')}, {counted(self.segments, 'segment')} in {self.out} ({how}; "
+            f"loss {fmean(self.losses):.4g})\n"
             f"reconstruction: MSE {_with_error(mse)}, SSIM {_with_error(ssim)}"
         )
 

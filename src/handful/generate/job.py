@@ -20,7 +20,7 @@ from handful.core.denoiser import Denoiser
 from handful.core.noise import Levels
 from handful.data.exemplars import Exemplars
 from handful.data.sources import ONLY_CLASS, labelled_files
-from handful.errors import HandfulError, RequestError, first_line, some_of
+from handful.errors import HandfulError, RequestError, counted, first_line, some_of
 from handful.features.extractor import FeatureExtractor
 from handful.generate.ready import encoded_by, make_ready, placement_of, with_weights
 from handful.guidance.classifier import class_request
@@ -240,8 +240,8 @@ def prepare(recipe: Recipe, out: str | Path, *, allow_version_change: bool = Fal
     compared = any(term.scale for _, term in needing(guidance, "null condition"))
     if denoiser.prompted and compared and resolved.levels.steps <= FEW_STEPS:
         notes.append(
-            f"classifier-free guidance with only {resolved.levels.steps} steps: models distilled for few steps have this "
-            f"guidance built in. If yours is such a model, use --scale 0 or --guidance chamfer"
+            f"classifier-free guidance with only {counted(resolved.levels.steps, 'step')}: models distilled for few steps "
+            "have it built in. If yours is such a model, use --scale 0 or --guidance chamfer"
         )
     notes += too_few_left(recipe, {name: counts[name] for name in labels.of if name in counts}) if counts else []
     notes += make_ready(
@@ -294,9 +294,7 @@ def _mixed(
     for name in dict.fromkeys(cohort.class_name for cohort in cohorts):
         count = sum(cohort.class_name == name for cohort in cohorts)
         if {setting_of(index, shares) for index in range(count)} != set(range(len(shares))):
-            problem = (
-                f"class '{name}' has {count} cohort{'s' * (count > 1)}, but mix has {len(mix)} settings, and each needs one"
-            )
+            problem = f"class '{name}' has {counted(count, 'cohort')}, but mix has {len(mix)} settings, and each needs one"
             raise RequestError("mix", len(mix), problem, "Use a smaller cohort (--cohort), or more images (--per-class).")
     parts, first = [], 0
     for each in settings:
@@ -330,12 +328,12 @@ def _planned(
         counts[cohort.class_name] += cohort.count
     for name, sizes in kept.items():
         if counts.get(name, 0) > wanted.get(name, 0):
-            classes_of[f"{counts[name]} images are there and stay; you asked for {wanted[name]}"].append(name)
+            classes_of[f"it keeps {counted(counts[name], 'image')} made before; you asked for {wanted[name]}"].append(name)
         short = next((index for index, size in enumerate(sizes) if size < recipe.cohort), None)
         if short is not None and counts.get(name, 0) > sum(sizes[: short + 1]):
             classes_of[
-                f"cohort {short} of {sizes[short]} images stays, and new cohorts follow it; a run that makes {counts[name]} at "
-                f"once has other images from number {sum(sizes[:short])} on"
+                f"its cohort {short} keeps {counted(sizes[short], 'image')}, and new cohorts follow; a run that makes "
+                f"{counts[name]} at once has other images from number {sum(sizes[:short])} on"
             ].append(name)
     notes = [f"class {some_of(names)}: {text}" for text, names in classes_of.items()]
     if counts == wanted and not recipe.counts:
@@ -428,7 +426,7 @@ def _check_space(job: Job, images: int) -> None:
     job.bytes_needed = images * (-(-raw // _BLOCK) * _BLOCK + _ROW)
     free = job.directory.free_bytes()
     if job.bytes_needed > free:
-        problem = f"the disk has {megabytes(free)} free, but {images} images need up to {megabytes(job.bytes_needed)}"
+        problem = f"the disk has {megabytes(free)} free, but {counted(images, 'image')} may need {megabytes(job.bytes_needed)}"
         raise RequestError("out", job.directory.path, problem, "Free some space, or choose another --out.")
 
 

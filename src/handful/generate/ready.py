@@ -39,7 +39,7 @@ def with_weights(outline: NetworkDenoiser, name: str, options: ModelOptions, nul
 def make_ready(
     denoiser: NetworkDenoiser, prompts: list[str], placement: Placement, levels: Levels, told: Sequence[Any], by: Sequence[Any]
 ) -> list[str]:
-    """Encodes what the model will be told, lets its text encoders go, moves it to where it runs, and tries it once.
+    """Encodes the prompts, frees the text encoders, moves the model to its device, and tries it once.
 
     Args:
         told: A label or a prompt to try it with, alone in a list.

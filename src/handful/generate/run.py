@@ -26,7 +26,7 @@ from handful.core.samplers import SAMPLERS, start
 from handful.data.exemplars import Exemplars, default_cache
 from handful.data.images import from_uint8, read_image, to_uint8
 from handful.data.notebook import html_table, png_uri
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, counted
 from handful.files.atomic import write_atomically
 from handful.files.sealed import seal, unseal
 from handful.generate.finish import finish, planned_rows
@@ -80,8 +80,8 @@ class RunSummary:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {**asdict(self), "out": str(self.out)}
+        """Plain data, for JSON; `images` and `cohorts_resumed` are former names of `images_done` and `resumed`."""
+        return {**asdict(self), "images_done": self.images, "resumed": self.cohorts_resumed, "out": str(self.out)}
 
     def _repr_html_(self) -> str:
         sheet = self.out / "contact_sheet.png"
@@ -132,7 +132,7 @@ def run(
             if lost > 0 or not (job.directory.path / RECIPE).is_file():
                 raise RunError(
                     f"out: '{job.directory.path}': files were removed from it while it was generated: {max(lost, 0)} of "
-                    f"{job.images} images are gone, or {RECIPE}. Choose a new --out, and let nothing else clear it."
+                    f"{counted(job.images, 'image')}, or {RECIPE}. Choose a new --out, and let nothing else clear it."
                 )
     return summary
 
@@ -219,7 +219,7 @@ def _ordered(cohorts: Sequence[Cohort], order: Iterable[int] | None) -> list[Coh
         return list(cohorts)
     places = list(order)
     if sorted(places) != list(range(len(cohorts))):
-        raise ValueError(f"order must name each of the {len(cohorts)} cohorts once")
+        raise ValueError(f"order must name each of the {counted(len(cohorts), 'cohort')} once")
     return [cohorts[place] for place in places]
 
 

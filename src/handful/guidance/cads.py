@@ -24,7 +24,7 @@ from typing_extensions import Self
 
 from handful.core.denoiser import Condition
 from handful.core.noise import Level
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.guidance.base import Guidance, Step, Timing
 from handful.guidance.draws import normal
 from handful.guidance.method import Context, TermRequest
@@ -32,7 +32,7 @@ from handful.guidance.settings import Weight
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
-# What is noised of what networks of prompts are told, by name; SDXL's sizes of the image and masks of tokens are not.
+# Which embeddings of a prompt are noised, by name; SDXL's sizes of the image and masks of tokens are not.
 EMBEDDINGS = ("text", "pooled")
 
 _LABEL, _PURPOSE = len(EMBEDDINGS), 5  # places of an image's random numbers; see draws.py
@@ -175,7 +175,9 @@ class Annealing:
 
     def _noised(self, embedding: Tensor, which: int) -> Tensor:
         if len(embedding) != len(self.seeds):
-            raise ValueError(f"the cohort has {len(embedding)} images, and CADS has {len(self.seeds)} seeds")
+            raise ValueError(
+                f"the cohort has {counted(len(embedding), 'image')}, and CADS has {counted(len(self.seeds), 'seed')}"
+            )
         shape = tuple(embedding.shape[1:])
         key = (which, *shape)
         if key not in self._drawn:

@@ -24,7 +24,7 @@ from handful.core.denoiser import Around, Condition, Denoiser
 from handful.core.memory import in_smaller_parts
 from handful.core.noise import Level, Levels, posterior_deviation
 from handful.core.ranges import any_range
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, counted
 from handful.guidance.base import Guidance, Potential, Pull, Step, Timing, in_chunks
 
 Turn = tuple[Pull, Timing]  # potentials that go back together; where directions are held, or the rule asks, with one timing
@@ -100,7 +100,7 @@ class Guided(Around):
                 return call()
 
         def report(now: int, then: int) -> None:
-            warnings.warn(f"out of memory with {now} images at once; going on with {then}", stacklevel=5)
+            warnings.warn(f"out of memory with {counted(now, 'image')} at once; going on with {then}", stacklevel=5)
 
         return in_smaller_parts(at_most, 1 if inside else whole, report)
 

@@ -10,16 +10,14 @@ chosen target ("relaxing") with an annealed perturbation; below it the model is 
 
 Steps are counted from the clean end, as there: step 0 is the last one of a path, and an interval (lo, hi) holds the steps
 lo <= i < hi. alpha and sigma are the level's at unit variance (alpha^2 + sigma^2 = 1), as the paper's models have them; for
-flow and EDM paths that means x_t / n, so a network told in another form has the same embeddings.
+flow and EDM paths that means x_t / n, so embeddings do not depend on a network's parametrization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -28,132 +26,18 @@ from torch import Tensor
 from handful.core.denoiser import Condition, Denoiser
 from handful.core.noise import Level, Levels, noised
 from handful.core.samplers import ddim
-from handful.data.images import write_atomically
-from handful.errors import RequestError
-from handful.files.sealed import seal, unseal
+from handful.errors import RequestError, counted
 from handful.guidance.base import Guidance, Step, Timing
 from handful.guidance.draws import normal, random_at
+from handful.guidance.embeddings import Embeddings
 from handful.guidance.guided import Guided
 from handful.guidance.method import Context, File, TermRequest
 from handful.guidance.settings import Weight
 
 Exchange = Literal["step", "image", "none"]
 
-KIND, VERSION = "sample-wise guidance embeddings", 1
 NAME_IT = "Name the file that handful invert wrote (--embeddings FILE)."
-FIT_AGAIN = "Fit the targets again (handful invert)."
 _OWN, _EXCHANGE, _PERTURBATION, _START = 1, 2, 3, 4  # what an image's random numbers are for; see draws.py
-
-
-@dataclass(frozen=True, eq=False)
-class Embeddings:
-    """The embeddings of N targets, and all that sampling with them takes.
-
-    Attributes:
-        G: (N, eta, c, h, w) float32; segment 0 is the one at the clean end.
-        x0: The targets as the denoiser has them, pixels or latents; (N, c, h, w) float32.
-        levels: The path they were fitted on.
-        interval: (lo, hi), the guided steps counted from the clean end.
-        scale: s, the strength they were fitted with.
-        perturbation: a, the perturbation to sample with where nothing else is asked.
-        model: The digest of the model's weights, as the caller takes it.
-        targets: The targets' content hashes; empty where unknown.
-        fitted: How they were fitted, for people: what JSON can hold.
-    """
-
-    G: Tensor
-    x0: Tensor
-    levels: Levels
-    interval: tuple[int, int] = (5, 20)
-    scale: float = 2.0
-    perturbation: float = 0.05
-    model: str = ""
-    targets: tuple[str, ...] = ()
-    fitted: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.G.ndim != 5 or not len(self.G) or self.x0.shape != (len(self.G), *self.shape):
-            raise ValueError(
-                f"embeddings {tuple(self.G.shape)} and targets {tuple(self.x0.shape)} must be (N, eta, c, h, w) "
-                "and (N, c, h, w), N >= 1"
-            )
-        check_interval(self.interval, self.segments, self.levels)
-
-    def __len__(self) -> int:
-        return len(self.G)
-
-    @property
-    def segments(self) -> int:
-        """eta."""
-        return self.G.shape[1]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(c, h, w)."""
-        return (self.G.shape[2], self.G.shape[3], self.G.shape[4])
-
-    def segment_of(self, step: int) -> int:
-        """The segment of a guided step.
-
-        Raises:
-            ValueError: If the step lies outside the interval.
-        """
-        for segment, steps in enumerate(segment_steps(self.interval, self.segments)):
-            if step in steps:
-                return segment
-        raise ValueError(f"step {step} is not inside the guided interval {self.interval}")
-
-    def step_of(self, level: Level) -> int | None:
-        """The guided step that a level belongs to, of whatever path: the fitted path's nearest in sigma / (alpha + sigma).
-
-        None outside the interval, and above the fitted path's start.
-
-        Raises:
-            ValueError: If there is a level for each image.
-        """
-        if level.alpha.ndim:
-            raise ValueError("level: embeddings belong to one level for the whole cohort, not to one for each image")
-        alpha, sigma = self.levels.alpha[:-1], self.levels.sigma[:-1]
-        path, here = sigma / (alpha + sigma), level.sigma / (level.alpha + level.sigma)
-        step = self.levels.steps - 1 - int((path - here).abs().argmin())
-        lo, hi = self.interval
-        return step if lo <= step < hi and here <= path[0] + 1e-9 else None
-
-    def check(self, shape: tuple[int, int, int], model: str) -> None:
-        """Refuses to guide a model that they were not fitted on."""
-        if tuple(shape) != self.shape:
-            problem = f"they were fitted on a model of {_by(self.shape)}, and this one has {_by(shape)}"
-            raise RequestError("embeddings", self.shape, problem, f"Use that model. {FIT_AGAIN}")
-        if model != self.model:
-            problem = (
-                "they were fitted on another model: its weights are "
-                f"{self.model[:12] or 'unknown'} and this one's {model[:12] or 'unknown'}"
-            )
-            raise RequestError("embeddings", self.model[:12], problem, f"Use that model. {FIT_AGAIN}")
-
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file, atomically; the same embeddings give the same bytes.
-
-        Raises:
-            OSError: If it can't be written; nothing is left behind.
-        """
-        tensors = {"G": self.G, "x0": self.x0, "alpha": self.levels.alpha, "sigma": self.levels.sigma}
-        names = ("interval", "scale", "perturbation", "model", "targets", "fitted")
-        write_atomically(Path(path).expanduser(), seal(KIND, VERSION, {name: getattr(self, name) for name in names}, tensors))
-
-    @classmethod
-    def load(cls, path: str | Path, *, field: str = "embeddings") -> Embeddings:
-        """Reads what `save` wrote.
-
-        Args:
-            field: What the file is called in errors.
-
-        Raises:
-            RequestError: If it is no such file, of another version, damaged or cut short.
-        """
-        settings, tensors = unseal(path, KIND, VERSION, field=field, remedy=FIT_AGAIN)
-        settings |= {"interval": tuple(settings["interval"]), "targets": tuple(settings["targets"])}
-        return cls(tensors["G"], tensors["x0"], Levels(tensors["alpha"], tensors["sigma"]), **settings)
 
 
 class InversionRequest(TermRequest):
@@ -221,7 +105,7 @@ class Inversion(Guidance):
         InversionRequest(embeddings="them", exchange=exchange, perturbation=perturbation)
         own = list(own) if own is not None else own_targets(seeds, len(embeddings))
         if len(own) != len(seeds) or not all(0 <= target < len(embeddings) for target in own):
-            problem = f"it must name a target (0 to {len(embeddings) - 1}) for each of {len(seeds)} images"
+            problem = f"it must name a target (0 to {len(embeddings) - 1}) for each of {counted(len(seeds), 'image')}"
             raise RequestError("own", own, problem, "Leave it out to have them chosen.")
         self.embeddings, self.seeds, self.own = embeddings, list(seeds), own
         self.exchange: Exchange = exchange
@@ -233,7 +117,9 @@ class Inversion(Guidance):
     def shift(self, step: Step) -> Tensor:
         place = self.embeddings.step_of(step.level)
         if len(step.x_t) != len(self.seeds):
-            raise ValueError(f"the cohort has {len(step.x_t)} images, and this term has {len(self.seeds)} seeds")
+            raise ValueError(
+                f"the cohort has {counted(len(step.x_t), 'image')}, and this term has {counted(len(self.seeds), 'seed')}"
+            )
         if place is None:
             return torch.zeros_like(step.x_t)
         score = self.embeddings.scale * self.embeddings.G[self.targets_at(place), self.embeddings.segment_of(place)]
@@ -270,7 +156,9 @@ def noised_start(x0: Tensor, which: Sequence[int], noise: Tensor, levels: Levels
         RequestError: If the path has no such step.
     """
     if not 1 <= hi <= levels.steps:
-        raise RequestError("interval", hi, f"the path has only {levels.steps} steps", "Give a smaller number of steps.")
+        raise RequestError(
+            "interval", hi, f"the path has only {counted(levels.steps, 'step')}", "Give a smaller number of steps."
+        )
     path = levels.last(hi)
     return noised(x0.to(noise)[list(which)], noise, path[0]), path
 
@@ -320,28 +208,6 @@ def no_condition(denoiser: Denoiser, n: int) -> Condition:
     return denoiser.condition([denoiser.null_class or 0] * n)
 
 
-def check_interval(interval: tuple[int, int], segments: int, levels: Levels) -> None:
-    """Refuses an interval that the path does not have, and more segments than it has guided steps."""
-    lo, hi = interval
-    if not 0 <= lo < hi <= levels.steps:
-        problem = f"the interval (lo, hi) must lie within the path's steps, 0 to {levels.steps}, with lo below hi"
-        raise RequestError("interval", interval, problem, "Count the steps from the clean end; the paper's is (5, 20) of 25.")
-    if not 1 <= segments <= hi - lo:
-        remedy = f"Use 1 for one embedding over all steps, {hi - lo} for one per step."
-        raise RequestError("segments", segments, f"{hi - lo} guided steps can be cut into 1 to {hi - lo} segments", remedy)
-    if not bool(levels.alpha[levels.steps - hi] > 0):
-        raise RequestError(
-            "interval", interval, "it reaches pure noise, where there is no image to shift", f"Let it end at {hi - 1} or lower."
-        )
-
-
-def segment_steps(interval: tuple[int, int], segments: int) -> list[range]:
-    """The guided steps cut into contiguous runs, the first at the clean end; where they differ, the first are longer by one."""
-    length, longer = divmod(interval[1] - interval[0], segments)
-    ends = [interval[0] + length * e + min(e, longer) for e in range(segments + 1)]
-    return [range(*pair) for pair in pairwise(ends)]
-
-
 def score_factor(level: Level) -> float:
     """sigma^2 / alpha at unit variance: what turns a shift of the score into one of x0_hat."""
     return float(level.sigma**2 / (level.alpha * level.total))
@@ -354,7 +220,3 @@ def target_keys(seed: int, n: int) -> list[int]:
 
 def _chosen(seeds: Sequence[int], targets: int, step: int, purpose: int) -> list[int]:
     return [int(random_at(seed, step, 0, purpose).randint(targets)) for seed in seeds]
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -38,12 +38,13 @@ from torch import Tensor
 from handful.core.denoiser import Condition, Denoiser
 from handful.core.noise import Level, Levels, noised
 from handful.data.images import write_atomically
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, counted
 from handful.files.digests import tensors_digest
 from handful.files.sealed import seal, unseal
 from handful.guidance.draws import normal, random_at
+from handful.guidance.embeddings import Embeddings, check_interval, segment_steps
 from handful.guidance.guided import Guided
-from handful.guidance.inversion import Embeddings, check_interval, no_condition, score_factor, segment_steps, target_keys
+from handful.guidance.inversion import no_condition, score_factor, target_keys
 
 Method = Literal["adam", "difference"]
 Progress = Callable[[int, int, float], None]
@@ -166,7 +167,7 @@ def fit(
     given = _tensors_of(condition)
     if any(len(each) != len(targets) for each in given.values()):
         lengths = sorted({len(each) for each in given.values()})
-        raise RequestError("condition", lengths, f"there are {len(targets)} targets", "Give one condition for each.")
+        raise RequestError("condition", lengths, f"there are {counted(len(targets), 'target')}", "Give one condition for each.")
 
     x0 = targets.detach().float()
     how = {"method": method, "epochs": epochs, "lr": lr, "spread_weight": spread_weight, "seed": seed, "segments": segments}
@@ -238,7 +239,7 @@ def _check_targets(denoiser: Denoiser, targets: Tensor, hashes: Sequence[str]) -
     if not bool(targets.isfinite().all()):
         raise RequestError("targets", have, "they hold NaN or infinite values", "Read the images again.")
     if hashes and len(hashes) != len(targets):
-        raise RequestError("hashes", len(hashes), f"there are {len(targets)} targets", "Give one hash for each.")
+        raise RequestError("hashes", len(hashes), f"there are {counted(len(targets), 'target')}", "Give one hash for each.")
 
 
 def _tensors_of(condition: Condition) -> dict[str, Tensor]:

@@ -18,13 +18,13 @@ from pydantic import Field
 from torch import Tensor
 
 from handful.core.noise import Schedule
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.base import Guidance, Potential, Pull, Timing
 from handful.guidance.settings import Part, Positive, Request, Weight
 
 if TYPE_CHECKING:
-    from handful.guidance.inversion import Embeddings
+    from handful.guidance.embeddings import Embeddings
 
 # What a method may need of the recipe and the model: images to be guided by; a null condition to compare with; a condition
 # that noise can be put on; the number of each class among a classifier's; embeddings fitted beforehand, which give the start.
@@ -144,7 +144,7 @@ class TermRequest(Timing):
     def check_run(self, steps: int, sampler: str) -> None:
         """Refuses what a run of so many steps of this sampler can't do."""
         if (self.every or 1) > steps:
-            raise RequestError("every", self.every, f"it acts on none of {steps} steps", f"Use {steps} or less.")
+            raise RequestError("every", self.every, f"it acts on none of {counted(steps, 'step')}", f"Use {steps} or less.")
 
     def of_few(self, fewest: int) -> str:
         """A note on what changes where a class has so few exemplars; empty for nothing."""

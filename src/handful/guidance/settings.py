@@ -67,7 +67,7 @@ def refusal(error: ValidationError, whole: type[BaseModel]) -> RequestError:
     inside = {each["loc"][:depth] for each in faults for depth in range(1, len(each["loc"]))}
     # pydantic counts the faultless parts of a list alone: one with a fault inside is not too short
     first, *others = [_said(each, whole) for each in faults if each["type"] != "too_short" or each["loc"] not in inside]
-    also = "".join(f" Also {field}: {value!r}: {problem}." for field, value, problem, _ in others[:5])
+    also = "".join(f" Also {str(RequestError(*other[:3], '')).strip()}" for other in others[:5])
     more = f" And {len(others) - 5} more." if len(others) > 5 else ""
     return RequestError(first[0], first[1], first[2], first[3] + also + more)
 

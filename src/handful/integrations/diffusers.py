@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from handful.core.denoiser import Condition, Denoiser, NetworkDenoiser, denoised_from, output_from
 from handful.core.noise import LARGEST_RATIO, VP, Flow, Level, Levels, Schedule
-from handful.errors import RequestError, RunError
+from handful.errors import RequestError, RunError, counted
 from handful.guidance import CFG, Guidance, Guided, Potential
 from handful.guidance.guiders import Guider
 from handful.models import from_pipeline
@@ -46,8 +46,8 @@ FIRST_ORDER = ("DDIMScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscret
 class GuidanceCallback:
     """Guidance terms as the `callback_on_step_end` of a Stable Diffusion, SDXL, Stable Diffusion 3 or Flux pipeline.
 
-    The images of one call are one cohort. With DDIM, leave the pipeline's `eta` at 0. What else the pipeline is told, the
-    denoiser needs it as well: `from_pipeline(pipeline, resolution=(height, width), embedded_guidance=...)`.
+    The images of one call are one cohort. With DDIM, leave the pipeline's `eta` at 0. Pass the denoiser the same settings as
+    the pipeline: `from_pipeline(pipeline, resolution=(height, width), embedded_guidance=...)`.
 
     Args:
         pipeline: The pipeline that will call it.
@@ -96,7 +96,7 @@ class GuidanceCallback:
             raise RequestError("latents", tuple(x_t.shape), problem, "Give the callback the same latents as the pipeline.")
         start = _plain(x_t.float(), self.denoiser.shape)
         if len(start) % len(self.prompts):
-            problem = f"the pipeline makes {len(start)} images, with other prompts"
+            problem = f"the pipeline makes {counted(len(start), 'image')}, with other prompts"
             raise RequestError("prompt", self.prompts, problem, "Give the callback the same prompts as the pipeline.")
         each = len(start) // len(self.prompts)
         condition = self.denoiser.condition([prompt for prompt in self.prompts for _ in range(each)])
@@ -207,7 +207,7 @@ class HandfulGuider(BaseGuidance):
 class _Told(Denoiser):
     """The network of a pipeline as the pipeline has just called it: x0_hat from the prediction made, without another call.
 
-    With a graph asked for, it calls the network again, told the same.
+    With a graph asked for, it calls the network again, with the same arguments.
     """
 
     def __init__(self, denoiser: NetworkDenoiser) -> None:
@@ -253,8 +253,8 @@ class _Told(Denoiser):
         assert self._x0_hat is not None
         if len(x_t) != len(self._x0_hat):
             raise RunError(
-                f"out of memory with {len(self._x0_hat)} images at once, and a pipeline's guider can't split them: generate "
-                f"fewer at once, or use jacobian='gaussian'"
+                f"out of memory with {counted(len(self._x0_hat), 'image')} at once; a pipeline's guider can't split them: "
+                "generate fewer at once, or use jacobian='gaussian'"
             )
         if not (torch.is_grad_enabled() and x_t.requires_grad):
             return self._x0_hat
@@ -277,7 +277,7 @@ class _Told(Denoiser):
 
 
 def level_of_time(levels: Schedule, time: Tensor) -> tuple[Tensor, Tensor]:
-    """(alpha, sigma) of which `levels.time` tells the network `time`; all float64 of shape ().
+    """(alpha, sigma) of the level whose `levels.time` is `time`; all float64 of shape ().
 
     Raises:
         RequestError: If the schedule is neither `VP` nor `Flow`.

@@ -1,4 +1,4 @@
-"""Mild transforms that leave what a person sees as it is: a gain that does not survive them was adversarial.
+"""Mild transforms that a person hardly sees: a gain that does not survive them was adversarial.
 
 Guidance can please a feature extractor without changing the picture. What it gained that way is brittle: judged again after
 a mild transform of real and generated images alike, it is gone (docs/findings.md, section 4). Each takes another

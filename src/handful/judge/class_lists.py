@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from handful.data.archives import read_table
 from handful.data.sources import LabelledFiles
-from handful.errors import RequestError, first_line, some_of
+from handful.errors import RequestError, counted, first_line, some_of
 from handful.features.class_numbers import plain
 from handful.recipe.plan import is_synset
 
@@ -111,10 +111,7 @@ def of_classes(
     if not found:
         numbers = all(folder.isdecimal() or is_synset(folder) for folder in files.classes)
         remedy = "Give ImageNet's list of classes with --ood-classes FILE" if numbers else "Rename its folders as the classes"
-        problem = (
-            f"none of its {len(files.classes)} folders ({some_of(files.classes)}) has the name of a generated class "
-            f"({some_of(classes)})"
-        )
+        problem = f"none of its folders ({some_of(files.classes)}) has the name of a generated class ({some_of(classes)})"
         raise RequestError(
             "ood", str(files.root), problem, f"{remedy}, or give each folder's class in a table: --ood-classes FILE.csv."
         )
@@ -123,13 +120,15 @@ def of_classes(
     notes = []
     if strangers := [folder for folder in files.classes if folder not in found]:
         notes.append(
-            f"{name}: {len(strangers)} of its {len(files.classes)} folders can't be matched with a generated class and are "
-            f"left out: {some_of(strangers)}"
+            f"{name}: folders that can't be matched with a generated class are left out ({len(strangers)} of "
+            f"{len(files.classes)}): {some_of(strangers)}"
         )
     if missing := [each for each in classes if each not in set(labels)]:
-        notes.append(f"{name}: it has no image of {len(missing)} of the {len(classes)} generated classes: {some_of(missing)}")
+        notes.append(
+            f"{name}: it has no image of {len(missing)} of the {counted(len(classes), 'generated class')}: {some_of(missing)}"
+        )
     renamed: Mapping[str, str] = {folder: meant for folder, meant in found.items() if folder != meant}
     if renamed:
         pairs = some_of([f"{folder} is {meant}" for folder, meant in renamed.items()], 3)
-        notes.append(f"{name}: {len(renamed)} folders have another name than their class: {pairs}")
+        notes.append(f"{name}: folders with another name than their class: {pairs}")
     return replace(kept, labels=labels, classes=[each for each in classes if each in set(labels)]), notes

@@ -28,7 +28,7 @@ class CopyCheck:
     Args:
         folder: The exemplars, by class; classes that are not asked for are left alone.
         run: The generated set. Where it is a run whose recipe drew exemplars from `folder`, those are taken; else all.
-        real: Real images that are no exemplars. Those that are, byte for byte, are told in a warning.
+        real: Real images that are no exemplars. A warning counts those that are, byte for byte.
         classes: The generated classes.
         keeping: Where distances are kept.
 
@@ -72,8 +72,8 @@ class CopyCheck:
         self.shared = shared(taken, real)
         if self.shared:
             warnings.warn(
-                f"{self.shared} of the {len(real)} real images are exemplars, byte for byte: so metrics look too good, and "
-                f"copies are not found. Use real images that are not exemplars",
+                f"exemplars among the real images, byte for byte: {self.shared} of {len(real)}, so metrics look too good, and "
+                "copies are not found. Use real images that are not exemplars",
                 stacklevel=3,
             )
 

@@ -18,7 +18,7 @@ from handful.data.exemplars import default_cache
 from handful.data.regions import NEIGHBOURS, REGION
 from handful.data.shared_exemplars import features_file
 from handful.data.sources import LabelledFiles, labelled_files
-from handful.errors import Note, RequestError
+from handful.errors import Note, RequestError, counted
 from handful.features.registry import FeatureExtractor, load_extractor
 from handful.files.digests import marks
 from handful.judge.clip_score import ClipScore
@@ -29,6 +29,7 @@ from handful.judge.groups import by_group, read_groups
 from handful.judge.image_sets import FileImages, common_size
 from handful.judge.judge import Judge, Seen
 from handful.judge.viewer import Keeping, Viewer, eye
+from handful.metrics.catalogue import chosen
 from handful.runs.kept import keep, key_of, run_root
 from handful.runs.metadata import exemplars_of, guided_by, prompts_of, unused_images
 from handful.runs.processes import Processes
@@ -74,7 +75,7 @@ def evaluate(
         exemplars: The folder of the exemplars, to count copies of them; None: those that guided the run, where they are there.
         groups: Measure by group too; see `handful.judge.groups.read_groups`.
         clip: A CLIP, for CLIPScore: each image to the prompt of its class (the run's own, or "a photo of a CLASS").
-        seed: Of the bootstrap draws that tell a gain from chance.
+        seed: Of the bootstrap draws that separate a gain from chance.
         cache: Where features are kept; None: `handful.data.exemplars.default_cache()`.
         progress: Is notified of every image.
         workers: Processes that take the features; each has its share of the threads.
@@ -100,6 +101,7 @@ def evaluate(
     grouped = {role: read_groups(sets[role].files, groups, tell, role, known) for role in ("real", "synthetic") if groups}
     scorer = clip and ClipScore(clip, {name: prompts_of(synthetic).get(name, f"a photo of a {name}") for name in classes})
     metrics = [*metrics, *(["clip_score"] if clip and "clip_score" not in metrics else [])]
+    chosen(metrics)  # refuses unknown ones before any image is looked at
     if exemplars is not None:
         labelled_files(exemplars, classes=classes, field="exemplars", flat=True)
     elif (drawn := exemplars_of(synthetic)) is not None and features_file(drawn.folder) is None:
@@ -144,7 +146,7 @@ def evaluate(
         for role, images in sets.items():
             if check is not None and role != "real" and (count := check.identical(images)):
                 whose = "generated images" if role == "synthetic" else f"images of the {role}"
-                tell(f"{count} of the {len(images)} {whose} are an exemplar, pixel for pixel")
+                tell(f"exemplars, pixel for pixel, among the {whose}: {count} of {len(images)}")
         keeping.progress.note("comparing features")
     finally:
         processes.close()
@@ -159,7 +161,7 @@ def evaluate(
         theirs = sitting.measured(seen[f"baseline {name}"], other, of_baseline, stream=f"baseline {name}", seed=seed)
         if theirs.images != mine.images:
             tell(
-                f"the baseline {name} has {theirs.images} images and this set has {mine.images}: recall, coverage, Frechet "
+                f"the baseline {name} has {theirs.images} images and this set {mine.images}: recall, coverage, Frechet "
                 f"distance and Vendi score depend on this number, so their gains mislead. Generate equal numbers"
             )
         gains[name] = compare(mine, theirs)
@@ -197,10 +199,10 @@ def _tell_of_shared(
         how = "byte for byte" if sum(same) == count else "with the same features of the judge"
         which = f"of the {role}" if role.startswith("baseline") else "of the generated images"
         if other.field == "real":
-            so = "are also among the real images, {how}: so metrics look too good. Give other real images"
+            where, so = "the real images", "metrics look too good. Give other real images"
         else:
-            so = "are also in the set itself, {how}: so the gains look too small. Compare with another set"
-        tell(f"{count} {which} {so.format(how=how)}")
+            where, so = "those of the set itself", "the gains look too small. Compare with another set"
+        tell(f"also among {where}, {how}: {count} {which}, so {so}")
 
 
 def _seen(judge: Judge, check: CopyCheck | None, scorer: ClipScore | None, images: FileImages) -> Seen:
@@ -220,22 +222,18 @@ def _listed(
     tell: Callable[..., None],
 ) -> tuple[dict[str, FileImages], int]:
     """All sets by role, the real one's classes being the generated ones', and k; refuses those that do not fit together."""
-    made, wanted = labelled_files(synthetic, field="synthetic", flat=True), _real(synthetic, real, tell)
+    made, wanted = labelled_files(synthetic, field="OUT", flat=True), _real(synthetic, real, tell)
     if k is None:
         k = NEIGHBOURS if REGION in wanted.columns else 5
     if unknown := [name for name in made.classes if name not in wanted.classes]:
-        raise RequestError(
-            "real",
-            str(wanted.root),
-            f"it has no folder for {', '.join(unknown[:8])}, which {synthetic} has",
-            "Add real images of these classes, or remove the folders.",
-        )
+        problem = f"it has no folder for {', '.join(unknown[:8])}, which {synthetic} has"
+        raise RequestError("real", str(wanted.root), problem, "Add real images of these classes, or remove the folders.")
     if missing := [name for name in wanted.classes if name not in made.classes]:
         tell(f"real classes without generated images are left out: {', '.join(missing[:8])}", Note)
     places = wanted.by_class()
     found = {"synthetic": made, "real": wanted.only([place for name in made.classes for place in places[name]])}
     for role, files in found.items():
-        _require_enough(role, files, k)
+        _require_enough("OUT" if role == "synthetic" else role, files, k)
     for name, folder in baselines.items():
         files = labelled_files(folder, field="baseline", flat=True)
         _require_baseline(folder, files, found["synthetic"], found["real"])
@@ -244,12 +242,12 @@ def _listed(
     for files in found.values():
         for note in files.notes:
             tell(note, Note)
-    sets = {role: FileImages(files, role.partition(" ")[0]) for role, files in found.items()}
+    sets = {role: FileImages(files, "OUT" if role == "synthetic" else role.partition(" ")[0]) for role, files in found.items()}
     height, width = sets["synthetic"].usual_size
     for role, images in sets.items():
         if role.startswith("baseline") and images.usual_size != (height, width):
             (h, w), root = images.usual_size, str(images.files.root)
-            problem = f"its images have {h} x {w} pixels, the synthetic ones {height} x {width}"
+            problem = f"its images have {h} x {w} pixels, the generated ones {height} x {width}"
             raise RequestError("baseline", root, problem, "Generate both at the same resolution.")
     return sets, k
 
@@ -258,7 +256,7 @@ def _real(synthetic: str | Path, real: str | Path | None, tell: Callable[..., No
     if real is not None:
         return labelled_files(real, field="real", flat=True)
     left = unused_images(synthetic)
-    tell(f"compared with the {len(left)} images of {left.root} that were not used as exemplars", Note)
+    tell(f"compared with the {counted(len(left), 'image')} of {left.root} that were not used as exemplars", Note)
     return left
 
 
@@ -291,28 +289,20 @@ def _make_ready(sets: Mapping[str, FileImages], extractor: FeatureExtractor, vie
 
 def _require_enough(role: str, files: LabelledFiles, k: int) -> None:
     if len(files) <= k:
-        problem = f"it has {len(files)} images, too few for {k} neighbours"
+        problem = f"it has {counted(len(files), 'image')}, too few for {counted(k, 'neighbour')}"
         raise RequestError(role, str(files.root), problem, "Add images, or lower --neighbours.")
 
 
 def _require_baseline(folder: str | Path, files: LabelledFiles, made: LabelledFiles, real: LabelledFiles) -> None:
     """Refuses what is no baseline of the synthetic set: its own or the real images, or other classes."""
-    for role, known in (("synthetic", made), ("real", real)):
+    for role, known in (("generated", made), ("real", real)):
         if files.root.resolve() == known.root.resolve() or set(files.names) & set(known.names):
-            raise RequestError(
-                "baseline",
-                str(folder),
-                f"these are the {role} images themselves",
-                "Name another set of the same classes, such as one generated with --guidance none.",
-            )
+            remedy = "Name another set of the same classes, such as one generated with --guidance none."
+            raise RequestError("baseline", str(folder), f"these are the {role} images themselves", remedy)
     lacks, more = (
         [repr(name) for name in a if name not in b] for a, b in ((made.classes, files.classes), (files.classes, made.classes))
     )
     if lacks or more:
         told = [f"lacks {', '.join(lacks[:5])}"] * bool(lacks) + [f"also has {', '.join(more[:5])}"] * bool(more)
-        raise RequestError(
-            "baseline",
-            str(folder),
-            f"its classes differ from those of the evaluated set: it {' and '.join(told)}",
-            "Generate both sets with the same --classes.",
-        )
+        problem = f"its classes differ from those of the evaluated set: it {' and '.join(told)}"
+        raise RequestError("baseline", str(folder), problem, "Generate both sets with the same --classes.")

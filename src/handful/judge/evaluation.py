@@ -86,6 +86,7 @@ class Evaluation:
             {
                 "judge": self.judge,
                 "judge_digest": self.judge_digest,
+                "neighbours": self.summary.k,  # `k` is its former name
                 **self.row(),
                 **self.summary.to_dict(),
                 "transformed": {name: {**row, **sizes} for name, row in self.transformed.items()},

@@ -4,7 +4,7 @@
     surviving gain = the mean over the transforms of the gain after each
     robust gain = surviving gain / gain          1: all of it survives; 0: only the judge saw it
 
-A gain is told from chance by the spread of its bootstrap draws (`metrics/reference.py`): both sets' images are drawn anew,
+A gain is separated from chance by the spread of its bootstrap draws (`metrics/reference.py`): both sets' images are drawn anew,
 each from its own set and within its class, and one draw serves all views of a set. The real images stay: the interval says
 what other images of the same two generators would change, not what another real set would.
 """

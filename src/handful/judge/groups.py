@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from handful.data.archives import read_table
 from handful.data.sources import LabelledFiles
-from handful.errors import RequestError, did_you_mean, first_line
+from handful.errors import RequestError, counted, did_you_mean, first_line
 from handful.judge.gains import DRAWS, interval_of
 from handful.metrics.catalogue import Metric, lower_is_better
 from handful.metrics.reference import Sets, draw_counts
@@ -113,12 +113,8 @@ def read_groups(
         except re.error as error:
             raise RequestError("groups", asked, f"this is not a regular expression ({error})", "Write '.* in (.*)'.") from None
         if pattern.groups != 1:
-            raise RequestError(
-                "groups",
-                asked,
-                f"it has {pattern.groups} groups in brackets",
-                "Write exactly one pair of brackets, as in '.* in (.*)'.",
-            )
+            problem = f"it has {counted(pattern.groups, 'group')} in brackets"
+            raise RequestError("groups", asked, problem, "Write exactly one pair of brackets, as in '.* in (.*)'.")
         matches = {label: pattern.fullmatch(label) for label in files.classes}
         found = [match[1] if (match := matches[label]) else None for label in files.labels]
     else:
@@ -127,7 +123,7 @@ def read_groups(
         if missing == len(found):
             problem = f"none of the {len(found)} {role} images has a group"
             raise RequestError("groups", asked, problem, "Name a column, a CSV file of image and group, or a pattern.")
-        tell(f"{missing} of the {len(found)} {role} images have no group, and are left out of the results by group")
+        tell(f"left out of the results by group, as they have no group: {missing} of {len(found)} {role} images")
     return found
 
 

@@ -87,12 +87,8 @@ class Judge:
         if judge_class:
             if not extractor.is_classifier:
                 problem = f"the judge {extractor.name} is not a classifier, so it has no classes"
-                raise RequestError(
-                    "judge_class",
-                    ", ".join(judge_class),
-                    problem,
-                    "Leave it out, or use a classifier as the judge, such as --judge digits-judge.",
-                )
+                remedy = "Leave it out, or use a classifier as the judge, such as --judge digits-judge."
+                raise RequestError("judge_class", ", ".join(judge_class), problem, remedy)
             if self.classes:  # before the long work; without names, their number is known after it
                 class_numbers(self.labels, self.classes, len(self.classes), judge_class)
         require_neighbours(len(self.labels), k, "real")

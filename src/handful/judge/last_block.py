@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from handful.features.extractor import FeatureExtractor
-from handful.judge.utility import picked
+from handful.judge.utility import descend, picked
 
 _AT_ONCE = 32  # images through the whole network
 
@@ -152,20 +152,14 @@ class LastBlockLearner:
             groups = [{"params": list(head.parameters()), "lr": rate}]
             if isinstance(tail, LastBlock):
                 groups.append({"params": list(tail.block.parameters()), "lr": block_rate})
-            optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
-            rates = [group["lr"] for group in groups]
-            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
             head.train()
-            for _ in range(steps):
+
+            def loss() -> Tensor:
                 pick = picked(len(entered), batch, draw, weights)
                 view = torch.randint(entered.shape[1], (batch,), generator=draw)
-                loss = cross_entropy(head(tail(entered[pick, view].float())), labels[pick], label_smoothing=0.05)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                if stepped:
-                    stepped()
+                return cross_entropy(head(tail(entered[pick, view].float())), labels[pick], label_smoothing=0.05)
+
+            descend(loss, groups, steps, stepped)
         return nn.Sequential(tail, head).eval()
 
 

@@ -11,7 +11,6 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from handful.data.images import LabelledImages
@@ -20,7 +19,7 @@ from handful.files.digests import tensors_digest
 from handful.judge.copies import distances
 from handful.judge.image_sets import Images, as_images
 from handful.judge.judge import Judge, Seen
-from handful.judge.utility import accuracy, train_classifier
+from handful.judge.utility import accuracy, numbered, train_classifier
 from handful.metrics.copying import nearer
 
 Row = dict[str, Any]
@@ -51,7 +50,7 @@ def train_on(made: LabelledImages, classes: Sequence[str], training: Training, s
         training: How.
         seed: Of the first classifier; the others take the next ones.
     """
-    labels = _numbers(made.labels, classes)
+    labels = numbered(made.labels, classes)
     return [
         train_classifier(
             made.images,
@@ -129,7 +128,7 @@ class Referee:
         found = []
         if classifiers:
             assert self.test is not None, "real images that are files need others in memory to test on"
-            labels = _numbers(self.test.labels, self.classes)
+            labels = numbered(self.test.labels, self.classes)
             found = [accuracy(network, self.test.images, labels) for network in classifiers]
         row["utility"] = fmean(found) if found else None
         row["utility_spread"] = stdev(found) if len(found) > 1 else None
@@ -144,8 +143,3 @@ class Referee:
         of_real, of_made = self._distances[key], distances(as_images(made), near)
         real, labels = np.array(self.real.labels), np.array(made.labels)
         return float(np.concatenate([nearer(of_made[labels == name], of_real[real == name]) for name in near]).mean())
-
-
-def _numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
-    places = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([places[name] for name in labels])

@@ -6,14 +6,15 @@ that is compared: what differs is the data alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 Augment = Callable[[Tensor, torch.Generator], Tensor]
 
@@ -121,32 +122,49 @@ def train_classifier(
     if steps < 10:  # the one-cycle rate divides by the length of its rise, a fifth of the steps
         raise RequestError("steps", steps, "too few to train a classifier", "Ask for 10 or more; 400 is usual.")
     if len(images) != len(labels):
-        raise RequestError(
-            "labels", len(labels), f"this is the number of labels, for {len(images)} images", "Give one label per image."
-        )
+        problem = f"this is the number of labels, for {counted(len(images), 'image')}"
+        raise RequestError("labels", len(labels), problem, "Give one label per image.")
     if len(images) < classes or int(labels.min()) < 0 or int(labels.max()) >= classes:
         found = f"labels {int(labels.min())} to {int(labels.max())}" if len(labels) else "no labels"
-        problem = f"a classifier of {classes} classes needs labels 0 to {classes - 1}, and images"
-        raise RequestError("labels", f"{len(images)} images, {found}", problem, "Give at least one image per class.")
+        problem = f"a classifier of {counted(classes, 'class')} needs labels 0 to {classes - 1}, and images"
+        raise RequestError("labels", f"{counted(len(images), 'image')}, {found}", problem, "Give at least one image per class.")
     draw, change = torch.Generator().manual_seed(seed), _shifted if augment is True else augment
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # weights and dropout have no generator of their own
         make = network or partial(SmallClassifier, width=width, groups=groups)
         trained = make(images.shape[1], classes).to(images.device)
-        optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.2)
-        for _ in range(steps):
+
+        def loss() -> Tensor:
             pick = picked(len(images), batch, draw, weights).to(images.device)
             batch_images = _mirrored(images[pick], draw) if flip else images[pick]
             batch_images = change(batch_images, draw) if change else batch_images
-            loss = cross_entropy(trained(batch_images), labels[pick], label_smoothing=0.05)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            if stepped:
-                stepped()
+            return cross_entropy(trained(batch_images), labels[pick], label_smoothing=0.05)
+
+        descend(loss, [{"params": list(trained.parameters()), "lr": rate}], steps, stepped)
     return trained.eval()
+
+
+def descend(
+    loss: Callable[[], Tensor], groups: list[dict[str, Any]], steps: int, stepped: Callable[[], None] | None = None
+) -> None:
+    """AdamW under a one-cycle rate.
+
+    Args:
+        loss: Draws a batch, and gives its loss.
+        groups: Parameters (`params`) and their highest rate (`lr`).
+        steps, stepped: As for `train_classifier`.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
+    rates = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.2)
+    for _ in range(steps):
+        found = loss()
+        optimizer.zero_grad(set_to_none=True)
+        found.backward()
+        optimizer.step()
+        schedule.step()
+        if stepped:
+            stepped()
 
 
 def picked(count: int, batch: int, draw: torch.Generator, weights: Tensor | None = None) -> Tensor:
@@ -166,6 +184,12 @@ def _shifted(images: Tensor, draw: torch.Generator) -> Tensor:
 def _mirrored(images: Tensor, draw: torch.Generator) -> Tensor:
     mirror = torch.rand(len(images), 1, 1, 1, generator=draw) < 0.5
     return torch.where(mirror.to(images.device), images.flip(-1), images)
+
+
+def numbered(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
+    """The place of each label among the classes, int64 (n,)."""
+    places = {name: place for place, name in enumerate(classes)}
+    return torch.tensor([places[name] for name in labels])
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from handful.errors import counted
 from handful.metrics.catalogue import headings
 from handful.metrics.prdc import expected_coverage
 
@@ -64,7 +65,7 @@ def verdict(found: Mapping[str, Any]) -> list[str]:
     if few:
         sizes = found["pooled"]["generated"]
         sentences.append(
-            f"{sizes['n_generated']:,} images are few beside {sizes['n_real']:,} real ones: coverage, recall and Frechet"
+            f"Only {counted(sizes['n_generated'], 'image')} beside {sizes['n_real']:,} real ones: coverage, recall and Frechet"
             " distance are worse for it, and uncertain. Generate more (--per-class) to know the variety."
         )
     if weak:
@@ -89,7 +90,7 @@ def _fewer(found: Mapping[str, Any], ceiling: Mapping[str, Any]) -> float:
 
 
 def kind_of(gain: Mapping[str, Any]) -> str:
-    """What a gain is, in a word or two: its verdict, and where it can't be told from none, which way it goes."""
+    """What a gain is, in a word or two: its verdict, and its sign where it may be chance."""
     if gain.get("gain") is None or gain.get("interval") is None:
         return "-"
     (low, high), found = gain["interval"], gain.get("verdict")

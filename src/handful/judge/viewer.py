@@ -37,7 +37,7 @@ _KIND = "features of a judge"
 
 @dataclass
 class Keeping:
-    """Where a judge keeps features, and whom it tells how far it is.
+    """Where a judge keeps features, and what shows its progress.
 
     Attributes:
         cache: The folder, such as `handful.data.exemplars.default_cache()`; None keeps nothing.

@@ -20,15 +20,17 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from handful.data.exemplars import FEWEST_TO_TEST
 from handful.data.images import read_all
 from handful.data.notebook import html_table
 from handful.data.sources import LabelledFiles, labelled_files
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.judge.class_lists import Entry, of_classes, read_class_list
 from handful.judge.learners import FromScratch, Learner, Pretrained
+from handful.judge.utility import numbered
 from handful.runs.kept import keep, kept, key_of
 from handful.runs.metadata import exemplars_of, unused_images
 from handful.runs.progress import Progress
@@ -163,17 +165,7 @@ class Worth:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Worth:
         """From what `to_dict` gave."""
-        rows = [
-            Trained(
-                row["name"],
-                row["images"],
-                row["share"],
-                {name: Tested(each["accuracies"], each["per_class"], each["among_own"]) for name, each in row["tests"].items()},
-            )
-            for row in data["rows"]
-        ]
-        differences = [Difference(**each) for each in data["differences"]]
-        return cls(data["network"], data["augmentation"], rows, differences, data["steps"], data["seeds"], data["notes"])
+        return TypeAdapter(cls).validate_python(data)
 
 
 def worth(
@@ -258,7 +250,7 @@ class _Sets:
         exemplars: str | Path | None,
         entries: Sequence[Entry] = (),
     ) -> None:
-        made = labelled_files(synthetic, field="synthetic")
+        made = labelled_files(synthetic, field="OUT")
         self.classes, self.notes = made.classes, [*made.notes]
         guided, left = self._exemplars(synthetic, exemplars, test is None)
         tested = left
@@ -272,7 +264,7 @@ class _Sets:
         few = [(count, name) for name in self.classes if (count := tested.counts.get(name, 0)) < FEWEST_TO_TEST]
         if few:
             count, name = min(few)
-            problem = f"class '{name}' has {count} images to test on, at least {FEWEST_TO_TEST} are needed"
+            problem = f"class '{name}' has {counted(count, 'image')} to test on, at least {FEWEST_TO_TEST} are needed"
             fewer = "Generate with a smaller --k, add images, or name other ones with --test DIR"
             remedy = "Add images" if test else fewer
             raise RequestError("test", str(tested.root), problem, f"{remedy}.")
@@ -320,7 +312,7 @@ class _Sets:
         unused = set(left.names)
         guided = everything.only([place for place, name in enumerate(everything.names) if name not in unused])
         if tested:
-            self.notes.append(f"tested on the {len(left)} images of {asked.folder} that were not used as exemplars")
+            self.notes.append(f"tested on the {counted(len(left), 'image')} of {asked.folder} that were not used as exemplars")
         return guided, left if tested else None
 
     def digests(self) -> dict[str, Any]:
@@ -360,8 +352,8 @@ def _learner(sets: _Sets, features: str | None, workers: int, progress: Progress
 def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, progress: Progress) -> Worth:
     classes, count = sets.classes, len(sets.classes)
     held = {name: learner.read(files, name, True) for name, files in sets.training.items()}
-    labels = {name: _numbers(files.labels, classes) for name, files in sets.training.items()}
-    tested = {name: (learner.read(files, name, False), _numbers(files.labels, classes)) for name, files in sets.tests.items()}
+    labels = {name: numbered(files.labels, classes) for name, files in sets.training.items()}
+    tested = {name: (learner.read(files, name, False), numbered(files.labels, classes)) for name, files in sets.tests.items()}
     notes, mixed = list(sets.notes), [name for name in sets.training if name != EXEMPLARS]
     choosable = min(sets.training[EXEMPLARS].counts.values()) >= 2
     trainings = seeds * (1 + 2 * len(mixed)) + (choosable and len(learner.choices) + len(SHARES) * len(mixed))
@@ -369,7 +361,9 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
     progress.begin(trainings, 0)
     kinds = 1 + 2 * len(mixed)
     choosing = trainings - kinds * seeds
-    progress.note(f"{kinds} kinds x {seeds} seeds, and {choosing} to choose augmentation and mixture{quicker}")
+    progress.note(
+        f"{counted(kinds, 'kind')} x {counted(seeds, 'seed')}, and {choosing} to choose augmentation and mixture{quicker}"
+    )
 
     def train(names: Sequence[str], share: float | None, choice: str, seed: int, steps: int, only: Tensor | None) -> nn.Module:
         """Trains on one set, or on exemplars and another, `share` of each batch from the exemplars (`only` some of them)."""
@@ -436,11 +430,6 @@ def _compared(sets: _Sets, learner: Learner, seeds: int, steps: int, seed: int, 
 def _called(names: Sequence[str]) -> str:
     """`synthetic alone`, `exemplars + synthetic`."""
     return names[0] if len(names) == 1 else " + ".join(name.removesuffix(" alone") for name in names)
-
-
-def _numbers(labels: Sequence[str], classes: Sequence[str]) -> Tensor:
-    places = {name: place for place, name in enumerate(classes)}
-    return torch.tensor([places[name] for name in labels])
 
 
 def _halves(labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 |x - y|^2 = |x|^2 + |y|^2 - 2 x.y is fast and cancels: in float32 it is wrong by up to D 6e-8 (|x|^2 + |y|^2), which
 turns neighbours round when features sit far from the origin or nearly coincide. Here that product only *screens*. Less
 its worst rounding error it is a certain lower bound of the squared distance, plus it a certain upper bound; whatever
-the two bounds leave open is settled from the differences, in float64 (`direct`). So the answers are those of float64
+the two bounds leave open is decided from the differences, in float64 (`direct`). So the answers are those of float64
 differences for all pairs, to the bit, and float32 decides only what float32 can.
 The error bound is the classical one of an inner product (Higham, Accuracy and Stability of Numerical Algorithms, 3.1),
 valid for any order of summation, so for any BLAS.

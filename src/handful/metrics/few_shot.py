@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from handful.core.ranges import any_range
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.metrics._features import as_count
 from handful.metrics.copying import share_nearer
 from handful.metrics.perceptual import MOST_VALUES, PerceptualDistance, as_image_pair
@@ -198,7 +198,7 @@ def reconstruction(real: Tensor, reconstructed: Tensor, distance: PerceptualDist
     """
     real, reconstructed = as_image_pair(real, reconstructed, "real", "reconstructed")
     if len(real) != len(reconstructed):
-        problem = f"this is the number of reconstructions, for {len(real)} images"
+        problem = f"this is the number of reconstructions, for {counted(len(real), 'image')}"
         raise RequestError("reconstructed", len(reconstructed), problem, "Give one for each image.")
     window = ssim_window(*real.shape[2:])
     squares = (real - reconstructed).double().square().flatten(1).mean(1).cpu().numpy()

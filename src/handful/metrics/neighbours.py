@@ -124,7 +124,7 @@ def _smallest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k smallest squared distances of every query, ascending, and their keys, (n, k) each.
 
-    keys=None: among the queries themselves, each without itself. Indices of ties are only settled with `first_of_ties`.
+    keys=None: among the queries themselves, each without itself. Only `first_of_ties` fixes which of equal keys is taken.
     """
     others = queries if keys is None else keys
     frame = frame_of(queries) if keys is None else frame_of(queries, keys)
@@ -135,7 +135,7 @@ def _smallest(
     squared[found] = direct(queries, row, others, kept.columns[found])
     order = np.lexsort((kept.columns, squared), axis=1)[:, :k]
     squared, columns = np.take_along_axis(squared, order, 1), np.take_along_axis(kept.columns, order, 1)
-    # What was not kept is at least as far as the largest bound kept. Where that does not settle the k-th, ask float64.
+    # What was not kept is at least as far as the largest bound kept. Where that does not decide the k-th, ask float64.
     certain, reached = np.maximum(kept.worst.astype(np.float64), 0), squared[:, -1] * frame.squared
     open_rows = np.flatnonzero(reached >= certain if first_of_ties else reached > certain)
     if len(open_rows):

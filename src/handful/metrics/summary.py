@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.metrics._features import as_features, require_same_width
 from handful.metrics.catalogue import Metric, chosen, is_metric, measure
 from handful.metrics.neighbours import require_neighbours
@@ -166,7 +166,7 @@ def rows_by_label(labels: Iterable[Any], n: int, name: str) -> dict[str, np.ndar
     values = getattr(labels, "tolist", lambda: list(labels))()  # numpy and torch: plain Python values
     if len(values) != n:
         raise RequestError(
-            name, len(values), f"this is the number of labels, for {n} images", "Give one per row of the features."
+            name, len(values), f"this is the number of labels, for {counted(n, 'image')}", "Give one per row of the features."
         )
     names, positions = np.unique(np.array([str(value) for value in values]), return_inverse=True)
     ends = np.cumsum(np.bincount(positions))[:-1]

@@ -70,12 +70,12 @@ def load(name_or_path: str | Path, options: ModelOptions | None = None, **words:
 
 
 def skeleton(name_or_path: str | Path | Source, options: ModelOptions | None = None, **words: Any) -> NetworkDenoiser:
-    """The same denoiser without its weights, on the meta device: shapes, schedule and what it can be told.
+    """The same denoiser without its weights, on the meta device: shapes, schedule and which conditions it takes.
 
     For single files it may be the loaded denoiser itself. A `Source` may also be configs alone.
 
     Raises:
-        RequestError: As `load`, for all that the configs tell.
+        RequestError: As `load`, where the configs show it.
     """
     if isinstance(name_or_path, Source):
         check_libraries()

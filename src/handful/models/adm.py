@@ -1,8 +1,8 @@
 """guided-diffusion's checkpoints (ADM: Dhariwal & Nichol 2021, arXiv 2105.05233), converted at load into `UNet2DModel`.
 
-A checkpoint is a bare state dict. Names and shapes tell the network's structure (`Architecture`); what they can't tell
-(`Settings`: image size, attention heads and order, noise schedule) is known of the published checkpoints, and comes for
-others from a JSON file of the same name beside them.
+A checkpoint is a bare state dict. Names and shapes give the network's structure (`Architecture`). The rest (`Settings`: image
+size, attention heads and order, noise schedule) is known of the published checkpoints; for others it comes from a JSON file
+of the same name beside them.
 
 The two networks compute the same but for names and three things: the rows of a legacy checkpoint's qkv come head by head
 (all of q, k, v of one head, then the next), a fixed number of heads is set on the network after it is made, and the time
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from handful.core.noise import VP
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.models.door import what_tensors_say
 from handful.models.options import OF_PIPELINES, ModelOptions, refuse_options, refuse_resolution
 from handful.models.pipelines import on_meta
@@ -44,14 +44,14 @@ UNUSED = (*OF_PIPELINES, "trust_pickle")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a state dict tells.
+    """What the names and shapes of a state dict give.
 
     Attributes:
         base: Channels of the time embedding's input; the levels' are multiples of it.
         channels: Of each level, from the image's resolution down.
         attention: Whether each level has attention.
         blocks: Residual blocks a level.
-        labels: Classes it is told; 0 for none.
+        labels: Number of classes; 0 where it takes none.
         in_channels, out_channels: Of the image; twice as many out where it learned the variance.
         scale_shift: The time scales the second norm as well as shifting it.
         resample: Levels change by a convolution, or by a residual block.
@@ -69,7 +69,7 @@ class Architecture:
 
 
 class Settings(BaseModel):
-    """What a state dict can't tell, in guided-diffusion's words; the keys of the JSON file beside a checkpoint."""
+    """What a state dict does not contain, in guided-diffusion's words; the keys of the JSON file beside a checkpoint."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -232,7 +232,7 @@ def _architecture(file: Path, state: State) -> Architecture:
         raise _refused(file, "it holds single numbers")
     in_channels, out_channels = state["input_blocks.0.0.weight"].shape[1], state["out.2.weight"].shape[0]
     if in_channels not in (1, 3):
-        problem = f"its network takes {in_channels} channels, not 1 or 3" + (
+        problem = f"its network takes {counted(in_channels, 'channel')}, not 1 or 3" + (
             ": it is an upsampler, which needs a small image as input" if in_channels == 6 else ""
         )
         raise RequestError("model", str(file), problem, "Give a checkpoint that generates images from noise alone.")
@@ -241,7 +241,7 @@ def _architecture(file: Path, state: State) -> Architecture:
     levels = len(up) + 1
     blocks = outputs // levels - 1
     if blocks < 1 or outputs % levels:
-        raise _refused(file, f"its {outputs} output blocks don't make {levels} levels")
+        raise _refused(file, f"its {outputs} output blocks don't make {counted(levels, 'level')}")
     first = [1 + level * (blocks + 1) for level in range(levels)]  # the first block of each level on the way down
     for name in (f"input_blocks.{i}.0.in_layers.2.weight" for i in first):
         if name not in state:
@@ -289,13 +289,15 @@ def _settings_of(file: Path, told: Architecture) -> Settings:
             "model",
             str(file),
             f"it matches no published checkpoint (base {told.base}, levels of {told.channels} channels, "
-            f"{told.blocks} blocks each, {told.labels} classes), and its file can't tell {', '.join(missing)}",
+            f"{counted(told.blocks, 'block')} each, {counted(told.labels, 'class')}), and it does not say {', '.join(missing)}",
             f"Write them into {beside}, as it was trained, for instance: {json.dumps(example)}; the schedule is linear or "
             "cosine, and num_heads goes in num_head_channels' stead where their number is fixed.",
         )
     halvings = len(told.channels) - 1
     if settings.image_size and settings.image_size % 2**halvings:
-        problem = f"the network halves the size {halvings} times, which image_size {settings.image_size} does not allow"
+        problem = (
+            f"the network halves the size {counted(halvings, 'time')}, which image_size {settings.image_size} does not allow"
+        )
         raise RequestError("model", str(beside), problem, f"Give a multiple of {2**halvings}.")
     return settings
 
@@ -306,7 +308,7 @@ def _heads(file: Path, told: Architecture, settings: Settings) -> dict[int, int]
     for channels in at:
         if channels % (settings.num_heads or settings.num_head_channels or 1):
             name = "num_heads" if settings.num_heads else "num_head_channels"
-            problem = f"{name} {getattr(settings, name)} does not divide the {channels} channels of an attention"
+            problem = f"{name} {getattr(settings, name)} does not divide the {counted(channels, 'channel')} of an attention"
             raise RequestError("model", str(file.with_suffix(".json")), problem, "Give what it was trained with.")
     return {channels: settings.num_heads or channels // (settings.num_head_channels or 1) for channels in at}
 

@@ -90,7 +90,7 @@ class Call:
 
     Attributes:
         latents, time: Names of those arguments.
-        clock: What `Schedule.time` gives, s of a flow or the training step -> what it is told; float32 (n,).
+        clock: What `Schedule.time` gives, s of a flow or the training step -> the time argument; float32 (n,).
         sign: What its answer is multiplied by.
         packed: Whether it takes tokens of 2 x 2 latent pixels.
         constant: Its other arguments that no prompt decides, by name; "a.b" is the entry b of the dictionary a.
@@ -136,7 +136,7 @@ class PipelineDenoiser(Prompted, LatentDenoiser):
 
     def call(self, scaled: Tensor, time: Tensor, condition: Condition) -> Tensor:
         lengths = condition.embeddings.get(LENGTHS)
-        if lengths is not None:  # not every network is told which tokens are none: each length goes alone
+        if lengths is not None:  # not every network takes a mask of tokens: each length goes alone
             out = torch.empty_like(scaled)
             for length in lengths.unique().tolist():
                 chosen = (lengths == length).to(scaled.device)
@@ -204,7 +204,7 @@ def own_file(kind: str) -> str:
   from handful.core.noise import Flow  # or VP, EDM: the levels that it was trained on
   from handful.core.denoiser import Condition, NetworkDenoiser
   class Mine(NetworkDenoiser):
-      def condition(self, labels): return Condition(labels=None)  # what the network is told of each image
+      def condition(self, labels): return Condition(labels=None)  # what the network takes for each image
       def call(self, scaled, time, condition): return self.network(scaled, time, return_dict=False)[0]
       def decode(self, x0): return pipe.vae.decode(x0 / pipe.vae.config.scaling_factor, return_dict=False)[0]
   pipe = {kind}.from_pretrained("DIRECTORY")
@@ -484,8 +484,8 @@ def _levels(
 def clock_of(s: Tensor, told: Tensor) -> Callable[[Tensor], Tensor]:
     """How a network takes the times of a flow, from its inputs at many of them, (m,) each.
 
-    It is scale * s, 1 - s or kin, exactly; or that rounded down; or, where a pipeline shifts s and not what it tells, what
-    was heard, interpolated.
+    It is exactly scale * s or scale * (1 - s); or that rounded down; or, where a pipeline shifts s but not the time argument,
+    an interpolation of the recorded times.
     """
     for offset, scale in ((0, 1), (0, 1000), (1, -1), (1000, -1000)):
         if (offset + scale * s - told).abs().max() < 1e-5 * abs(scale):

@@ -1,4 +1,4 @@
-"""DiT (Peebles & Xie 2023, arXiv 2212.09748): a transformer of latents that is told a class; diffusers' `DiTPipeline`."""
+"""DiT (Peebles & Xie 2023, arXiv 2212.09748): a class-conditional transformer of latents; diffusers' `DiTPipeline`."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def load(source: Source, options: ModelOptions) -> DiTDenoiser:
 
     A directory's classes are named by the `id2label` of its model_index.json.
     """
-    skeleton(source, options)  # what the configs can tell is said before the weights are read
+    skeleton(source, options)  # what the configs show is refused before the weights are read
     if source.file is not None:
         import diffusers
 

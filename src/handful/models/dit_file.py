@@ -23,7 +23,7 @@ from handful.models.options import ModelOptions
 from handful.models.pipelines import component_on_meta, load_component, on_meta
 from handful.models.source import Source
 
-HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published S, B, L and XL: the file can't tell
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # by width, of the published S, B, L and XL: the file does not say
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SCHEDULER |= {"num_train_timesteps": 1000, "clip_sample": False}
 TIMES = "the file is taken for a DiT. SiT files have the same tensor names, but predict a flow and would give only noise here"
@@ -89,7 +89,7 @@ def parts(source: Source, options: ModelOptions, *, meta: bool = False) -> tuple
 
 
 def _config(source: Source, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Of diffusers' class; what the tensors can't tell is by the published widths, or by the JSON file beside it."""
+    """Of diffusers' class; what the tensors don't show comes from the published widths, or the JSON file beside it."""
     assert source.file is not None
     width, channels, patch, _ = state["x_embedder.proj.weight"].shape
     beside = source.file.with_suffix(".json")

@@ -19,11 +19,11 @@ CLASSES = {
     "AutoencoderTiny": ("a tiny autoencoder", "Give the pipeline, and this as model.preview_decoder."),
     "Autoencoder": ("an autoencoder, a part of a pipeline", "Give the pipeline, and this as --vae DIR."),
     "VQModel": ("an autoencoder, a part of a pipeline", "Give the pipeline that it belongs to."),
-    "ControlNet": ("a ControlNet, which steers another model by pictures", "Give the model that it steers."),
-    "T2IAdapter": ("a T2I-Adapter, which steers another model by pictures", "Give the model that it steers."),
+    "ControlNet": ("a ControlNet, which steers another model by pictures", "Give the model that it steers, alone."),
+    "T2IAdapter": ("a T2I-Adapter, which steers another model by pictures", "Give the model that it steers, alone."),
     "UNet2DConditionModel": ("the UNet of a pipeline alone, without its text encoder and autoencoder", WHOLE),
-    "PriorTransformer": ("a prior, the first of two stages", "Use a model of one stage."),
-    "MotionAdapter": ("a motion adapter, which makes videos", "Use a model of images."),
+    "PriorTransformer": ("a prior, the first part of a two-stage model", "Use a model of one stage."),
+    "MotionAdapter": ("a motion adapter, a part of a model of videos", "Use a model of images."),
 }
 # Names of tensors (a part of them) -> what the file is, and what to do; the first that fits counts.
 LORA = "a LoRA, an addition to a model", "Give the model that it was trained on, and this file as --lora FILE."
@@ -37,7 +37,7 @@ TENSORS = {
     ("control_model.", "controlnet_", "controlnet_cond_embedding", "input_hint_block"): CLASSES["ControlNet"],
     ("ip_adapter.", "image_proj.", "to_k_ip"): ("an IP-Adapter, which steers a model by pictures", "Give the model alone."),
     ("motion_modules.",): CLASSES["MotionAdapter"],
-    ("optimizer_state", "exp_avg"): ("the optimizer's state of a training", "Give the weights that lie beside it."),
+    ("optimizer_state", "exp_avg"): ("the optimizer's state, saved during training", "Give the weights saved beside it."),
     ("temporal_transformer", "time_stack", "time_mix_", "patch_embedding.weight"): (
         "a model of videos",
         "Use a model of images.",
@@ -48,15 +48,12 @@ TENSORS = {
         WHOLE,
     ),
     ("down_blocks.0.", "transformer_blocks.0.", "joint_transformer_blocks.0."): (
-        "a network alone, in diffusers' layout",
+        "a network without the rest of its pipeline",
         WHOLE,
     ),
 }
 SUFFIXES = {
-    ".gguf": (
-        "quantised weights (GGUF)",
-        "Take the model's .safetensors; diffusers reads GGUF only network by network: " + OWN,
-    ),
+    ".gguf": ("quantised weights (GGUF)", "Use the model's .safetensors files instead. " + OWN),
     ".onnx": ("an ONNX graph, which gives no gradients", "Take the model's safetensors in diffusers' layout."),
     ".msgpack": ("weights of flax", "Convert them once: from_pretrained(..., from_flax=True).save_pretrained(DIR)."),
     ".h5": ("weights of TensorFlow", "Take the model's safetensors."),
@@ -65,8 +62,8 @@ SUFFIXES = {
     ".engine": ("a TensorRT engine", "Take the model's safetensors in diffusers' layout."),
     ".npz": ("arrays of numpy or JAX", OWN),
     **dict.fromkeys((".zip", ".tar", ".gz"), ("an archive", "Unpack it, and give the directory or file in it.")),
-    **dict.fromkeys((".part", ".crdownload"), ("half a download", "Download it again.")),
-    **dict.fromkeys((".incomplete", ".lock"), ("half a download", "Download it again: hf download resumes.")),
+    **dict.fromkeys((".part", ".crdownload"), ("an incomplete download", "Download it again.")),
+    **dict.fromkeys((".incomplete", ".lock"), ("an incomplete download", "Download it again; hf download continues it.")),
 }
 
 
@@ -75,6 +72,19 @@ def wrong_file(path: Path, name: str) -> RequestError:
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         return _error(name, *SUFFIXES[suffix])
+    if error := no_weights(path, name):
+        return error
+    if suffix == ".bin":
+        remedy = "Use the model's .safetensors file instead: a .bin file can run any code when it is loaded."
+        return _error(name, "a pickle of weights (.bin)", remedy)
+    if suffix in (".yaml", ".yml"):
+        return _error(name, "a recipe or a config", "Give a recipe without --model: handful generate recipe.yaml.")
+    known = "a directory of diffusers, .safetensors, .ckpt, .pt, .pth, .pkl, FILE.py:FUNCTION"
+    return _error(name, f"a file of an unknown kind ({suffix or 'no ending'})", f"Give one of: {known}.")
+
+
+def no_weights(path: Path, name: str) -> RequestError | None:
+    """What a file is whose first bytes show that it holds no weights that can be read; else None."""
     with path.open("rb") as opened:
         head = opened.read(64)
     if not head:
@@ -82,18 +92,9 @@ def wrong_file(path: Path, name: str) -> RequestError:
     if head.startswith(b"version https://git-lfs"):
         return _error(name, "a pointer of Git LFS, not the weights", "Fetch them: git lfs pull, or hf download.")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return _error(
-            name, "a web page, as a download gives where a login or licence is missing", "Download it again: hf download."
-        )
-    if head.startswith(b"GGUF"):
-        return _error(name, *SUFFIXES[".gguf"])
-    if suffix == ".bin":
-        remedy = "Take the model's .safetensors; handful opens no pickle of unknown content."
-        return _error(name, "a pickle of weights (.bin)", remedy)
-    if suffix in (".yaml", ".yml"):
-        return _error(name, "a recipe or a config", "Pass a recipe alone (handful generate recipe.yaml), a model as --model.")
-    known = "a directory of diffusers, .safetensors, .ckpt, .pt, .pth, .pkl, FILE.py:FUNCTION"
-    return _error(name, f"no file of a kind that is known ({suffix or 'no ending'})", f"Give one of: {known}.")
+        remedy = "Accept the model's licence on its page, log in (hf auth login), and download it again: hf download."
+        return _error(name, "a web page, saved in place of the weights", remedy)
+    return _error(name, *SUFFIXES[".gguf"]) if head.startswith(b"GGUF") else None
 
 
 def what_tensors_say(names: Iterable[str]) -> tuple[str, str] | None:
@@ -125,15 +126,15 @@ def wrong_folder(source: Source) -> RequestError:
     parts = sorted({"unet", "transformer", "vae", "text_encoder", "scheduler"} & tops)
     inside = (source.read_json("unet/config.json") or source.read_json("transformer/config.json") or {}).get("_class_name")
     if parts:
-        have = f"parts of a pipeline alone ({', '.join(f'{part}/' for part in parts)}{f', a {inside}' if inside else ''})"
+        have = f"only parts of a pipeline ({', '.join(f'{part}/' for part in parts)}{f', a {inside}' if inside else ''})"
         return _error(name, f"{have}, without model_index.json", "Copy the whole pipeline: " + WHOLE)
     if ".incomplete" in ends or ".part" in ends:
         return _error(name, *SUFFIXES[".incomplete"])
     if kind:
-        what = "a network alone" if "_class_name" in config else "a model of transformers: a text encoder or classifier"
-        return _error(
-            name, f"{what} ({kind}), not a pipeline", WHOLE if "_class_name" in config else f"{WHOLE} As a guide: --classifier."
-        )
+        if "_class_name" in config:
+            return _error(name, f"a single network ({kind}), not a pipeline", WHOLE)
+        what = f"a text encoder or classifier ({kind}) of the transformers library, not a pipeline"
+        return _error(name, what, f"{WHOLE} To guide with this network, use --classifier.")
     for ending in (".gguf", ".onnx", ".msgpack", ".h5", ".mlmodelc"):
         if ending in ends:
             return _error(name, f"a folder of {SUFFIXES[ending][0]}", SUFFIXES[ending][1])

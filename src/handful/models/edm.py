@@ -33,7 +33,7 @@ UNUSED = OF_PIPELINES
 class EDMDenoiser(NetworkDenoiser):
     """A network that is its own denoiser: x (n, c, h, w) and sigma (n,) -> E[x0 | x].
 
-    Labels are 0 to label_dim - 1, told to the network as one-hot rows. With `null_class=label_dim` there is one label more,
+    Labels are 0 to label_dim - 1, given to the network as one-hot rows. With `null_class=label_dim` there is one label more,
     given as a row of zeros: that is "no class" to networks that were trained with label dropout. Nothing in a network says
     whether it was, so without that statement there is no null class.
 
@@ -132,14 +132,14 @@ def _takes_labels(network: nn.Module) -> bool:
     """Whether a network is called with a third argument, its labels; k-diffusion's `(input, sigma, **kwargs)` is not."""
     try:
         parameters = list(inspect.signature(network.forward).parameters.values())
-    except (TypeError, ValueError):  # compiled code tells nothing
+    except (TypeError, ValueError):  # compiled code has no signature
         return True
     positional = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     return len(positional) > 2 or any(each.kind is each.VAR_POSITIONAL for each in parameters)
 
 
 def skeleton(source: Source, options: ModelOptions) -> Denoiser:
-    """The loaded denoiser itself: code and pickles tell nothing before they are run."""
+    """The loaded denoiser itself: code and pickles show nothing before they are run."""
     return load(source, options)
 
 
@@ -169,7 +169,7 @@ def load(source: Source, options: ModelOptions) -> Denoiser:
             "called as net(x, sigma, class_labels)."
         )
         raise RequestError("model", source.name, f"it returns neither a denoiser nor a network ({type(made).__name__})", remedy)
-    if source.file is None:  # code can change images that no weight tells of
+    if source.file is None:  # code can change images while the weights stay the same
         denoiser.code_sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     refuse_resolution(denoiser.image_shape[1:], options)
     if options.dtype is not None:

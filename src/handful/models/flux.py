@@ -1,8 +1,8 @@
-"""Flux (Black Forest Labs 2024): a transformer of packed latents, told a prompt by CLIP (as one vector) and T5 (token by
-token), trained as a rectified flow; diffusers' `FluxPipeline`.
+"""Flux (Black Forest Labs 2024): a transformer of packed latents, trained as a rectified flow; diffusers' `FluxPipeline`. It
+takes a prompt as CLIP's one vector and T5's tokens.
 
-FLUX.1-dev is distilled from guidance: it is told a guidance scale as a number (`embedded_guidance`), beside which true
-classifier-free guidance is another thing. FLUX.1-schnell is told none.
+FLUX.1-dev is distilled from guidance: it takes a guidance scale as a number (`embedded_guidance`), which is not true
+classifier-free guidance. FLUX.1-schnell takes none.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class FluxDenoiser(Prompted, LatentDenoiser):
     Args:
         resolution: (height, width) of the images; None takes 128 latent pixels a side.
         prompts: Gives "text" (n, tokens, width) and "pooled" (n, width).
-        embedded_guidance: The scale that a guidance-distilled transformer is told.
+        embedded_guidance: The guidance scale that a guidance-distilled transformer takes.
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
     """
 
@@ -117,7 +117,7 @@ def skeleton(source: Source, options: ModelOptions) -> FluxDenoiser:
 
 def load(source: Source, options: ModelOptions) -> FluxDenoiser:
     """Loads a pipeline's directory, hub name, or a single file's transformer with the rest of a pipeline."""
-    skeleton(source, options)  # what the configs can tell is said before the weights are read
+    skeleton(source, options)  # what the configs show is refused before the weights are read
     return from_pipeline(load_flow_pipeline(source, options, PIPELINE, TRANSFORMER), options)
 
 
@@ -144,7 +144,7 @@ def from_pipeline(pipeline: Any, options: ModelOptions) -> FluxDenoiser:
 
 
 def _tokens(transformer: Any) -> int:
-    """T5's tokens to a prompt: 512 for FLUX.1-dev; FLUX.1-schnell, which is told no guidance scale, was trained with 256."""
+    """T5's tokens to a prompt: 512 for FLUX.1-dev; FLUX.1-schnell, which takes no guidance scale, was trained with 256."""
     return 512 if transformer.config.guidance_embeds else 256
 
 

@@ -1,4 +1,4 @@
-"""Class labels and their names: what the families that are told labels check and say alike."""
+"""Class labels and their names: the checks that class-conditional families share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from handful.core.denoiser import Condition, Denoiser, NetworkDenoiser
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 
 def set_labels(denoiser: Denoiser, label_count: int, classes: Sequence[str], null_class: int | None) -> None:
@@ -29,7 +29,7 @@ def set_labels(denoiser: Denoiser, label_count: int, classes: Sequence[str], nul
     known = label_count - (null_class is not None)
     if classes and len(classes) != known:
         remedy = "Give one name per class, in the order of the labels, without the null class."
-        raise RequestError("classes", f"{len(classes)} names", f"the model has {known} classes", remedy)
+        raise RequestError("classes", f"{counted(len(classes), 'name')}", f"the model has {counted(known, 'class')}", remedy)
     denoiser.label_count, denoiser.classes, denoiser.null_class = label_count, tuple(classes), null_class
 
 
@@ -40,7 +40,7 @@ def label_condition(denoiser: NetworkDenoiser, labels: Sequence[int] | Sequence[
         RequestError: If they are no labels, or not the model's.
     """
     try:
-        given = torch.as_tensor(labels, dtype=torch.int64)  # type: ignore[arg-type]  # texts raise, and are told below
+        given = torch.as_tensor(labels, dtype=torch.int64)  # type: ignore[arg-type]  # texts raise, and are refused below
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(
             "labels", labels, "this model takes class labels, not prompts", "Give a whole number for each image."

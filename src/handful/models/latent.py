@@ -12,7 +12,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from handful.core.denoiser import NetworkDenoiser, Prediction, shrunk
 from handful.core.memory import in_smaller_parts
 from handful.core.noise import Schedule
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.models.prompts import text_encoders
 
 PATCH = 2  # latent pixels to a token, a side, where a pipeline packs its latents
@@ -36,8 +36,8 @@ class LatentDenoiser(NetworkDenoiser):
         factor: Pixels of an image to one of its latents, along a side.
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
         can_offload: Whether a pipeline of diffusers can move its parts to the CPU and back.
-        vae_overflows: Whether its autoencoder gives no numbers in float16. Only SDXL's does; the `force_upcast` in configs
-            does not tell, since it is true by default.
+        vae_overflows: Whether its autoencoder overflows in float16. Only SDXL's does; the `force_upcast` in configs does not
+            show it, since it is true by default.
 
     Raises:
         RequestError: If the resolution does not fit.
@@ -72,10 +72,10 @@ class LatentDenoiser(NetworkDenoiser):
             remedy = "Name an autoencoder made for this model's latents."
             if channels != channels_of(config):
                 problem = f"this model's latents have {channels_of(config)}"
-                raise RequestError("model.preview_decoder", f"latents of {channels} channels", problem, remedy)
+                raise RequestError("model.preview_decoder", f"latents of {counted(channels, 'channel')}", problem, remedy)
             if 2 ** (blocks - 1) != factor:
                 problem = "its images differ in size from this model's"
-                raise RequestError("model.preview_decoder", f"{blocks} blocks", problem, remedy)
+                raise RequestError("model.preview_decoder", f"{counted(blocks, 'block')}", problem, remedy)
         height, width = (side // factor for side in resolution)
         super().__init__(network, prediction, (channels_of(config), height, width), levels)
         self._frames = hasattr(config, "temperal_downsample")  # the autoencoder takes images as videos of one frame

@@ -22,7 +22,7 @@ class ModelOptions:
         dtype: The precision to load the weights in; None: float32.
         resolution: (height, width) of the images; None takes the model's own.
         negative_prompt: What stands for "no prompt".
-        embedded_guidance: What a guidance-distilled network (Flux) is told as its scale.
+        embedded_guidance: The guidance scale that a guidance-distilled network (Flux) takes as an input.
         without: Components of a pipeline not to load, such as text_encoder_3.
         preview_decoder: A tiny autoencoder (diffusers' AutoencoderTiny) that guidance decodes with, by directory or hub name.
         lora: Additions to the networks, each a file and its weight: merged into the weights, so part of the model's digest.
@@ -78,4 +78,5 @@ def refuse_options(options: ModelOptions, *names: str) -> None:
     """Refuses what a family has no use for, so that nothing asked for is passed over in silence."""
     for each in fields(options):
         if each.name in names and (given := getattr(options, each.name)) != each.default:
+            given = [str(getattr(one, "path", one)) for one in given] if each.name == "lora" else given
             raise RequestError(f"model.{each.name}", given, "this model does not use it", "Leave it out.")

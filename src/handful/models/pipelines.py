@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from handful.errors import RequestError, first_line
+from handful.errors import RequestError, counted, first_line
 from handful.models.libraries import hide_loading_bars
 from handful.models.options import ModelOptions
 from handful.models.source import Source
@@ -213,7 +213,7 @@ def load_component(source: Source, options: ModelOptions, part: str, kind: str) 
     network, info = loaded
     if info["missing_keys"] or info["mismatched_keys"]:
         wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-        problem = f"its weights don't fit its config ({len(wrong)} tensors, first {wrong[0]})"
+        problem = f"its weights don't fit its config ({counted(len(wrong), 'tensor')}, first {wrong[0]})"
         raise RequestError("model", str(where), problem, "Copy config.json and weights from the same checkpoint.")
     return network
 
@@ -255,7 +255,7 @@ def with_variant(source: Source, options: ModelOptions) -> tuple[ModelOptions, l
 def _refuse_lacking(network: nn.Module, field: str, name: str, which: str = "") -> None:
     """Refuses a network whose file lacked tensors; diffusers only warns of them."""
     if absent := [key for key, value in network.state_dict().items() if value.is_meta]:
-        problem = f"it lacks {len(absent)} tensors{which}, first {absent[0]}"
+        problem = f"it lacks {counted(len(absent), 'tensor')}{which}, first {absent[0]}"
         raise RequestError(field, name, problem, "Copy weights and configs from the same model.")
 
 

@@ -28,7 +28,7 @@ class Prompts:
         encode: Prompts -> embeddings by name, (n, ...) each.
         encode_null: What the network takes as no prompt, (1, ...) each; None where it has none.
         free: Lets the text encoders go; None where nothing can be freed.
-        readers: By name, each tokenizer and how many tokens of it the network is told; see `unread`.
+        readers: By name, each tokenizer and how many of its tokens the network reads; see `unread`.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from handful.errors import RequestError, first_line
-from handful.models.door import what_tensors_say
+from handful.models.door import no_weights, what_tensors_say
 from handful.models.options import ModelOptions
 from handful.models.pipelines import load_pipeline
 from handful.models.source import Source
@@ -25,8 +25,8 @@ from handful.models.source import Source
 Shapes = dict[str, tuple[int, ...]]
 LONGEST_HEADER = 100_000_000  # bytes; the format allows no more
 PREFIX = "model.diffusion_model."
-TO_CONVERT = "Convert it to .safetensors where you trust it, or take the model's .safetensors file."
-# Files of a network alone, by a tensor that only it has; the whole pipelines of SD and SDXL are told by their text encoders.
+TO_CONVERT = "If you trust the file, convert it to .safetensors; or use the model's own .safetensors file."
+# Files of a network alone, by a tensor that only it has; their text encoders mark whole pipelines of SD and SDXL.
 TRANSFORMERS = {
     "joint_blocks.0.context_block.adaLN_modulation.1.bias": "StableDiffusion3Pipeline",
     "double_blocks.0.img_attn.norm.key_norm.scale": "FluxPipeline",
@@ -89,14 +89,14 @@ def read_shapes(file: Path) -> Shapes:
     Raises:
         RequestError: If the file is damaged, or is a pickle of more than tensors.
     """
+    if error := no_weights(file, str(file)):
+        raise error
     if file.suffix == ".safetensors":
         return _header_shapes(file)
     try:
         held: Any = torch.load(file, map_location="meta", weights_only=True)
     except Exception as error:  # the unpickler's own kinds, and whatever damaged files lead to
-        raise RequestError(
-            "model", str(file), f"it is a pickle that can't be read as tensors alone ({first_line(error)})", TO_CONVERT
-        ) from error
+        raise RequestError("model", str(file), "it is a pickle that can't be read as tensors alone", TO_CONVERT) from error
     while isinstance(held, dict) and "state_dict" in held:
         held = held["state_dict"]
     if not isinstance(held, dict):

@@ -1,7 +1,7 @@
 """Stable Diffusion 1.5, 2.1 and SDXL: prompts -> latents, by a `UNet2DConditionModel` that predicts eps or v.
 
-Sources: Rombach et al. 2022 (arXiv 2112.10752); Podell et al. 2023 (arXiv 2307.01952) for SDXL, whose UNet is also told a
-pooled embedding and the picture's sizes (its section 2.2). Single files of both are told apart in single_file.py.
+Sources: Rombach et al. 2022 (arXiv 2112.10752); Podell et al. 2023 (arXiv 2307.01952) for SDXL, whose UNet also takes
+a pooled embedding and the picture's sizes (its section 2.2). single_file.py tells which of them a single file is.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from handful.models.source import Source
 
 PIPELINE, PIPELINE_XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts of a pipeline that no latent depends on
-# Fields of a UNet's config that say it is told something which a prompt doesn't give.
+# Fields of a UNet's config: it takes an input besides the prompt.
 TOLD_MORE = {
     "class_embed_type": "a class or a level of noise, as upscalers are",
     "num_class_embeds": "a class or a level of noise, as upscalers are",
     "encoder_hid_dim_type": "an image, as with an IP-Adapter",
 }
-SIZES = 6  # SDXL is told (height, width) of the original, of the crop's corner, and of the target
+SIZES = 6  # SDXL takes (height, width) of the original, of the crop's corner, and of the target
 
 
 class StableDiffusionDenoiser(Prompted, LatentDenoiser):
     """A UNet of prompts, its autoencoder and its text encoders.
 
     Args:
-        embedded_guidance: The guidance scale that a network is told into which one was distilled (latent consistency models).
+        embedded_guidance: The guidance scale that a guidance-distilled network takes (latent consistency models).
         prompts: Gives "text" (n, tokens, width), and for SDXL "pooled" (n, width) and "time_ids" (n, 6).
         pipeline: The diffusers pipeline that the parts are of; None for a skeleton.
     """
@@ -130,7 +130,7 @@ def load(source: Source, options: ModelOptions) -> LatentDenoiser:
         skeleton(configs, options)
         pipeline = single_file.load_pipeline_file(source, options, kind)
     else:
-        skeleton(source, options)  # what the configs can tell is said before the weights are read
+        skeleton(source, options)  # what the configs show is refused before the weights are read
         two = (source.read_json("model_index.json") or {}).get("text_encoder_2") not in (None, [None, None])
         # by its parts: pipelines for image to image, and subclasses, have the same
         pipeline = load_pipeline(source, options, PIPELINE_XL if two else PIPELINE)

@@ -1,5 +1,5 @@
-"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): a transformer of latents that is told a prompt by up to
-three text encoders, trained as a rectified flow; diffusers' `StableDiffusion3Pipeline`.
+"""Stable Diffusion 3 and 3.5 (Esser et al. 2024, arXiv 2403.03206): a transformer of latents, with up to three text encoders,
+trained as a rectified flow; diffusers' `StableDiffusion3Pipeline`.
 
 The largest encoder, T5, can be left out (`without`: text_encoder_3): its tokens are zeros then, as in training. Guidance on
 skipped layers, which SD 3.5 Medium's authors suggest, is not offered.
@@ -114,10 +114,10 @@ def skeleton(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
 
 def load(source: Source, options: ModelOptions) -> StableDiffusion3Denoiser:
     """Loads a pipeline's directory, hub name, or a single file's transformer with the rest of a pipeline."""
-    skeleton(source, options)  # what the configs can tell is said before the weights are read
+    skeleton(source, options)  # what the configs show is refused before the weights are read
     index = configs_of(source, options, PIPELINE).read_json("model_index.json") or {}
     saved = all(index.get(part) not in (None, [None, None]) for part in T5)
-    if not saved or set(T5) & set(options.without):  # diffusers must be told; the one is of no use without the other
+    if not saved or set(T5) & set(options.without):  # name both: the encoder and its tokenizer need each other
         options = replace(options, without=(*options.without, *T5))
     return from_pipeline(load_flow_pipeline(source, options, PIPELINE, TRANSFORMER), options)
 

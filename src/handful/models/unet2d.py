@@ -143,7 +143,7 @@ def load(source: Source, options: ModelOptions) -> UNet2DDenoiser | LatentUNetDe
 
     A `handful.json` beside them may say `{"classes": [names], "null_class": label}`.
     """
-    outline = skeleton(source, options)  # what the configs can tell is said before the weights are read
+    outline = skeleton(source, options)  # what the configs show is refused before the weights are read
     if isinstance(outline.network, PlainUNet):
         return _packaged(outline, source, options)
     network, part = load_component(source, options, _inside(source).rstrip("/"), "UNet2DModel"), _autoencoder(source)

@@ -8,7 +8,7 @@ from pathlib import Path
 from handful.data.exemplars import FEWEST_TO_TEST, PER_CLASS_LEFT, Exemplars
 from handful.data.shared_exemplars import ExemplarFeatures, View, features_file
 from handful.data.sources import labelled_files, split_source
-from handful.errors import RequestError, some_of
+from handful.errors import RequestError, counted, some_of
 from handful.features.extractor import FeatureExtractor
 from handful.guidance.method import PLAIN_TEMPLATE, Requests, named, potentials
 from handful.recipe.schema import Recipe, did_you_mean
@@ -64,7 +64,11 @@ def too_few_left(recipe: Recipe, counts: Mapping[str, int]) -> list[str]:
     if left[name] >= PER_CLASS_LEFT:
         return []
     most = min(counts.values()) - PER_CLASS_LEFT
-    what = f"class '{name}' has {left[name]} images besides its exemplars" if any(left.values()) else "all images are exemplars"
+    what = (
+        f"class '{name}' has {counted(left[name], 'image')} besides its exemplars"
+        if any(left.values())
+        else "all images are exemplars"
+    )
     return [
         f"{what}; from the same folder 'handful evaluate' needs {PER_CLASS_LEFT} others of each class for its numbers by "
         f"class, 'handful utility' {FEWEST_TO_TEST}. {f'Use --k {most} or less' if most > 1 else 'Add images'}, or give "

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from handful.errors import RequestError, some_of
+from handful.errors import RequestError, counted, some_of
 from handful.features.class_numbers import number_of, places_of
 from handful.features.clip import clip_classifier, clip_skeleton, is_clip
 from handful.features.registry import FeatureExtractor, extractor_skeleton, load_extractor
@@ -109,7 +109,7 @@ def targets_of(
         RequestError: If a class has no counterpart that is certain, or the classifier has no gradient.
     """
     if names and len(names) != count:
-        problem = f"it has names of {len(names)} classes, but {count} logits"
+        problem = f"it has names of {counted(len(names), 'class')}, but {counted(count, 'logit')}"
         raise RequestError("classifier", request.classifier, problem, "Name each of its classes, or none.")
     if count == 1 and request.tau1 == request.tau2:
         problem = "with a single class log p(y | x) is always 0, so there is no gradient"
@@ -133,7 +133,7 @@ def targets_of(
         elif label is not None and len(model_classes) == count:
             found[name] = label
         else:
-            problem = f"the classifier's {count} classes have no names, and the model's are {len(model_classes) or 'unknown'}"
+            problem = f"its {count} classes have no names, and the model has {len(model_classes) or 'unknown ones'}"
             remedy = f"Write its number: classes: {{{name}: NUMBER}}. Or by_label: true, if its numbers are the model's labels."
             raise RequestError("classes", name, problem, remedy)
     return found
@@ -163,7 +163,6 @@ def _called(name: str) -> Iterator[None]:
 
 def _within(field: str, number: int, count: int) -> int:
     if not 0 <= number < count:
-        raise RequestError(
-            field, number, f"the classifier has {count} classes", f"Write a number from 0 to {count - 1} under classes."
-        )
+        problem = f"the classifier has {counted(count, 'class')}"
+        raise RequestError(field, number, problem, f"Write a number from 0 to {count - 1} under classes.")
     return number

@@ -17,7 +17,8 @@ from torch import Tensor
 from handful.core.denoiser import Denoiser
 from handful.core.noise import Levels
 from handful.errors import RequestError
-from handful.guidance.inversion import FIT_AGAIN, Embeddings, noised_start, own_targets
+from handful.guidance.embeddings import FIT_AGAIN, Embeddings
+from handful.guidance.inversion import noised_start, own_targets
 from handful.guidance.method import Requests, named
 from handful.recipe.schema import Recipe
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.features.class_numbers import places_of, plain
 from handful.recipe.schema import did_you_mean
 
@@ -129,12 +129,15 @@ def assign_labels(
     if may_have_null and null_class is None and counts == label_count - 1 and _could_be_all(names or found or (), label_count):
         null_class = label_count - 1
         notes.append(
-            f"null class: label {null_class}, the last one, as the model has {label_count} labels and the data {counts} classes"
+            f"null class: label {null_class}, the last one, as the model has {counted(label_count, 'label')} and the data "
+            f"{counted(counts, 'class')}"
         )
     labels = [label for label in range(label_count) if label != null_class]
     if names and len(names) != len(labels):
         remedy = "Give one name per label, in the labels' order, without the null class."
-        raise RequestError("model.classes", list(names), f"{len(names)} names for {len(labels)} classes", remedy)
+        raise RequestError(
+            "model.classes", list(names), f"{counted(len(names), 'name')} for {counted(len(labels), 'class')}", remedy
+        )
     by_name: Mapping[str, int] = dict(zip(names, labels, strict=False))
     _refuse_twice(names)
 
@@ -180,7 +183,7 @@ def assign_labels(
         ordered = list(chosen) if wanted is not None else order
         return Labels({name: by_order[name] for name in ordered}, null_class, tuple(order), notes)
     listed = ", ".join(list(chosen)[:10]) + (", ..." if len(chosen) > 10 else "")
-    problem = f"the model has {len(labels)} classes without names, so these {len(chosen)} can't be matched: {listed}"
+    problem = f"the model has {counted(len(labels), 'class')} without names, so these {len(chosen)} can't be matched: {listed}"
     remedy = (
         f"State the names of all {len(labels)} in the labels' order with model.classes (--class-names), and "
         'the label for "no class" with model.null_class (--null-class). Or name the folders by label.'
@@ -194,7 +197,7 @@ def _as_said(name: str, meant: int | str, names: Sequence[str], labels: Sequence
     def refused(problem: str, remedy: str) -> RequestError:
         return RequestError("model.labels", f"{name}: {meant}", problem, remedy)
 
-    known = f"its labels are {_range(list(labels))}" if labels else "it is told no labels"
+    known = f"its labels are {_range(list(labels))}" if labels else "it takes no labels"
     text = str(meant).strip()
     if text.isdecimal() and text not in names:
         if int(text) not in labels:

@@ -124,7 +124,7 @@ def resolve(
         raise RequestError("classes", None, problem, "Name them (--classes cat,dog), or give exemplars: a folder per class.")
     _refuse_unread(recipe, outline)
     if recipe.model.labels and (inverted or not outline.label_count):
-        problem = "this model is told prompts, not labels" if outline.prompted else "here the model is told no label"
+        problem = "this model takes prompts, not labels" if outline.prompted else "here the model gets no label"
         raise RequestError("model.labels", recipe.model.labels, problem, "Leave it out.")
     if outline.prompted and recipe.model.classes is not None:
         remedy = "Leave it out: each class name becomes a prompt."

@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.metrics.perceptual import as_image_pair
 from handful.report.feature_map import MOST, bounded_perplexity, draw_map, feature_map
 from handful.runs.contact_sheet import draw_tiles, label_font, tile_size
@@ -67,12 +67,8 @@ def few_shot_figure_png(
         name = f"eta = {eta}" if isinstance(eta, int) else str(eta)
         images = as_image_pair(targets, images, "targets", f"reconstructions, {name}")[1]
         if len(images) != len(targets):
-            raise RequestError(
-                f"reconstructions, {name}",
-                len(images),
-                f"this is the number of images, for {len(targets)} targets",
-                "Give one for each target, in their order.",
-            )
+            problem = f"this is the number of images, for {counted(len(targets), 'target')}"
+            raise RequestError(f"reconstructions, {name}", len(images), problem, "Give one for each target, in their order.")
         lines.append((name, images[:columns], _RECONSTRUCTED))
     for place, part in enumerate(generated[: columns * rows].split(columns)):
         lines.append(("" if place else "generated", part, _GENERATED))

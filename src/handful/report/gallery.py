@@ -11,7 +11,7 @@ from typing import Any
 
 from handful.data.exemplars import drawn_files
 from handful.data.images import image_folder
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.report.gather import Shown
 from handful.report.thumbnails import Pictures, fitting_side
 from handful.runs.metadata import exemplars_of
@@ -123,17 +123,17 @@ def _notes(first: Shown, images: Sequence[Sequence[Any]], pictures: Pictures, ru
     own = sum(1 for image in images if image[1] == 0)
     if own < len(first.rows):
         notes.append(
-            f"{own:,} of the {len(first.rows):,} images are shown: the first ones of each class and the {COPIES} nearest to an"
-            " exemplar. The others are in the run directory."
+            f"{own:,} of {len(first.rows):,} images are shown: the first ones of each class and the {COPIES} nearest to an "
+            "exemplar. The others are in the run directory."
         )
     if pictures.left_out:
         notes.append("No more pictures are shown, to keep the page small.")
     if pictures.unreadable:
-        notes.append(f"{pictures.unreadable:,} image files are missing or damaged; handful verify names them.")
+        notes.append(f"Missing or damaged: {counted(pictures.unreadable, 'image file')}; handful verify names them.")
     missing = {image[0] for image in images if image[1] == 0}
     without = len(first.classes) - len(missing)
     if without:
-        notes.append(f"{without:,} of {len(first.classes):,} classes have no pictures here.")
+        notes.append(f"Without pictures here: {without:,} of {counted(len(first.classes), 'class')}.")
     more = [name for run in runs[1:] for name in run.classes if name not in set(first.classes)]
     if more:
         notes.append(f"Classes that only other runs have are left out: {', '.join(list(dict.fromkeys(more))[:5])}.")

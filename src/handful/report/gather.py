@@ -12,11 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted, some_of
 from handful.judge.worth import KIND, Worth
 from handful.runs.kept import all_kept
 from handful.runs.metadata import exemplars_of
-from handful.zoo import JUDGES
+from handful.runs.run_directory import RunDirectory
+from handful.zoo import judge_of
 
 _A_RUN = "Name a directory that handful generate has written."
 NO_GUIDANCE = "without guidance"
@@ -58,8 +59,11 @@ class Shown:
     @property
     def judging(self) -> str:
         """The command that judges it."""
-        judge = JUDGES.get(str(_part(self.recipe, "model").get("name")))
-        return shlex.join(["handful", "evaluate", str(self.path), *(["--judge", judge] if judge else [])])
+        guides = [term.get("features") for term in self.recipe.get("guidance") or []]
+        judge = judge_of(str(_part(self.recipe, "model").get("name")), guides)
+        return shlex.join(
+            ["handful", "evaluate", str(self.path), "--judge", judge, *([] if self.exemplars else ["--real", "DIR"])]
+        )
 
     def in_words(self) -> str:
         """What was asked for, in a sentence or two."""
@@ -69,10 +73,11 @@ class Shown:
         guided = f"a mixture: {guided}" if mix else _way(self.recipe)
         k, source = _part(self.recipe, "exemplars").get("k", _part(self.recipe, "exemplars").get("per_class")), ""
         if _part(self.recipe, "exemplars").get("path") and guided != NO_GUIDANCE:
-            source = f", with {k or 'all'} exemplars per class from {_part(self.recipe, 'exemplars')['path']}"
+            of = counted(k, "exemplar") if k else "all exemplars"
+            source = f", with {of} per class from {_part(self.recipe, 'exemplars')['path']}"
         return (
-            f"{self.planned:,} images of {len(self.recipe.get('classes') or self.classes):,} classes from the model "
-            f"{model.get('name')}, {guided}{source}. Sampler {sampler.get('name')}, {sampler.get('steps')} steps, seed "
+            f"{counted(self.planned, 'image')} of {counted(len(self.recipe.get('classes') or self.classes), 'class')} from the "
+            f"model {model.get('name')}, {guided}{source}. Sampler {sampler.get('name')}, steps: {sampler.get('steps')}, seed "
             f"{self.recipe.get('seed')}."
         )
 
@@ -103,13 +108,13 @@ def gather(path: str | Path, name: str | None = None) -> Shown:
     provenance, notes = recipe.pop("provenance"), list[str]()
     rows = [row for row in _rows(root) if row.get("status") == "done" and row.get("file")]
     if not rows:
-        raise RequestError("run", root, "nothing has been generated in it yet", "Repeat its handful generate command first.")
-    classes = list(dict.fromkeys(row["class"] for row in rows))
-    planned = int(recipe.get("per_class") or 0) * len(recipe.get("classes") or classes) or len(rows)
+        raise RequestError("OUT", root, "nothing has been generated in it yet", "Repeat its handful generate command first.")
+    classes, plan = list(dict.fromkeys(row["class"] for row in rows)), RunDirectory(root).plan()
+    planned = sum(map(sum, plan.sizes.values())) or int(recipe.get("per_class") or 0) * len(recipe.get("classes") or classes)
     if len(rows) < planned:
-        notes.append(
-            f"This run is unfinished: it has {len(rows):,} of {planned:,} images. Repeat the command that made it to continue."
-        )
+        missing = [name for name in plan.sizes if name not in set(classes)]
+        lacks = f" It has no image of {some_of(missing)}." if missing else ""
+        notes.append(f"This run is unfinished: it has {len(rows):,} of {counted(planned, 'image')}.{lacks} Repeat its command.")
     drawn = exemplars_of(root)
     folder = drawn.folder if drawn else None
     if folder is not None and not folder.is_dir():
@@ -121,29 +126,28 @@ def gather(path: str | Path, name: str | None = None) -> Shown:
     for each in all_kept(root, KIND):
         try:
             found = Worth.from_dict(each["result"])
-        except (KeyError, TypeError):
+        except (KeyError, ValueError):
             notes.append("A result of handful utility was written by another version and is left out.")
-    return Shown(
-        root, name or root.resolve().name, recipe, provenance, rows, classes, planned, folder, evaluations, found, notes
-    )
+    name, planned = name or root.resolve().name, planned or len(rows)
+    return Shown(root, name, recipe, provenance, rows, classes, planned, folder, evaluations, found, notes)
 
 
 def _recipe(root: Path) -> dict[str, Any]:
     """recipe.yaml with its provenance."""
     if not root.exists():
-        raise RequestError("run", root, "there is no such directory", "Check the path.")
+        raise RequestError("OUT", root, "there is no such directory", "Check the path.")
     if not root.is_dir():
-        raise RequestError("run", root, "this is a file", _A_RUN)
+        raise RequestError("OUT", root, "this is a file", _A_RUN)
     file = root / "recipe.yaml"
     if not file.is_file():
         empty = next(root.iterdir(), None) is None
-        raise RequestError("run", root, "the directory is empty" if empty else "it holds no run of handful", _A_RUN)
+        raise RequestError("OUT", root, "the directory is empty" if empty else "it holds no run of handful", _A_RUN)
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8", errors="replace"))
     except (OSError, yaml.YAMLError) as error:
-        raise RequestError("run", file, f"it can't be read ({error})".splitlines()[0], _A_RUN) from error
+        raise RequestError("OUT", file, f"it can't be read ({error})".splitlines()[0], _A_RUN) from error
     if not isinstance(data, dict) or not isinstance(data.get("provenance"), dict) or not isinstance(data.get("model"), dict):
-        raise RequestError("run", file, "it was not written by a run of handful", _A_RUN)
+        raise RequestError("OUT", file, "it was not written by a run of handful", _A_RUN)
     return data
 
 
@@ -158,7 +162,7 @@ def _rows(root: Path) -> list[dict[str, Any]]:
             rows += pq.ParquetFile(file).read(use_threads=False).to_pylist()  # without threads: see runs/manifest.py
         except (OSError, pa.ArrowException) as error:
             raise RequestError(
-                "run", file, "it is damaged", "Repeat the handful generate command, which repairs it."
+                "OUT", file, "it is damaged", "Repeat the handful generate command, which repairs it."
             ) from error
     return rows
 

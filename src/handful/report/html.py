@@ -20,14 +20,14 @@ from jinja2 import Environment, StrictUndefined
 
 from handful import __version__
 from handful.data.images import write_atomically
-from handful.errors import HandfulError, Note, RequestError, first_line
+from handful.errors import HandfulError, Note, RequestError, counted, first_line
 from handful.judge.verdict import kind_of, verdict
 from handful.judge.worth import TEST
 from handful.metrics.catalogue import METRICS, headings, lower_is_better
 from handful.report.charts import Dot, scatter
 from handful.report.gallery import gallery
 from handful.report.gather import Shown, compared_with, gather
-from handful.report.tables import REAL_AGAINST_REAL, Table, memory
+from handful.report.tables import REAL_AGAINST_REAL, Table, memory, number, signed
 from handful.report.worth_table import worth_table
 from handful.runs.card import refresh
 
@@ -49,7 +49,7 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
         RequestError: A directory is no run, is empty, or the file can't be written; said before any picture is read.
     """
     if not runs:
-        raise RequestError("run", None, "it is missing", "Name one or more run directories.")
+        raise RequestError("OUT", None, "it is missing", "Name one or more run directories.")
     first = gather(runs[0])
     shown = [first, *compared_with(first, runs[1:])]
     target = Path(out).expanduser() if out is not None else first.path / "report.html"
@@ -114,7 +114,9 @@ def _verdicts(run: Shown) -> list[str]:
     sentences = [*verdict(run.found), *utility]
     judged = run.found["pooled"]["generated"]["n_generated"]
     if judged != len(run.rows):
-        sentences.insert(0, f"The run has {len(run.rows):,} images now, and was judged with {judged:,}: repeat {run.judging}.")
+        sentences.insert(
+            0, f"The run has {counted(len(run.rows), 'image')} now, and was judged with {judged:,}: repeat {run.judging}."
+        )
     if not run.found.get("gains") and run.recipe.get("guidance"):
         sentences.append(
             f"Does guidance help? Make a set without it: handful generate {run.path}/recipe.yaml --guidance none --out plain. "
@@ -140,14 +142,14 @@ def _metrics(run: Shown) -> Table | None:
         after = [each[metric] for each in (found.get("transformed") or {}).values() if each.get(metric) is not None]
         ends = intervals.get(metric)
         cells = [
-            "-" if ends is None else f"{_number(ends[0])} to {_number(ends[1])}",
-            _number(sum(after) / len(after)) if after else "-",
-            _number(ceiling.get(metric)),
+            "-" if ends is None else f"{number(ends[0])} to {number(ends[1])}",
+            number(sum(after) / len(after)) if after else "-",
+            number(ceiling.get(metric)),
         ]
-        table.rows.append([heading + (" (lower is better)" if lower_is_better(metric) else ""), _number(value), *cells])
+        table.rows.append([heading + (" (lower is better)" if lower_is_better(metric) else ""), number(value), *cells])
     sizes = found["pooled"]["generated"]
     table.notes.append(
-        f"{sizes['n_generated']:,} generated and {sizes['n_real']:,} real images. The real images: {asked.get('real', '?')}."
+        f"{counted(sizes['n_generated'], 'generated image')} and {sizes['n_real']:,} real ones, of {asked.get('real', '?')}."
     )
     table.notes.append(
         f"{REAL_AGAINST_REAL}. After transforms: real and generated images are both changed a little, such as by JPEG; do not"
@@ -166,8 +168,8 @@ def _gains(run: Shown) -> list[Table]:
         for metric, gain in comparison["metrics"].items():
             if gain.get("gain") is not None:
                 ends = gain.get("interval")
-                cells = [_number(gain["value"]), _number(gain["baseline"]), _signed(gain["gain"])]
-                cells += ["-" if ends is None else f"{_signed(ends[0])} to {_signed(ends[1])}", _signed(gain.get("surviving"))]
+                cells = [number(gain["value"]), number(gain["baseline"]), signed(gain["gain"])]
+                cells += ["-" if ends is None else f"{signed(ends[0])} to {signed(ends[1])}", signed(gain.get("surviving"))]
                 table.rows.append([str(headings().get(metric, metric)), *cells, kind_of(gain)])
         table.notes.append(
             "A gain above 0 is better, also where a lower value is better. Transforms are small changes, such as JPEG, of real"
@@ -189,10 +191,10 @@ def _comparison(runs: Sequence[Shown]) -> Table:
             if values[place] is None and run.name in baselines:
                 values[place] = (baselines[run.name]["metrics"].get(metric) or {}).get("baseline")
         if any(value is not None for value in values):
-            table.rows.append([heading, *map(_number, values)])
+            table.rows.append([heading, *map(number, values)])
     worths = [run.worth.rows[2].tests[TEST].mean if run.worth and len(run.worth.rows) > 2 else None for run in runs]
     if any(value is not None for value in worths):
-        table.rows.append(["accuracy of a classifier, exemplars + these", *map(_number, worths)])
+        table.rows.append(["accuracy of a classifier, exemplars + these", *map(number, worths)])
     judges = {(run.found["judge"], str((run.evaluations[-1].get("asked") or {}).get("real"))) for run in runs if run.found}
     if len(judges) > 1:
         table.notes.append(
@@ -216,9 +218,9 @@ def _classes(run: Shown) -> Table | None:
         return (float("inf") if f1 is None else f1, -(distance or 0.0))
 
     for name in sorted(groups, key=badness)[:MOST_CLASSES]:
-        table.rows.append([name, str(groups[name]["n_generated"]), *(_number(groups[name].get(metric)) for metric in metrics)])
+        table.rows.append([name, str(groups[name]["n_generated"]), *(number(groups[name].get(metric)) for metric in metrics)])
     if len(groups) > MOST_CLASSES:
-        table.notes.append(f"{len(groups) - MOST_CLASSES:,} better classes are left out.")
+        table.notes.append(f"Not shown: {counted(len(groups) - MOST_CLASSES, 'better class')}.")
     if any(scores.get("f1") is None for scores in groups.values()):
         table.notes.append("A class with too few images for this number of neighbours has no precision, recall or coverage.")
     return table
@@ -296,11 +298,3 @@ def operations(flops: float) -> str:
     """`583 million`."""
     power = min(4, max(1, int(math.log10(max(flops, 1.0)) / 3)))
     return f"{flops / 1000**power:,.3g} {('thousand', 'million', 'billion', 'trillion')[power - 1]}"
-
-
-def _number(value: Any) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
-
-
-def _signed(value: Any) -> str:
-    return "-" if value is None else f"{value:+.3f}" if abs(value) < 100 else f"{value:+.1f}"

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
 
-from handful.errors import some_of
+from handful.errors import counted, some_of
 from handful.judge.gains import DRAWS, LEVEL, RULE
 from handful.judge.verdict import kind_of
 from handful.metrics import catalogue
@@ -74,12 +74,12 @@ def evaluation_table(found: Evaluation) -> Table:
     wholes = [("pooled", summary.pooled)] + [("mean over classes", summary.mean_over_classes)] * several
     classes = [*summary.per_class.items()] * several
     table = Table(
-        f"judge {found.judge}, {summary.k} neighbours, {summary.dimensions} features",
+        f"judge {found.judge}, {counted(summary.k, 'neighbour')}, {counted(summary.dimensions, 'feature')}",
         ["", "real", "generated", *columns.values()],
     )
 
     def add(name: str, scores: Scores) -> None:
-        cells = [_number(scores.values.get(metric)) for metric in columns]
+        cells = [number(scores.values.get(metric)) for metric in columns]
         table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
 
     for name, group in wholes:
@@ -87,8 +87,8 @@ def evaluation_table(found: Evaluation) -> Table:
         if group is summary.pooled and found.transformed:
             sizes = [str(group.generated.n_real), str(group.generated.n_generated)]
             for transform, row in found.transformed.items():
-                table.rows.append([f"  after {transform}", *sizes, *(_number(row.get(metric)) for metric in columns)])
-            table.rows.append(["  after them, mean", *["-"] * 2, *(_number(found.robust(metric)) for metric in columns)])
+                table.rows.append([f"  after {transform}", *sizes, *(number(row.get(metric)) for metric in columns)])
+            table.rows.append(["  after them, mean", *["-"] * 2, *(number(found.robust(metric)) for metric in columns)])
         if group.ceiling is not None:
             add("  real against real", group.ceiling)
     for name, group in classes:
@@ -125,9 +125,9 @@ def group_tables(found: Evaluation) -> list[Table]:
         return []
     table = Table(f"by group, judge {found.judge}, k = {found.summary.k}", ["", "real", "generated", *columns.values()])
     for name, scores in {**groups.per_group, "mean over groups": groups.mean}.items():
-        cells = [_number(scores.values.get(metric)) for metric in columns]
+        cells = [number(scores.values.get(metric)) for metric in columns]
         table.rows.append([name, str(scores.n_real), str(scores.n_generated), *cells])
-    table.rows.append(["gap", "-", "-", *(_number(groups.gap.get(metric)) for metric in columns)])
+    table.rows.append(["gap", "-", "-", *(number(groups.gap.get(metric)) for metric in columns)])
     table.rows.append(["worst group", "-", "-", *(groups.worst.get(metric, "-") for metric in columns)])
     table.notes = wrapped([f"{name}: {scores.note}" for name, scores in groups.per_group.items() if scores.note])
     return [table]
@@ -141,20 +141,20 @@ def gains_tables(found: Evaluation) -> list[Table]:
         interval = f"{LEVEL * 100:.0f} % interval"
         headings = ["", "value", "baseline", "gain", interval]
         headings += ["surviving", interval, "share", "verdict"] if audited else []
-        sizes = f"{comparison.images} images beside {comparison.baseline_images}"
+        sizes = f"{counted(comparison.images, 'image')} beside {comparison.baseline_images}"
         table = Table(f"gain over {name}, judge {found.judge}: {sizes}", headings)
         weakest: dict[str, list[str]] = {}
         for metric, gain in comparison.metrics.items():
             if gain.gain is None:
                 continue
-            cells = [_number(gain.value), _number(gain.baseline), _signed(gain.gain), _range(gain.interval)]
+            cells = [number(gain.value), number(gain.baseline), signed(gain.gain), _range(gain.interval)]
             if audited:
                 share = "-" if gain.robust_gain is None else f"{gain.robust_gain:.2f}"
-                cells += [_signed(gain.surviving), _range(gain.surviving_interval), share, kind_of(asdict(gain))]
+                cells += [signed(gain.surviving), _range(gain.surviving_interval), share, kind_of(asdict(gain))]
             table.rows.append([headings_of[metric], *cells])
             if gain.after and gain.verdict not in (None, "no gain"):
                 least = min(gain.after, key=lambda transform: gain.after[transform])
-                weakest.setdefault(least, []).append(f"{headings_of[metric]} {_signed(gain.after[least])}")
+                weakest.setdefault(least, []).append(f"{headings_of[metric]} {signed(gain.after[least])}")
         table.notes = wrapped([f"the smallest gain is after {least}: {', '.join(those)}" for least, those in weakest.items()])
         tables.append(table)
     if tables:
@@ -176,9 +176,9 @@ def gains_tables(found: Evaluation) -> list[Table]:
 def cost_tables(found: Cost) -> list[Table]:
     """What sampling costs in three ways; where the recipe's operations go; what comes once a class."""
     height, width = found.resolution
-    chunk = "" if found.chunk is None or found.chunk >= found.cohort else f", {found.chunk} images at once"
+    chunk = "" if found.chunk is None or found.chunk >= found.cohort else f", {counted(found.chunk, 'image')} at once"
     ways = Table(
-        f"{found.model}, {height} x {width}, {found.sampler}, {found.steps} steps, cohort of {found.cohort}{chunk}",
+        f"{found.model}, {height} x {width}, {found.sampler}, {counted(found.steps, 'step')}, cohort of {found.cohort}{chunk}",
         ["", "TFLOPs/image", "x plain", "x CFG", "denoiser calls", "parameters", "peak memory"],
     )
     plain, cfg = found.plain, found.cfg
@@ -219,16 +219,18 @@ def memory(size: float) -> str:
     return f"{size / 1e9:,.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A metric in a cell: three decimals, or one from 100 on."""
     return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
 
 
-def _signed(value: float | None) -> str:
+def signed(value: float | None) -> str:
+    """A difference in a cell, with its sign."""
     return "-" if value is None else f"{value:+.3f}" if abs(value) < 100 else f"{value:+.1f}"
 
 
 def _range(ends: tuple[float, float] | None) -> str:
-    return "-" if ends is None else " .. ".join(_signed(end) for end in ends)
+    return "-" if ends is None else " .. ".join(signed(end) for end in ends)
 
 
 def wrapped(notes: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
+from handful.errors import counted
 from handful.judge.worth import Tested, Worth
 from handful.report.tables import WIDTH, Table
 
@@ -12,7 +13,7 @@ def worth_table(found: Worth) -> Table:
     """A line for each way to train: accuracy on the test images, its worst class, and on every further test set."""
     tests = list(found.rows[0].tests)
     table = Table(
-        f"trained: {found.network}; {found.seeds} of each, {found.steps} steps",
+        f"trained: {found.network}; {found.seeds} of each, {counted(found.steps, 'step')}",
         ["trained on", "images", "exemplars in a batch", *(head for name in tests for head in (name, "worst class"))],
     )
     for row in found.rows:

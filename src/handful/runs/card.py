@@ -16,7 +16,7 @@ import yaml
 
 from handful.data.images import write_atomically
 from handful.data.shared_exemplars import ExemplarFeatures
-from handful.errors import HandfulError
+from handful.errors import HandfulError, counted
 from handful.runs.kept import all_kept
 
 CARD = "README.md"
@@ -49,7 +49,7 @@ def card(root: Path, recipe: Mapping[str, Any], counts: Mapping[str, int], dista
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---",
         f"{MARK}\n# {root.name}",
-        f"{images:,} **synthetic** images of {len(counts):,} classes, made by [handful](https://pypi.org/project/handful/)."
+        f"{images:,} **synthetic** images of {counted(len(counts), 'class')}, made by [handful](https://pypi.org/project/handful/)."
         " No image here is a photograph.",
         _made(root, recipe),
         _measured(root),
@@ -86,13 +86,12 @@ def _made(root: Path, recipe: Mapping[str, Any]) -> str:
     lines = [
         f"- model: `{Path(str(model.get('name'))).name}`; the model's licence applies to these images",
         f"- guidance: {', '.join(terms) or 'none'}",
-        f"- sampler: `{sampler.get('name')}`, {sampler.get('steps')} steps, seed {recipe.get('seed')}",
+        f"- sampler: `{sampler.get('name')}`, steps: {sampler.get('steps')}, seed {recipe.get('seed')}",
     ]
     if drawn.get("path"):
         source, licence = _stated(root, str(drawn["path"]))
-        lines.append(
-            f"- exemplars: {drawn.get('k', drawn.get('per_class')) or 'all'} real images of each class; source: {source}"
-        )
+        k = drawn.get("k", drawn.get("per_class"))
+        lines.append(f"- exemplars: {counted(k, 'real image') if k else 'all real images'} of each class; source: {source}")
         lines.append(f"- the exemplars' licence: {licence}")
     return (
         "## How it was made\n\n"

@@ -157,7 +157,7 @@ class Claims:
         except FileNotFoundError:
             return True
         except OSError:
-            text = ""  # a stale handle, or no file at all: time tells
+            text = ""  # a stale handle, or no file at all: wait for the timeout
         machine = None
         with suppress(ValueError, LookupError, TypeError):
             machine = json.loads(text)["machine"]
@@ -172,7 +172,7 @@ class Claims:
     def _is_free(self, worker: str) -> bool:
         lock_file = self._lock_file(worker)
         if not lock_file.exists():
-            return False  # it takes its lock before it lists itself; without one, its heartbeat tells
+            return False  # it takes its lock before it lists itself; without one, only its heartbeat counts
         try:
             lock = take(lock_file)
         except OSError:
@@ -200,7 +200,7 @@ class Claims:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TypeError):
-            # being written just now, or damaged: time tells
+            # being written just now, or damaged: wait a while
             before = self._seen.setdefault(path.name, ("", self._clock()))
             return path.name if self._clock() - before[1] <= min(self._timeouts.heartbeat, 10.0) else None
         return None if run != self.run or (worker != self.worker and self.gone(worker)) else worker

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from handful.data.images import to_uint8
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.files.atomic import write_atomically
 
 _TILE = 64  # pixels: what small images are enlarged towards
@@ -57,7 +57,7 @@ def contact_sheet_png(
     columns = min(columns, max(max(len(generated[name]), len(exemplars.get(name, ()))) for name in shown))
 
     blocks = [_block(name, exemplars.get(name), generated[name], tile, columns, rows) for name in shown]
-    note = f"and {len(classes) - len(shown)} more classes" if len(classes) > len(shown) else ""
+    note = f"and {counted(len(classes) - len(shown), 'more class')}" if len(classes) > len(shown) else ""
     full_width = max(block.width for block in blocks) + 2 * _MARGIN
     full_height = sum(block.height + _MARGIN for block in blocks) + _MARGIN + (_TEXT + _MARGIN if note else 0)
     sheet = Image.new("RGB", (full_width, full_height), _PAPER)

@@ -15,7 +15,7 @@ from handful.data.exemplars import PER_CLASS_LEFT, Exemplars, content_hash
 from handful.data.images import read_all
 from handful.data.shared_exemplars import features_file
 from handful.data.sources import LabelledFiles, absolute_source, labelled_files
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def unused_images(run: str | Path, *, needed: int = 1, field: str = "real", reme
     if few:
         most = min(listed.counts.values()) - PER_CLASS_LEFT
         enough = f" ({most} leaves enough for evaluate and utility)" if most > 1 else ""
-        listed_few = ", ".join(few[:5]) + (f" and {len(few) - 5} more classes" if len(few) > 5 else "")
+        listed_few = ", ".join(few[:5]) + (f" and {counted(len(few) - 5, 'more class')}" if len(few) > 5 else "")
         raise RequestError(
             field,
             asked.folder,

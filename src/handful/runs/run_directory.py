@@ -151,7 +151,7 @@ class RunDirectory(OwnedDirectory):
         """
         packed = self.writer.pack(cohort, images, rows)
         self.put(packed)
-        if self.writer.format != "imagefolder":  # one hash tells whether a shard is whole, without opening it
+        if self.writer.format != "imagefolder":  # one hash shows whether a shard is whole, without opening it
             schema = schema.with_metadata({SHARD: _sha256(packed[self.writer.shard(cohort)])})
         self.publish(self._marker(cohort), parquet_bytes(rows, schema))
 

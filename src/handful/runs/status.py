@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.runs.claims import Claims
 from handful.runs.progress import duration
 from handful.runs.run_directory import RECIPE, RunDirectory
@@ -43,17 +43,18 @@ class Status:
     seconds_left: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
+        """Plain data, for JSON; `images` is the former name of `images_planned`, `failed` of `failures` (a list of texts)."""
+        failures = [f"{key}: {why}" for key, why in self.failed.items()]
+        return {**asdict(self), "images_planned": self.images, "failures": failures}
 
     def as_text(self) -> str:
         """Lines for people."""
-        cohorts = f"{self.cohorts_done} of {self.cohorts} cohorts (images guided together)"
-        lines = [f"{self.images_done} of {self.images} images, {cohorts} are done"]
+        cohorts = f"{self.cohorts_done} of {counted(self.cohorts, 'cohort')} (images guided together)"
+        lines = [f"done: {self.images_done} of {counted(self.images, 'image')}, {cohorts}"]
         if self.rate:
             left = f", {duration(self.seconds_left)} left" if self.seconds_left else ""
             lines.append(f"{self.rate:.3g} images/s{left}")
-        lines.append(f"{len(self.workers)} processes at work" + "".join(f"\n  {name}" for name in self.workers))
+        lines.append(f"{counted(len(self.workers), 'process')} at work" + "".join(f"\n  {name}" for name in self.workers))
         lines += [f"{key} is being made by {worker}" for key, worker in list(self.claimed.items())[:20]]
         lines += [f"{key} failed: {why}" for key, why in self.failed.items()]
         return "\n".join(lines)
@@ -120,7 +121,7 @@ class Verified:
 
     def as_text(self) -> str:
         """Lines for people."""
-        lines = [f"{self.images} images in the manifest: " + ("all exist, unchanged" if self.whole else "")]
+        lines = [f"{counted(self.images, 'image')} in the manifest: " + ("all exist, unchanged" if self.whole else "")]
         for told, files in (("missing", self.missing), ("changed", self.damaged), ("not in the manifest", self.extra)):
             if files:
                 lines.append(f"{len(files)} {told}: " + ", ".join(files[:5]) + (", ..." if len(files) > 5 else ""))
@@ -169,7 +170,9 @@ def to_go_on(out: str | Path) -> str:
 def _listed(directory: RunDirectory) -> Iterator[tuple[str, str]]:
     file = directory.path / "manifest.parquet"
     if not file.exists() and directory.plan().cohorts() and (found := status(directory.path)).images_done < found.images:
-        problem = f"it is unfinished: {found.images_done} of {found.images} images are there, and only a whole run is verified"
+        problem = (
+            f"it is unfinished: it has {found.images_done} of {counted(found.images, 'image')}; only a whole run is verified"
+        )
         raise RequestError("out", directory.path, problem, f"{to_go_on(directory.path)} makes the others.")
     try:
         manifest = pq.ParquetFile(file)

@@ -75,7 +75,7 @@ def completed(request: SweepRequest) -> SweepRequest:
 
 
 def planned_sets(request: SweepRequest) -> list[PlannedSet]:
-    """All sets, seed by seed, the baseline first in each: so that a sweep tells something early.
+    """All sets, seed by seed, the baseline first in each: so that a sweep has something to compare early.
 
     Args:
         request: From `completed`.

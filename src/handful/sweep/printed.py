@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from handful.errors import counted
 from handful.report.tables import Table
 from handful.sweep.checked import SweepJob
 from handful.sweep.choice import Choice, Lead, Pick
@@ -25,8 +26,8 @@ def plan_table(job: SweepJob) -> Table:
     """What a sweep would do: sets, images and operations by method."""
     request, operations = job.request, Operations(job.request)
     table = Table(
-        f"{len(job.sets)} sets, {len(job.pending)} to make; {request.recipe.per_class} images of each of "
-        f"{len(job.classes)} classes",
+        f"{counted(len(job.sets), 'set')}, {len(job.pending)} to make; {counted(request.recipe.per_class, 'image')} of each of "
+        f"{counted(len(job.classes), 'class')}",
         ["method", "scales", "k", "seeds", "sets", "to make", "images", "x plain", "TFLOPs"],
     )
     pending, total = {each.name for each in job.pending}, 0.0
@@ -34,8 +35,8 @@ def plan_table(job: SweepJob) -> Table:
         sets = [each for each in job.sets if each.setting.method == name]
         todo = [each for each in sets if each.name in pending]
         images = request.recipe.per_class * len(job.classes)
-        counted = [operations.per_image(each) for each in todo]
-        flops = None if None in counted else sum(each or 0.0 for each in counted) * images
+        costs = [operations.per_image(each) for each in todo]
+        flops = None if None in costs else sum(each or 0.0 for each in costs) * images
         ratios = sorted({ratio for each in sets if (ratio := operations.ratio(each)) is not None})
         shown = "-" if not ratios else "-".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (ratios[0], ratios[-1])))
         table.rows.append(

@@ -12,7 +12,7 @@ import numpy as np
 
 from handful.data.images import LabelledImages, image_folder, open_file, read_folder
 from handful.data.sources import labelled_files
-from handful.errors import RequestError
+from handful.errors import RequestError, counted
 from handful.judge.image_sets import FileImages
 from handful.sweep.columns import TEST, VALIDATION
 from handful.sweep.request import SweepRequest
@@ -89,7 +89,7 @@ def split_places(real: Folder, share: float, neighbours: int) -> dict[str, dict[
         halves[TEST][name] = sorted(order[count:].tolist())
     for split, places in halves.items():
         if (count := sum(map(len, places.values()))) <= neighbours:
-            problem = f"its {split} half has {count} images, too few for {neighbours} neighbours"
+            problem = f"its {split} half has {counted(count, 'image')}, too few for {counted(neighbours, 'neighbour')}"
             raise RequestError("real", real.root, problem, "Add real images, or lower neighbours.")
     return halves
 

@@ -149,7 +149,7 @@ def _anchored(data: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def check_request(request: SweepRequest) -> None:
-    """Refuses what contradicts itself, which types alone do not tell."""
+    """Refuses contradictions that the fields' types do not exclude."""
     _check_methods(request)
     _check_choice(request)
 

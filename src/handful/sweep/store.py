@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from handful.errors import counted
 from handful.recipe.file import PROVENANCE
 from handful.recipe.schema import with_new_fields
 from handful.runs.comparison import Comparison, compared
@@ -100,8 +101,8 @@ def check_same_sweep(
             for each in of_set.unlike:
                 by_sets.setdefault(each, []).append(planned.name)
     for each, names in by_sets.items():
-        if each not in unlike:  # else it is told of the whole sweep
-            more = f" (and {len(names) - 1} more sets)" if len(names) > 1 else ""
+        if each not in unlike:  # else it differs for the whole sweep
+            more = f" (and {counted(len(names) - 1, 'more set')})" if len(names) > 1 else ""
             unlike.append(f"{names[0]}{more}: {each.removeprefix('recipe.')}")
     Comparison(unlike, []).refuse(directory.path, "it holds a sweep with other settings", _ASK_OTHERWISE)
 

@@ -87,7 +87,7 @@ def run_sweep(
         outputs: Whether the chosen recipe and the pictures are written too; a sweep that is about to grow needs none yet.
 
     Returns:
-        The result. Sets that failed are told in `failures`; the next run tries them again.
+        The result. Sets that failed are in `failures`; the next run tries them again.
 
     Raises:
         RequestError: If another process works in the directory, or has begun there meanwhile.
@@ -214,7 +214,7 @@ class _Work:
             try:
                 generate(baseline.recipe.model_copy(update=few), Path(folder) / "warm-up", cache=self.cache)
             except (HandfulError, RuntimeError):
-                return  # it will be told where it happens in earnest
+                return  # the set itself reports it, when it is made
 
 
 class _Inside(Progress):

@@ -3,6 +3,7 @@
 Importing this module loads no torch; data and classifiers are in `handful.zoo.digits`, `.cifar10` and `.mnist`.
 """
 
+from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,6 +17,11 @@ JUDGES = {"digits": "digits-judge", "cifar10": "cifar10-judge", "mnist": "uci-ju
 
 EXEMPLARS = {"cifar10-exemplars": ("cifar10", "exemplars.safetensors")}
 """Packaged exemplars, as features alone: what a recipe calls them -> model and file."""
+
+
+def judge_of(model: str, guides: Iterable[str | None]) -> str:
+    """The judge for a model's images: the packaged one, or a network unrelated to those that guided."""
+    return JUDGES.get(model) or ("clip" if any(str(name).startswith("dinov2") for name in guides) else "dinov2")
 
 
 def zoo_path(name: str) -> Path:
