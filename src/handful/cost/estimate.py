@@ -21,6 +21,7 @@ from handful.cost.operations import Count
 from handful.cost.peak import peak_of
 from handful.cost.workload import META, Live, Way, Work, mean_way, size_of, walked_by
 from handful.cost.workload import evaluated as evaluated
+from handful.errors import counted
 from handful.guidance.cfg import CFGRequest
 from handful.guidance.method import Requests
 from handful.models import skeleton
