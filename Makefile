@@ -26,7 +26,7 @@ demo: $(READY)  ## a published model and other people's digits: what a handful i
 
 # The tests' networks are tiny: a second thread only waits, and on a busy machine holds up the first. A file's tests share
 # what they set up, so a file stays with one process.
-SIDE_BY_SIDE ?= -n logical --maxprocesses 8 --dist loadfile
+SIDE_BY_SIDE ?= -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 test test-quick: export OMP_NUM_THREADS ?= 1
 
 test: lint docs  ## format, lint, types, the documentation, and every test

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from handful.data.images import write_png
 from handful.zoo.digits import load_digits_split
 
 torch.set_num_threads(1)  # the models are tiny, and the machine may be shared
+os.fsync = lambda _: (
+    None
+)  # what the disk keeps when the power fails no test can see, and a run waits for it a quarter of its time
 
 
 def pytest_collection_finish() -> None:
@@ -22,6 +26,12 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: else one process works on the last of them while the others have nothing left."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

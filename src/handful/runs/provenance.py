@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -83,6 +84,7 @@ def _config_of(network: nn.Module) -> dict[str, str]:
     return {key: str(value) for key, value in held.items() if not key.startswith("_") and key not in left_out}
 
 
+@cache
 def installed(name: str) -> str | None:
     """The version of a package that is installed."""
     if name == "handful":
