@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from handful.errors import RequestError
 from handful.runs.processes import Processes
 
 
@@ -33,5 +34,19 @@ def test_tasks_come_back_in_order_and_are_done_here_when_the_workers_are_killed(
         assert list(processes.map(by, [5], os.getpid())) == [(os.getpid(), 5)]
         assert len(notes) == 1
         assert "continues alone" in notes[0]
+    finally:
+        processes.close()
+
+
+def refused() -> None:
+    raise RequestError("judge", "mine", "it differs", "Use another.")
+
+
+@pytest.mark.slow
+def test_what_a_process_refuses_at_its_start_is_refused_here():
+    processes = Processes(1, refused, note=pytest.fail, beside=True)
+    try:
+        with pytest.raises(RequestError, match="it differs"):
+            list(processes.map(by, [1], 0))
     finally:
         processes.close()

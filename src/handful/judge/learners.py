@@ -90,7 +90,7 @@ def _sample(size: tuple[int, int]) -> Tensor:
 
 def _loaded(name: str, digest: str, size: tuple[int, int], path: str | None) -> LastBlockLearner:
     """The learner of a process that computes features for `Pretrained`."""
-    learner = LastBlockLearner(loaded_again(name, digest), _sample(size))
+    learner = LastBlockLearner(loaded_again(name, digest, "features"), _sample(size))
     return learner if path else learner.without_block()
 
 

@@ -104,7 +104,7 @@ def eye(judge: str, digest: str) -> Eye:
     return Eye(loaded_again(judge, digest))
 
 
-def loaded_again(name: str, digest: str) -> FeatureExtractor:
+def loaded_again(name: str, digest: str, field: str = "judge") -> FeatureExtractor:
     """An extractor in a process of its own.
 
     Raises:
@@ -113,7 +113,7 @@ def loaded_again(name: str, digest: str) -> FeatureExtractor:
     extractor = load_extractor(name)
     if extractor.digest != digest:
         problem = "each process that loads it gets different weights"
-        raise RequestError("judge", name, problem, "Leave --workers out, or change it to load the same weights each time.")
+        raise RequestError(field, name, problem, "Leave --workers out, or change it to load the same weights each time.")
     return extractor
 
 

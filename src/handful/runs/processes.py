@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from handful.errors import HandfulError
+
 State = TypeVar("State")
 Task = TypeVar("Task")
 Found = TypeVar("Found")
@@ -67,7 +69,7 @@ class Processes:
         """What `do` finds of each task, in order; `here` is the state for tasks that this process does itself.
 
         Raises:
-            Exception: What `do` raised.
+            Exception: What `do` raised, or `ready` refused.
         """
         waiting: deque[tuple[Task, Future[Found] | None]] = deque()
         for task in tasks:
@@ -95,8 +97,13 @@ def _begin(threads: int, ready: Callable[..., Any], arguments: tuple[Any, ...]) 
     global _state
     end_with_parent()
     torch.set_num_threads(threads)
-    _state = ready(*arguments)
+    try:
+        _state = ready(*arguments)
+    except HandfulError as error:  # raised here, it would be said as if the process was killed
+        _state = error
 
 
 def _do(do: Callable[[Any, Any], Any], task: Any) -> Any:
+    if isinstance(_state, HandfulError):
+        raise _state
     return do(_state, task)
