@@ -137,6 +137,7 @@ METHODS: dict[str, tuple[Way, ...]] = {  # several: a mixture in equal shares
     "sdedit + others": (SDEDIT, OTHERS),
     "others + auto": (OTHERS, AUTO),
     "sdedit + others, cfg 1, 14 steps": WITH_CFG,
+    "plain + sdedit + others, cfg 1, 14 steps": (PLAIN, *WITH_CFG),
 }
 
 
