@@ -21,7 +21,8 @@ def test_a_run_grows_by_command_and_is_looked_at(tiny_model: Callable[..., str],
     assert runner.invoke(app, [*asked, "--per-class", "2"]).exit_code == 0
     assert runner.invoke(app, [*asked, "--per-class", "0=4", "--per-class", "1=2"]).exit_code == 0
     status = json.loads(runner.invoke(app, ["status", str(out), "--json"]).stdout)
-    assert (status["images"], status["images_done"], status["workers"]) == (6, 6, [])
+    assert (status["images_planned"], status["images_done"], status["failures"], status["workers"]) == (6, 6, [], [])
+    assert status["images"] == status["images_planned"], "its former name stays for a release"
     manifest, marker = out / "manifest.parquet", next((out / ".handful" / "cohorts").glob("*.parquet"))
     for file in (manifest, marker):
         file.rename(tmp_path / file.name)

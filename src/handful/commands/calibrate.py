@@ -9,23 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from handful.commands.shared import (
-    Classes,
-    ClassNames,
-    Device,
-    DryRun,
-    Dtype,
-    Json,
-    NullClass,
-    Quiet,
-    Seed,
-    Settings,
-    Steps,
-    TrustPickle,
-    hide_bars,
-    listed,
-    print_notes,
-)
+from handful.commands import shared
 from handful.errors import RequestError
 
 
@@ -57,9 +41,9 @@ def calibrate(
         ),
     ] = None,
     per_class: Annotated[int, typer.Option(help="Images to generate of each class, to measure on.", min=1)] = 16,
-    steps: Steps = None,
+    steps: shared.Steps = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm or heun.  [dpmpp_2m]", metavar="NAME")] = None,
-    seed: Seed = None,
+    seed: shared.Seed = None,
     betas: Annotated[
         str | None,
         typer.Option(metavar="A,B,...", help="Softplus betas to try in place of ReLU; none keeps ReLU.  [none,3,5,8]"),
@@ -96,16 +80,16 @@ def calibrate(
     trial_per_class: Annotated[
         int, typer.Option(help="With --real: images to generate of each class for each setting.", min=1)
     ] = 32,
-    classes: Classes = None,
-    class_names: ClassNames = None,
-    null_class: NullClass = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_pickle: TrustPickle = False,
-    settings: Settings = None,
-    dry_run: DryRun = False,
-    json_wanted: Json = False,
-    quiet: Quiet = False,
+    classes: shared.Classes = None,
+    class_names: shared.ClassNames = None,
+    null_class: shared.NullClass = None,
+    dtype: shared.Dtype = None,
+    device: shared.Device = None,
+    trust_pickle: shared.TrustPickle = False,
+    settings: shared.Settings = None,
+    dry_run: shared.DryRun = False,
+    json_wanted: shared.Json = False,
+    quiet: shared.Quiet = False,
 ) -> None:
     """Find the settings (the pre-conditioning) with which an off-the-shelf classifier guides best.
 
@@ -139,11 +123,11 @@ def calibrate(
     flags: dict[str, Any] = {
         "model.name": model,
         "model.null_class": null_class,
-        "model.classes": listed(class_names),
+        "model.classes": shared.listed(class_names),
         "model.dtype": dtype,
         "model.device": device,
         "model.trust_pickle": trust_pickle or None,
-        "classes": listed(classes),
+        "classes": shared.listed(classes),
         "per_class": per_class,
         "seed": seed,
         "sampler.name": sampler,
@@ -168,9 +152,9 @@ def calibrate(
         _trials(real, judge, objective, max_cost, scales, jacobians, trial_per_class),
         " ".join(["handful", *sys.argv[1:]]),
     )
-    hide_bars(quiet)
+    shared.hide_bars(quiet)
     job = prepare(request, out)
-    print_notes(job.notes, quiet)
+    shared.print_notes(job.notes, quiet)
     if dry_run:
         print(json.dumps(job.plan()) if json_wanted else job.plan_text())
         return
@@ -216,6 +200,6 @@ def _trials(
         numbers = tuple(float(part) for part in scales.split(","))
     except ValueError:
         raise RequestError("--scales", scales, "these are not numbers", "Write for instance --scales 0.2,0.4.") from None
-    ways: Any = tuple(listed(jacobians) or ())  # checked there
+    ways: Any = tuple(shared.listed(jacobians) or ())  # checked there
     folder = str(Path(real).expanduser().absolute())
     return TrialsRequest(folder, anchored_extractor(judge, Path.cwd()), objective, max_cost, numbers, ways, per_class)

@@ -11,27 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from handful import console
-from handful.commands.shared import (
-    AllowVersionChange,
-    Classes,
-    ClassNames,
-    Device,
-    DryRun,
-    Dtype,
-    Fit,
-    Json,
-    NullClass,
-    Quiet,
-    Seed,
-    Settings,
-    Steps,
-    TrustPickle,
-    hide_bars,
-    label_pairs,
-    listed,
-    lora_option,
-    print_notes,
-)
+from handful.commands import shared
 from handful.errors import RequestError, counted
 from handful.guidance import METHODS
 from handful.zoo import judge_of
@@ -97,15 +77,15 @@ def generate(
     embeddings: Annotated[
         str | None, typer.Option(metavar="FILE", help="With --guidance inversion: the file that handful invert wrote.")
     ] = None,
-    steps: Steps = None,
+    steps: shared.Steps = None,
     sampler: Annotated[str | None, typer.Option(help="dpmpp_2m, ddim, ddpm, heun or lcm.  [dpmpp_2m]", metavar="NAME")] = None,
     cohort: Annotated[
         int | None, typer.Option(help="Number of images guided together; changing it changes the images.  [64]")
     ] = None,
-    seed: Seed = None,
-    classes: Classes = None,
-    class_names: ClassNames = None,
-    null_class: NullClass = None,
+    seed: shared.Seed = None,
+    classes: shared.Classes = None,
+    class_names: shared.ClassNames = None,
+    null_class: shared.NullClass = None,
     labels: Annotated[
         str | None,
         typer.Option(
@@ -130,11 +110,11 @@ def generate(
         typer.Option(metavar="WORD=FILE", help="Teach a text model a word (textual inversion); may be repeated."),
     ] = None,
     vae: Annotated[str | None, typer.Option(metavar="DIR", help="Replace the autoencoder of a latent model.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    fit: Fit = None,
-    trust_pickle: TrustPickle = False,
-    settings: Settings = None,
+    dtype: shared.Dtype = None,
+    device: shared.Device = None,
+    fit: shared.Fit = None,
+    trust_pickle: shared.TrustPickle = False,
+    settings: shared.Settings = None,
     image_format: Annotated[
         str | None, typer.Option("--format", metavar="NAME", help="imagefolder, webdataset or parquet.  [imagefolder]")
     ] = None,
@@ -168,10 +148,10 @@ def generate(
             metavar="CLASS/NUMBER", help="Make one image of a run again, such as cat/17, and check that it is the same."
         ),
     ] = None,
-    dry_run: DryRun = False,
-    allow_version_change: AllowVersionChange = False,
-    json_wanted: Json = False,
-    quiet: Quiet = False,
+    dry_run: shared.DryRun = False,
+    allow_version_change: shared.AllowVersionChange = False,
+    json_wanted: shared.Json = False,
+    quiet: shared.Quiet = False,
     order: Annotated[str, typer.Option(hidden=True)] = "plan",
 ) -> None:
     """Generate a labelled image set from exemplars and a pretrained model.
@@ -199,11 +179,11 @@ def generate(
     flags: dict[str, Any] = {
         "model.name": model,
         "model.null_class": null_class,
-        "model.classes": listed(class_names),
-        "model.labels": labels if labels is None or "=" not in labels else label_pairs(labels),
+        "model.classes": shared.listed(class_names),
+        "model.labels": labels if labels is None or "=" not in labels else shared.label_pairs(labels),
         "model.template": template,
         "model.prompts": None if prompts is None else read_prompts(prompts),
-        "model.lora": [lora_option(one) for one in lora] if lora else None,
+        "model.lora": [shared.lora_option(one) for one in lora] if lora else None,
         "model.embeddings": {word: file for word, _, file in (one.partition("=") for one in embedding)} if embedding else None,
         "model.vae": vae,
         "model.dtype": dtype,
@@ -211,7 +191,7 @@ def generate(
         "model.device": device,
         "exemplars.path": exemplars,
         "exemplars.k": k,
-        "classes": listed(classes),
+        "classes": shared.listed(classes),
         "per_class": _counts(per_class, quiet),
         "output.format": image_format,
         "output.image": image,
@@ -243,7 +223,7 @@ def generate(
     if order not in ("plan", "reversed"):
         raise RequestError("--order", order, "there is no such order", did_you_mean(order, ["plan", "reversed"], "Orders"))
 
-    hide_bars(quiet)
+    shared.hide_bars(quiet)
     from handful.generate.job import prepare
     from handful.generate.run import run
     from handful.runs.claims import Timeouts
@@ -257,7 +237,7 @@ def generate(
         asked, chosen = fitted(asked, fit, str(choose_device(asked.model.device)), sharing=workers if engine == "local" else 1)
     timeouts = Timeouts(heartbeat_timeout, step_timeout)
     job = prepare(asked, out, allow_version_change=allow_version_change, timeouts=timeouts)
-    print_notes([*chosen, *job.notes, *job.changes], quiet)
+    shared.print_notes([*chosen, *job.notes, *job.changes], quiet)
     if dry_run:
         from handful.generate.describe import plan_as_dict, plan_as_text
 
