@@ -100,7 +100,7 @@ def test_json_stands_alone_and_the_same_request_keeps_its_file(
     before = file.stat().st_mtime_ns, file.read_bytes()
     assert handful(*arguments, "--json") == 0
     again = json.loads(capsys.readouterr().out)
-    assert again["resumed"] and again["kept"]
+    assert (again["resumed"], again["kept"]) == (True, True)
     assert again["reconstruction"] == first["reconstruction"]
     assert handful(*arguments) == 0
     assert "(from an earlier run; loss" in capsys.readouterr().out
