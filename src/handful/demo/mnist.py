@@ -130,9 +130,12 @@ def measures(out: Path, smallest: int, steps: int) -> Measure:
     """What measures the sets of a demo in `out`; for the smallest k by the set alone too, with trainings of so many steps."""
 
     @cache
+    def test() -> LabelledImages:
+        return read_folder(out / "real-held-out", channels=1, size=SIZE)
+
+    @cache
     def referee() -> Referee:
-        test = read_folder(out / "real-held-out", channels=1, size=SIZE)
-        return Referee(test, load_extractor(JUDGES["mnist"]), classes=CLASSES)
+        return Referee(test(), load_extractor(JUDGES["mnist"]), classes=CLASSES)
 
     @cache
     def drawn(k: int, seed: int) -> dict[str, Tensor]:
@@ -140,23 +143,23 @@ def measures(out: Path, smallest: int, steps: int) -> Measure:
 
     @cache
     def by_exemplars(k: int, seed: int) -> float:
-        return _utility([drawn(k, seed)], referee().real, seed, steps)
+        return _utility([drawn(k, seed)], test(), seed, steps)
 
     known: dict[tuple[str, int, int], Row] = {}
 
     def measure(entry: Entry, seed: int, made: LabelledImages) -> Row:
-        exemplars, test = drawn(entry.k, seed), referee().real
+        exemplars = drawn(entry.k, seed)
         key = (entry.method, entry.k if entry.guided else 0, seed)
         if key not in known:
             row = referee().row(made)
             del row["copied"], row["utility_spread"]
-            alone = _utility([made.by_class()], test, seed, steps) if key[1] in (0, smallest) else None
+            alone = _utility([made.by_class()], test(), seed, steps) if key[1] in (0, smallest) else None
             known[key] = {**row, "utility": alone}
         return {
             **known[key],
             "copied": referee().copied(made, exemplars),
             "exemplars": by_exemplars(entry.k, seed),
-            "both": _utility([made.by_class(), exemplars], test, seed, steps),
+            "both": _utility([made.by_class(), exemplars], test(), seed, steps),
         }
 
     return measure
