@@ -13,12 +13,11 @@ help:  ## list the targets
 
 setup: $(READY)  ## make .venv with handful and its development tools
 
-# pip itself is upgraded too: those of older Pythons do not read every wheel's metadata. Compiling all of every package takes
-# longer than installing it; Python compiles what is imported.
+# pip itself is upgraded too: those of older Pythons do not read every wheel's metadata.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
 demo: $(READY)  ## a published model and other people's digits: what a handful is worth, table, pictures
