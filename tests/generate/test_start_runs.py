@@ -23,6 +23,7 @@ from handful.generate.describe import plan_as_text
 from handful.generate.run import run
 from handful.recipe.file import read_recipe
 from handful.recipe.plan import setting_of, start_places
+from handful.recipe.resolve import complete
 from handful.recipe.schema import Recipe
 
 EVERY = {"guidance": [], "sampler": {"steps": 6}}
@@ -155,7 +156,7 @@ def test_it_composes_with_guidance_and_with_latents(digits_folder: Path, tmp_pat
     latent = asked(digits_folder, model={"name": str(tmp_path / "dit")}, classes=["1"], per_class=2)
     assert run(prepare(latent, tmp_path / "latent")).failures == []
     assert "encoding exemplars" in cost_of(latent).once_per_class
-    assert cost_of(latent).steps == 3
+    assert (cost_of(latent).steps, cost_of(latent).recipe.evaluations) == (6, 3)
 
 
 def test_what_it_cannot_start_from_is_refused(digits_folder: Path, tmp_path: Path):
@@ -223,4 +224,4 @@ def test_a_mixture_that_cannot_be_is_refused(digits_folder: Path, tmp_path: Path
         assert "Tuple" not in str(caught.value)
         assert "Also" not in str(caught.value), "one fault is named once"
     with pytest.raises(RequestError, match="this command takes one setting at a time"):
-        cost_of(mixed(digits_folder))
+        complete(mixed(digits_folder))

@@ -173,7 +173,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path, part):
     weights = load_file(file)
     del weights[sorted(weights)[3]]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(RequestError, match=rf"^model: .*it lacks 1 tensors of its {part}"):
+    with pytest.raises(RequestError, match=rf"^model: .*it lacks 1 tensor of its {part}"):
         load(tmp_path)
 
 

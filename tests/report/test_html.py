@@ -268,7 +268,7 @@ def test_a_thousand_classes_and_a_hundred_thousand_images_stay_below_12_mb_and_w
     data = data_of(file.read_text())
     assert {image[0] for image in data["images"]} == set(range(1000))  # each class shows something
     text = file.read_text()
-    assert re.search(r"[\d,]+ of the 100,000 images are shown", text)
+    assert re.search(r"[\d,]+ of 100,000 images are shown", text)
     assert "Not shown: 800 better classes." in text
 
 
