@@ -116,13 +116,12 @@ def demo(out: str | Path, *, seeds: int = 3, per_class: int = 24, say: Say = lam
     _picture(compared, out, _drawn(out, KS[0], 0))
     shown = [entry for entry in compared.entries if entry.k == KS[0] and not entry.fitted]
     shown.sort(key=lambda entry: entry.method != HEADLINE)
-    sets = {entry.name: out / "seed-0" / entry.folder for entry in shown}
-    first, *others = sets.values()
-    baselines = {name: folder for name, folder in sets.items() if folder != first}
+    sets = {entry.method: out / "seed-0" / entry.folder for entry in shown}
+    baselines = {method: sets[method] for method in ("none", "cfg", "sdedit") if method in sets}
     with warnings.catch_warnings():  # the report shows its notes
         warnings.simplefilter("ignore")
-        evaluate(first, out / "real-held-out", judge=JUDGES["mnist"], baselines=baselines)
-    report([first, *others], out / "report.html")
+        evaluate(sets[HEADLINE], out / "real-held-out", judge=JUDGES["mnist"], baselines=baselines)
+    report([*sets.values()], out / "report.html")
     return rows
 
 
