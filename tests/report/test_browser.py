@@ -77,7 +77,8 @@ def opened(browser, page: Path, size: str = "desktop", scheme: str = "light") ->
 
 def keep(browser, name: str) -> None:
     if folder := os.environ.get("HANDFUL_SCREENSHOTS"):
-        browser.save_screenshot(str(Path(folder) / f"{name}.png"))
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        assert browser.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 
 def one(browser, selector: str):
