@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from handful.core.denoiser import NetworkDenoiser
 from handful.core.noise import Levels
 from handful.cost.operations import Count
 from handful.cost.peak import peak_of
-from handful.cost.workload import META, Live, Way, Work, mean_way, size_of, walked_by
+from handful.cost.workload import META, Way, Work, mean_way, size_of, walked_by
 from handful.cost.workload import evaluated as evaluated
 from handful.errors import counted
 from handful.guidance.cfg import CFGRequest
@@ -57,11 +56,7 @@ class Outlined:
 
     def way(self, guidance: Requests) -> Way:
         """What sampling with these terms costs."""
-        return self.work.way(guidance, partial(self.peak, guidance))
-
-    def peak(self, guidance: Requests, live: Live) -> int:
-        """Peak memory of the recipe's model with these terms; see `peak_of`."""
-        return peak_of(live, self.work, guidance, self.recipe.model, self.encoders)
+        return self.work.way(guidance, lambda live: peak_of(live, self.work, guidance, self.recipe.model, self.encoders))
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Cost:
     """What a recipe costs, and what its model would without guidance and with classifier-free guidance alone.
 
     Attributes:
-        recipe, plain, cfg: The three ways, by the same sampler and steps.
+        recipe, plain, cfg: The three ways, by the same sampler and steps; a start from exemplars runs fewer of them.
         model, resolution, sampler, steps, cohort, chunk: What was counted; the cohort as `Recipe.cohort` says.
         null_condition: Whether the model has one; if not, cfg is what it would cost.
         guided: For each term its method, and the number of evaluations at which it acts.

@@ -65,8 +65,7 @@ class CopyCheck:
         for name, pixels in self.exemplars.items():
             digest.update(f"{name}\n{tuple(pixels.shape)}\n".encode() + pixels.numpy().tobytes())
         self._digest = digest.hexdigest()
-        distances, labels = self._distances(of_real), np.array(of_real.labels)
-        self._real = {name: distances[labels == name] for name in classes}
+        self._real = of_classes(self._distances(of_real), of_real.labels, classes)
         places = {name: place for place, name in enumerate(listed.names)}
         taken = {listed.content(places[str(file)]) for name in classes for file in found.files[name] if str(file) in places}
         self.shared = shared(taken, real)
@@ -80,11 +79,7 @@ class CopyCheck:
     def __call__(self, images: Images | LabelledImages) -> np.ndarray:
         """Which images are nearer to an exemplar than 99 % of the real ones are, (n,) bool, in the images' order."""
         made = as_images(images)
-        distances, labels = self._distances(made), np.array(made.labels)
-        flags = np.zeros(len(made), bool)
-        for name, of_real in self._real.items():
-            flags[labels == name] = nearer(distances[labels == name], of_real)
-        return flags
+        return flagged(self._distances(made), made.labels, self._real)
 
     def identical(self, images: Images | LabelledImages) -> int:
         """How many images are an exemplar of their class, pixel for pixel."""
@@ -103,6 +98,20 @@ class CopyCheck:
         found = _nearest(images, part, self.exemplars)
         self._keeping.put("copies", key, {"distances": torch.from_numpy(found)})
         return found
+
+
+def of_classes(distances: np.ndarray, labels: Sequence[str], classes: Iterable[str]) -> dict[str, np.ndarray]:
+    """Distances (n,) by class."""
+    return {name: distances[np.array(labels) == name] for name in classes}
+
+
+def flagged(distances: np.ndarray, labels: Sequence[str], real: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Which images, by their distances (n,), are nearer to an exemplar than 99 % of the real ones of their class, (n,) bool."""
+    flags = np.zeros(len(labels), bool)
+    for name, of_real in real.items():
+        places = np.array(labels) == name
+        flags[places] = nearer(distances[places], of_real)
+    return flags
 
 
 def distances(images: Images, exemplars: Mapping[str, Tensor]) -> np.ndarray:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from handful.data.images import LabelledImages
 from handful.features.extractor import FeatureExtractor
 from handful.files.digests import tensors_digest
-from handful.judge.copies import distances
+from handful.judge.copies import distances, flagged, of_classes
 from handful.judge.image_sets import Images, as_images
 from handful.judge.judge import Judge, Seen
 from handful.judge.utility import accuracy, numbered, train_classifier
-from handful.metrics.copying import nearer
 
 Row = dict[str, Any]
 
@@ -93,7 +92,7 @@ class Referee:
         self.judge = Judge(
             self.real, real.labels, judge, k=k, audit=audit, ceiling=False, classes=classes, judge_class=judge_class
         )
-        self._distances: dict[str, np.ndarray] = {}
+        self._distances: dict[str, dict[str, np.ndarray]] = {}
 
     def see(self, made: Images | LabelledImages) -> Seen:
         """What the judge sees of a set; it serves other referees of the same judge and audit too."""
@@ -139,7 +138,5 @@ class Referee:
         near = {name: exemplars[name].flatten(1).contiguous() for name in self.classes}
         key = tensors_digest(near)
         if key not in self._distances:
-            self._distances[key] = distances(self.real, near)
-        of_real, of_made = self._distances[key], distances(as_images(made), near)
-        real, labels = np.array(self.real.labels), np.array(made.labels)
-        return float(np.concatenate([nearer(of_made[labels == name], of_real[real == name]) for name in near]).mean())
+            self._distances[key] = of_classes(distances(self.real, near), self.real.labels, near)
+        return float(flagged(distances(as_images(made), near), made.labels, self._distances[key]).mean())
